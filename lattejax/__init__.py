@@ -1,0 +1,1 @@
+"""lattejax: LaTtE-Flow, layerwise timestep-expert flow matching, in JAX and Flax."""

@@ -1,0 +1,275 @@
+"""Every config key, in one place: what it means, its type, and the checks on its value.
+
+A config file under configs/ builds a plain `ml_collections.ConfigDict` with exactly these keys; `resolve` turns it into
+the frozen dataclasses that the rest of the code reads. An unknown or missing key, or a value of the wrong type, is an
+error before any work starts.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from lattejax.errors import UserError
+from lattejax.models.autoencoders import AUTOENCODERS
+from lattejax.models.couple import ModelConfig
+from lattejax.models.functional import REMAT_POLICIES
+from lattejax.models.generation import GenerationConfig
+from lattejax.models.qwen2_vl import VLMConfig
+from lattejax.models.text import TextConfig
+from lattejax.models.vision import VisionConfig
+
+VARIANTS = ("couple",)
+DTYPES = ("float32", "bfloat16")
+DECAYS = ("none", "cosine", "linear")
+
+
+def _check(name: str, value: Any, good: bool, expected: str) -> None:
+    if not good:
+        raise ValueError(f"{name}={value!r} must be {expected}")
+
+
+def _check_one_of(name: str, value: str, known: typing.Iterable[str]) -> None:
+    _check(name, value, value in known, f"one of {list(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    variant: str  # "couple": a frozen VLM and a trained generation pathway
+    num_groups: int  # K, the timestep-expert groups; divides text.num_layers
+    residual_attention: str  # "probabilities", or "none"
+    patch_size: int  # side of the square of latents that makes one image token
+    text: TextConfig
+    vision: VisionConfig
+
+    def __post_init__(self):
+        _check_one_of("variant", self.variant, VARIANTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    source: str  # "digits": scikit-learn's handwritten digits
+    autoencoder: str  # "pixels": latents are grey pixels
+    image_size: int  # side of the images that are drawn, in pixels
+    prompt_length: int  # tokens that image prompts are padded to
+    answer_length: int  # tokens that a whole question with its answer is padded to
+    min_pixels: int  # bounds between which the VLM's image processor resizes what it reads
+    max_pixels: int
+    threads: int  # reader threads beside the training loop
+
+    def __post_init__(self):
+        _check_one_of("autoencoder", self.autoencoder, AUTOENCODERS)
+        _check("threads", self.threads, self.threads > 0, "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    path: str  # a directory with a Hugging Face tokenizer; empty: train one on the captions and questions
+    vocab_size: int  # at most so many entries if it is trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What both stages of training have in common."""
+
+    init_from: str  # a finished run's workdir to take this stage's first weights from; empty: fresh weights
+    steps: int
+    batch_size: int
+    accumulation: int  # micro-batches that one batch is cut into
+    learning_rate: float
+    warmup_steps: int
+    decay: str  # of the learning rate to zero at the last step: "none", "cosine", "linear"
+    adam_b1: float
+    adam_b2: float
+    weight_decay: float
+    clip_norm: float  # the gradient's global norm is cut to this
+    ema_decay: float  # 0: the average is the weights themselves
+    remat: str  # what layers keep for the backward pass: "none" (everything), "dots", "full" (nothing)
+
+    def __post_init__(self):
+        _check_one_of("decay", self.decay, DECAYS)
+        _check_one_of("remat", self.remat, REMAT_POLICIES)
+        _check("steps", self.steps, self.steps >= 0, "at least 0")
+        _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
+        _check("batch_size", self.batch_size, self.batch_size > 0, "positive")
+        _check("accumulation", self.accumulation, self.accumulation > 0, "positive")
+        _check("clip_norm", self.clip_norm, self.clip_norm > 0, "positive")
+        _check("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of accumulation={self.accumulation}")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationStage(Stage):
+    prompt_dropout: float  # probability of training on the empty prompt, which guidance needs
+    share_contexts: bool  # compute the context of each distinct caption once, ahead of training, and keep them all
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check("prompt_dropout", self.prompt_dropout, 0 <= self.prompt_dropout <= 1, "in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    every: int  # steps between evaluations; 0: only at the end of a stage
+    examples: int  # held-out examples for the flow loss and the answers; 0: all of them
+    prompts: tuple[str, ...]  # of the sample grid
+    images_per_prompt: int
+    sample_steps: int
+    guidance: float
+    batch_size: int  # images that one sampling call draws
+    final_images: int  # images that the final score draws at each guidance scale; 0: no final score
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    every: int  # steps between checkpoints; the last step always makes one
+    keep: int
+
+    def __post_init__(self):
+        _check("every", self.every, self.every > 0, "positive")
+        _check("keep", self.keep, self.keep > 0, "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    start: int  # the generation stage's step at which the profiler starts
+    steps: int  # how many steps it records; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int
+    dtype: str  # of the computation: "float32" or "bfloat16"; master weights are always float32
+    log_every: int  # steps between lines of metrics
+    model: Model
+    data: Data
+    tokenizer: Tokenizer
+    pretrain: Stage  # the VLM, on questions about images
+    train: GenerationStage  # the generation pathway, beside the frozen VLM
+    eval: Evaluation
+    checkpoint: Checkpoints
+    profile: Profile
+
+    def __post_init__(self):
+        _check_one_of("dtype", self.dtype, DTYPES)
+        _check("log_every", self.log_every, self.log_every > 0, "positive")
+        share, rest = divmod(self.train.batch_size, self.train.accumulation * self.model.num_groups)
+        if rest or not share:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} must be a multiple of train.accumulation "
+                f"({self.train.accumulation}) times model.num_groups ({self.model.num_groups}), so that every group "
+                "gets an equal share"
+            )
+        if self.train.init_from and not self.pretrain.init_from:
+            raise ValueError(
+                f"train.init_from={self.train.init_from!r} needs the VLM that its generation pathway was trained "
+                "beside; set pretrain.init_from to the same run"
+            )
+        _ = self.model_config  # its own checks
+
+    @property
+    def autoencoder(self):
+        return AUTOENCODERS[self.data.autoencoder](self.data.image_size)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(
+            vlm=VLMConfig(self.model.text, self.model.vision),
+            generation=GenerationConfig(
+                text=self.model.text,
+                latent_shape=self.autoencoder.latent_shape,
+                num_groups=self.model.num_groups,
+                residual_attention=self.model.residual_attention,
+                patch_size=self.model.patch_size,
+            ),
+        )
+
+
+# ---- From a ConfigDict or JSON to the dataclasses, and back
+
+
+def nearest_keys(key: str, known: typing.Iterable[str]) -> str:
+    """Says which known keys are spelt most like `key`."""
+    known = sorted(known)
+    last = {name.rpartition(".")[2]: name for name in known}
+    close = difflib.get_close_matches(key, known, n=3) or [
+        last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=3)
+    ]
+    return f"the nearest known: {', '.join(close)}" if close else f"known: {', '.join(known)}"
+
+
+def _fields(cls: type) -> dict[str, type]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every key of a config, sections as dots."""
+    keys = []
+    for name, kind in _fields(cls).items():
+        nested = known_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+        keys.extend(nested)
+    return keys
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path + ".")
+    if isinstance(kind, types.GenericAlias):  # tuple[int, int, int] or tuple[str, ...]
+        items = typing.get_args(kind)
+        if not isinstance(value, (tuple, list)) or (Ellipsis not in items and len(value) != len(items)):
+            raise UserError(f"config.{path}={value!r} must be a tuple like {kind}")
+        return tuple(_convert(items[0], item, path) for item in value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"config.{path}={value!r} is of type {type(value).__name__}; expected {kind.__name__}")
+    return value
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"config.{prefix[:-1]}={values!r} must be a section with keys {', '.join(_fields(cls))}")
+    fields = _fields(cls)
+    for name in values:
+        if name not in fields:
+            raise UserError(f"unknown config key {prefix}{name}; {nearest_keys(prefix + name, known_keys())}")
+    missing = [prefix + name for name in fields if name not in values]
+    if missing:
+        raise UserError(f"the config lacks {', '.join(missing)}")
+    arguments = {name: _convert(kind, values[name], prefix + name) for name, kind in fields.items()}
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise UserError(f"config.{prefix}{error}" if prefix else f"config: {error}") from error
+
+
+def resolve(config: ConfigDict | dict[str, Any]) -> Config:
+    """Checks a config file's dict and returns it typed; raises `UserError` for anything unknown, missing or misshapen."""
+    return _build(Config, config.to_dict() if isinstance(config, ConfigDict) else config, "")
+
+
+def save(config: Config, path: epath.Path) -> None:
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def load(path: epath.Path) -> Config:
+    return resolve(json.loads(path.read_text()))
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """Lists the keys on which two configs differ, as `key: theirs -> ours`."""
+
+    def flat(value: Any, path: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {path: value}
+        return {k: v for name, item in value.items() for k, v in flat(item, f"{path}.{name}".strip(".")).items()}
+
+    old, new = flat(dataclasses.asdict(theirs)), flat(dataclasses.asdict(ours))
+    return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if old[key] != new[key]]

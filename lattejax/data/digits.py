@@ -1,0 +1,98 @@
+"""scikit-learn's 1,797 handwritten digits (in its wheel): pictures to draw, and to answer questions about.
+
+A fixed split: a fifth of the pictures, the same share of each digit, is held out.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from lattejax.data.prompts import EncodedPrompt, PromptEncoder
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CAPTIONS = tuple(f"a handwritten {word}" for word in WORDS)
+QUESTIONS_PER_IMAGE = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Digits:
+    """Images uint8 [n, 8, 8, 3], white ink on black, and labels [n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@functools.cache
+def load(split: str) -> Digits:
+    """Returns the "train" or the "test" split."""
+    bunch = load_digits()
+    grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    train, test = train_test_split(
+        np.arange(len(grey)), test_size=0.2, random_state=0, stratify=bunch.target
+    )
+    chosen = {"train": train, "test": test}[split]
+    return Digits(np.repeat(grey[chosen][..., None], 3, axis=-1), bunch.target[chosen])
+
+
+def question_and_answer(label: int, kind: int, index: int) -> tuple[str, str]:
+    """The four questions about one picture; `index` varies the digit of the one that is to be denied."""
+    if kind == 0:
+        return "Which digit is this?", WORDS[label]
+    if kind == 1:
+        return "Is this digit even or odd?", ("even", "odd")[label % 2]
+    if kind == 2:
+        return f"Is this a {WORDS[label]}?", "yes"
+    other = (label + 1 + index % 9) % 10
+    return f"Is this a {WORDS[other]}?", "no"
+
+
+class Questions:
+    """A random-access source of questions about pictures, each with its answer."""
+
+    def __init__(self, split: str, encoder: PromptEncoder):
+        self.digits = load(split)
+        self.encoder = encoder
+        self.images = [encoder.read_image(Image.fromarray(image)) for image in self.digits.images]
+
+    def __len__(self) -> int:
+        return QUESTIONS_PER_IMAGE * len(self.images)
+
+    def text(self, index: int) -> tuple[str, str]:
+        image, kind = divmod(index, QUESTIONS_PER_IMAGE)
+        return question_and_answer(int(self.digits.labels[image]), kind, image)
+
+    def __getitem__(self, index: int) -> EncodedPrompt:
+        question, answer = self.text(index)
+        return self.encoder.question(question, [self.images[index // QUESTIONS_PER_IMAGE]], answer)
+
+    def unanswered(self, index: int) -> EncodedPrompt:
+        """The same prompt, up to where the answer is to be given."""
+        return self.encoder.question(self.text(index)[0], [self.images[index // QUESTIONS_PER_IMAGE]])
+
+
+class CaptionedImages:
+    """A random-access source of latents [h, w, C], each with the number of its caption in `captions`."""
+
+    captions = CAPTIONS
+
+    def __init__(self, split: str, autoencoder: Any):
+        digits = load(split)
+        self.latents = np.asarray(autoencoder.encode(digits.images.astype(np.float32) / 127.5 - 1))
+        self.labels = digits.labels.astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"latents": self.latents[index], "caption": self.labels[index]}
+
+
+def texts() -> list[str]:
+    """Everything that is ever said about the digits, to train a tokenizer on."""
+    questions = [text for label in range(10) for kind in range(4) for text in question_and_answer(label, kind, label)]
+    return [*CAPTIONS, *questions]

@@ -1,0 +1,46 @@
+"""Model FLOPs in closed form: two for each multiply-add of a matrix product, nothing for the rest.
+
+Recomputation is not counted, so that rates compare across remat policies.
+"""
+
+from lattejax.models.generation import TIME_CHANNELS, GenerationConfig
+from lattejax.models.text import TextConfig
+from lattejax.models.vision import VisionConfig
+
+
+def decoder_layer(text: TextConfig, tokens: int, seen: int) -> int:
+    """One layer on `tokens` tokens that each attend to `seen`."""
+    attention = text.hidden_size * text.head_dim * 2 * (text.num_heads + text.num_kv_heads)
+    feed_forward = 3 * text.hidden_size * text.intermediate_size
+    products = 2 * text.num_heads * text.head_dim * seen
+    return 2 * tokens * (attention + feed_forward + products)
+
+
+def velocity(config: GenerationConfig, context_tokens: int) -> int:
+    """One image through one group of M layers, its time embedding and modulations included."""
+    text = config.text
+    width, tokens = text.hidden_size, config.grid[0] * config.grid[1]
+    gates = text.num_heads if config.residual_attention != "none" else 0
+    layer = decoder_layer(text, tokens, context_tokens + tokens) + 2 * width * (4 * width + gates)
+    ends = 2 * tokens * 2 * width * config.token_dim + 2 * width * 2 * width
+    time = 2 * (TIME_CHANNELS + width) * width
+    return config.layers_per_group * layer + ends + time
+
+
+def reading(text: TextConfig, tokens: int) -> int:
+    """One prompt of text through the language model, up to its last layer's output; causal attention counts whole."""
+    return text.num_layers * decoder_layer(text, tokens, tokens)
+
+
+def looking(vision: VisionConfig, patches: int) -> int:
+    """One image through the vision tower."""
+    width, block = vision.embed_dim, vision.spatial_merge_size**2
+    weights = (4 + 2 * vision.mlp_ratio) * width * width
+    towers = vision.depth * patches * (weights + 2 * patches * width)
+    merger = patches // block * (block * width) * (block * width + vision.hidden_size)
+    return 2 * (patches * vision.patch_dim * width + towers + merger)
+
+
+def question(text: TextConfig, vision: VisionConfig, tokens: int, patches: int) -> int:
+    """One question about one image, logits at every token."""
+    return reading(text, tokens) + 2 * tokens * text.hidden_size * text.vocab_size + looking(vision, patches)

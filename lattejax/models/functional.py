@@ -1,0 +1,80 @@
+"""The border between Flax NNX and plain JAX.
+
+Modules are written in NNX. Everywhere else a model is a nested dict of arrays (`Params`) and a pure function of it, so
+that `jax.jit`, `jax.grad`, `jax.vmap` and `jax.lax.scan` are all the transforms there are:
+
+    params = init(DecoderLayer, config, key=key)
+    y = bind(DecoderLayer, config, params=params)(x)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Params = Any  # a nested dict of arrays
+# The layers of a stack, either as one tree whose leaves are stacked on a leading axis, or as a list with a tree each.
+Layers = Any
+
+
+@functools.cache
+def _graph(module: type[nnx.Module], *args) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: module(*args, rngs=nnx.Rngs(0))))[0]
+
+
+def init(module: type[nnx.Module], *args, key: jax.Array) -> Params:
+    """Returns the freshly drawn parameters of `module(*args)` as a nested dict."""
+    return nnx.to_pure_dict(nnx.state(module(*args, rngs=nnx.Rngs(key))))
+
+
+def init_stacked(module: type[nnx.Module], *args, key: jax.Array, count: int) -> Params:
+    """Returns the parameters of `count` such modules, every leaf stacked on a leading axis of that length."""
+    return jax.vmap(lambda key: init(module, *args, key=key))(jax.random.split(key, count))
+
+
+def bind(module: type[nnx.Module], *args, params: Params):
+    """Returns `module(*args)` with `params` for its weights. `args` must be hashable."""
+    return nnx.merge(_graph(module, *args), nnx.State(params))
+
+
+def unstack(stacked: Params) -> list[Params]:
+    """Splits a stack into a list with one tree a layer, each leaf an array of its own.
+
+    Sampling and decoding want this form: slicing a layer out of a stack inside a compiled loop copies its weights at
+    every step, which at batch 1 costs more than the layer itself.
+    """
+    length = jax.tree.leaves(stacked)[0].shape[0]
+    return [jax.tree.map(lambda leaf: leaf[index], stacked) for index in range(length)]
+
+
+# What a layer keeps for the backward pass: everything, its matrix products, or only its input.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def over_layers(body: Callable, carry: Any, layers: Layers, remat: str = "none") -> tuple[Any, Layers]:
+    """Runs `body(carry, layer) -> (carry, output)` through the layers, in order.
+
+    A stacked tree is scanned and its outputs come back stacked; a list is unrolled and they come back as a list.
+    `remat` names one of `REMAT_POLICIES`.
+    """
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=isinstance(layers, list))
+    if not isinstance(layers, list):
+        return jax.lax.scan(body, carry, layers)
+    outputs = []
+    for layer in layers:
+        carry, output = body(carry, layer)
+        outputs.append(output)
+    return carry, outputs
+
+
+def cast_floats(tree: Any, dtype: jnp.dtype) -> Any:
+    """Casts every floating-point leaf to `dtype` and leaves the rest (ids, masks, positions) alone."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)

@@ -1,0 +1,218 @@
+"""The generation pathway: the velocity of noisy latents, computed by one timestep-expert group.
+
+LaTtE-Flow (arXiv 2506.06952). Every group starts from the embedded noisy latents themselves and ends in the image head:
+it is a whole velocity network of M layers for its interval of flow time. Embedding, time embedding and head are shared
+by the groups.
+
+Axes: B batch, K group, M layer in group, L = K M layers, T context token, N image token, D width, C latent channel.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lattejax.models import functional
+from lattejax.models.functional import Layers, Params
+from lattejax.models.generation_layer import RESIDUAL_ATTENTION, GenerationLayer, LayerConfig
+from lattejax.models.rotary import multimodal_rotary
+from lattejax.models.text import KeysValues, TextConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """Geometry of the generation pathway; `text` is the VLM's, `latent_shape` the autoencoder's (rows, columns, C)."""
+
+    text: TextConfig
+    latent_shape: tuple[int, int, int]
+    num_groups: int = 4
+    residual_attention: str = "probabilities"
+    patch_size: int = 1
+
+    def __post_init__(self):
+        if self.num_groups < 1 or self.text.num_layers % self.num_groups:
+            fitting = [k for k in range(1, self.text.num_layers + 1) if self.text.num_layers % k == 0]
+            raise ValueError(
+                f"num_groups={self.num_groups} does not divide the {self.text.num_layers} layers of the language "
+                f"model; use one of {fitting}"
+            )
+        if self.residual_attention not in RESIDUAL_ATTENTION:
+            raise ValueError(f"residual_attention={self.residual_attention!r} is unknown; use one of {RESIDUAL_ATTENTION}")
+        if self.latent_shape[0] % self.patch_size or self.latent_shape[1] % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} does not divide latents of shape {self.latent_shape}")
+
+    @property
+    def layers_per_group(self) -> int:
+        return self.text.num_layers // self.num_groups
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        return self.latent_shape[0] // self.patch_size, self.latent_shape[1] // self.patch_size
+
+    @property
+    def token_dim(self) -> int:
+        """Latent numbers in one image token."""
+        return self.latent_shape[2] * self.patch_size**2
+
+    @property
+    def layer(self) -> LayerConfig:
+        return LayerConfig(self.text, self.residual_attention)
+
+
+class Context(NamedTuple):
+    """What image tokens see of a prompt: for each layer of a group the VLM's keys and values, and where images start.
+
+    Contexts of all K groups at once carry a leading axis K on every field.
+    """
+
+    layers: KeysValues | list[KeysValues]  # [M, B, T, G, d], or a list of M [B, T, G, d]
+    mask: Bool[Array, "B T"]
+    next_position: Int[Array, "B"]
+
+
+TIME_CHANNELS = 256
+
+
+class TimeEmbedding(nnx.Module):
+    """Sinusoids of 1000·t through a two-layer SiLU network."""
+
+    def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
+        self.fc1 = nnx.Linear(TIME_CHANNELS, config.text.hidden_size, rngs=rngs)
+        self.fc2 = nnx.Linear(config.text.hidden_size, config.text.hidden_size, rngs=rngs)
+
+    def __call__(self, t: Float[Array, "B"], dtype: jnp.dtype) -> Float[Array, "B D"]:
+        half = TIME_CHANNELS // 2
+        frequencies = 1000 * np.exp(-np.log(10_000) * np.arange(half) / half)
+        angles = t[:, None] * jnp.asarray(frequencies, t.dtype)  # never in bfloat16, which cannot tell 999 from 1000
+        sinusoids = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(dtype)
+        return self.fc2(jax.nn.silu(self.fc1(sinusoids)))
+
+
+class LatentEmbedding(nnx.Module):
+    """A linear map of each patch of latents."""
+
+    def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(config.token_dim, config.text.hidden_size, rngs=rngs)
+        self.patch = config.patch_size
+
+    def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B N D"]:
+        patches = rearrange(latents, "B (h p) (w q) C -> B (h w) (p q C)", p=self.patch, q=self.patch)
+        return self.proj(patches)
+
+
+class Head(nnx.Module):
+    """RMS norm, scale and shift from c, and a linear map back to patches of latents. Both maps start at zero."""
+
+    def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
+        width, zeros = config.text.hidden_size, nnx.initializers.zeros
+        self.norm = nnx.RMSNorm(width, epsilon=config.text.rms_norm_eps, rngs=rngs)
+        self.modulation = nnx.Linear(width, 2 * width, kernel_init=zeros, rngs=rngs)
+        self.proj = nnx.Linear(width, config.token_dim, kernel_init=zeros, rngs=rngs)
+        self.config = config
+
+    def __call__(self, h: Float[Array, "B N D"], c: Float[Array, "B D"]) -> Float[Array, "B h w C"]:
+        scale, shift = jnp.split(self.modulation(jax.nn.silu(c))[:, None], 2, axis=-1)
+        patches = self.proj(self.norm(h) * (1 + scale) + shift)
+        (rows, _), patch = self.config.grid, self.config.patch_size
+        return rearrange(patches, "B (h w) (p q C) -> B (h p) (w q) C", h=rows, p=patch, q=patch)
+
+
+def init(config: GenerationConfig, decoder_layers: Params, key: jax.Array) -> Params:
+    """Returns the pathway's weights: `embedding`, `time`, `experts` stacked on a leading axis L, and `head`.
+
+    Each expert layer starts as a replica of the VLM layer at its depth, copied from `decoder_layers` (stacked on L).
+    """
+    embedding, time, experts, head = jax.random.split(key, 4)
+    layers = functional.init_stacked(GenerationLayer, config.layer, key=experts, count=config.text.num_layers)
+    return {
+        "embedding": functional.init(LatentEmbedding, config, key=embedding),
+        "time": functional.init(TimeEmbedding, config, key=time),
+        "experts": layers | {"decoder": jax.tree.map(jnp.copy, decoder_layers)},
+        "head": functional.init(Head, config, key=head),
+    }
+
+
+def split_groups(config: GenerationConfig, stacked: Any) -> Any:
+    """Reshapes leaves [L, ...] to [K, M, ...]."""
+    return jax.tree.map(lambda x: x.reshape(config.num_groups, -1, *x.shape[1:]), stacked)
+
+
+def group_layers(config: GenerationConfig, layers: list, group: int) -> list:
+    """Returns one group's share of a list with an entry for each of the L layers."""
+    per_group = config.layers_per_group
+    return layers[group * per_group : (group + 1) * per_group]
+
+
+def image_positions(config: GenerationConfig, start: Int[Array, "B"]) -> Int[Array, "B 3 N"]:
+    """The image tokens' (time, row, column): (p, p + row, p + column), p being the position after the prompt."""
+    rows, columns = config.grid
+    offsets = np.indices((1, rows, columns)).reshape(3, -1)
+    return start[:, None, None] + jnp.asarray(offsets, start.dtype)
+
+
+def velocity(
+    config: GenerationConfig,
+    params: Params,
+    context: Context,
+    x_t: Float[Array, "B h w C"],
+    t: Float[Array, "B"],
+    remat: str = "none",
+) -> Float[Array, "B h w C"]:
+    """One group's estimate of the flow's velocity at (x_t, t).
+
+    Args:
+      config: the pathway's geometry.
+      params: `embedding`, `time`, `head`, and in `experts` the group's own M layers, stacked or as a list. Their
+        dtype is the dtype of the computation.
+      context: the prompts' keys and values at those M layers, in the same form.
+      x_t: noisy latents.
+      t: flow times inside the group's interval; of length 1 if it is the same for the whole batch.
+      remat: what a layer keeps for the backward pass, see `functional.over_layers`.
+    """
+    experts: Layers = params["experts"]
+    embed = functional.bind(LatentEmbedding, config, params=params["embedding"])
+    h = embed(x_t.astype(embed.proj.kernel.dtype))
+    c = functional.bind(TimeEmbedding, config, params=params["time"])(t, h.dtype)
+    text = config.text
+    positions = image_positions(config, context.next_position)
+    rotary = multimodal_rotary(positions, text.head_dim, text.rope_theta, text.mrope_section)
+
+    def body(carry, layer_and_context):
+        h, previous_map = carry
+        params, keys_values = layer_and_context
+        layer = functional.bind(GenerationLayer, config.layer, params=params)
+        return layer(h, layer.modulate(c), rotary, keys_values, context.mask, previous_map), None
+
+    if isinstance(experts, list):
+        first_map, layers = None, list(zip(experts, context.layers, strict=True))
+    else:
+        # A scan carries one shape throughout: adding a map of zeros is starting afresh.
+        shape = (h.shape[0], text.num_heads, h.shape[1], h.shape[1])
+        first_map = None if config.residual_attention == "none" else jnp.zeros(shape, h.dtype)
+        layers = (experts, context.layers)
+    (h, _), _ = functional.over_layers(body, (h, first_map), layers, remat)
+    return functional.bind(Head, config, params=params["head"])(h, c).astype(x_t.dtype)
+
+
+def group_velocities(
+    config: GenerationConfig,
+    params: Params,
+    contexts: Context,
+    x_t: Float[Array, "K B h w C"],
+    t: Float[Array, "K B"],
+    remat: str = "none",
+) -> Float[Array, "K B h w C"]:
+    """Every group's velocities of its own share of a batch: the training form, on stacked layers."""
+    params = params | {"experts": split_groups(config, params["experts"])}
+    of_group = {name: 0 if name == "experts" else None for name in params}
+
+    def one(params, context, x_t, t):
+        return velocity(config, params, context, x_t, t, remat)
+
+    return jax.vmap(one, in_axes=(of_group, 0, 0, 0))(params, contexts, x_t, t)

@@ -1,0 +1,134 @@
+"""The paper's layer: a trainable replica of a VLM layer, with time conditioning and residual attention.
+
+LaTtE-Flow (arXiv 2506.06952), "timestep-conditioned residual attention". With h the hidden states of the noisy image
+and c the time embedding,
+
+    h <- h + scale_attn(c) * RMS(Attention(RMS(h), context))
+    h <- h + scale_mlp(c)  * RMS(FFN(RMS(h) * (1 + scale(c)) + shift(c)))
+
+Queries come from the image. Keys and values are the frozen VLM's at the same depth (the context) and the image's own,
+under one softmax; image tokens see the whole context and each other, both ways. The image-to-image block A of the map
+takes up the previous layer's, before it multiplies the values:
+
+    A_l <- A_l + gate_l(c) * A_{l-1}
+
+What the paper leaves open, and what we chose: scale_attn and scale_mlp are 1 + linear(silu(c)), shift and scale are
+linear(silu(c)), gate is tanh(linear(c)) for each head, A is the map after the softmax. All these linears start at zero
+and the norms after attention and FFN at one.
+
+Axes: B batch, T context token, N image token, H query head, G KV head, R query heads per KV head (H = G R), D width,
+d head dimension.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from lattejax.models.rotary import Rotary
+from lattejax.models.text import DecoderLayer, KeysValues, TextConfig
+
+RESIDUAL_ATTENTION = ("none", "probabilities")
+
+
+class Modulation(NamedTuple):
+    """What one layer takes from the time embedding."""
+
+    attention_scale: Float[Array, "B 1 D"]
+    mlp_scale: Float[Array, "B 1 D"]
+    mlp_norm_scale: Float[Array, "B 1 D"]
+    mlp_norm_shift: Float[Array, "B 1 D"]
+    residual_gate: Float[Array, "B H"] | None
+
+
+def _zero_linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """A generation layer has the geometry of the VLM layer that it replicates."""
+
+    text: TextConfig
+    residual_attention: str = "probabilities"
+
+
+class GenerationLayer(nnx.Module):
+    """`decoder` holds the VLM layer's weights or a replica of them; all else is generation's own."""
+
+    def __init__(self, config: LayerConfig, *, rngs: nnx.Rngs):
+        width, eps = config.text.hidden_size, config.text.rms_norm_eps
+        self.decoder = DecoderLayer(config.text, rngs=rngs)
+        self.attention_norm = nnx.RMSNorm(width, epsilon=eps, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(width, epsilon=eps, rngs=rngs)
+        self.modulation = _zero_linear(width, 4 * width, rngs)
+        self.has_residual = config.residual_attention != "none"
+        if self.has_residual:
+            self.residual_gate = _zero_linear(width, config.text.num_heads, rngs)
+
+    def modulate(self, c: Float[Array, "B D"]) -> Modulation:
+        """Computes the layer's share of the time conditioning; it depends on t alone."""
+        attention_scale, mlp_scale, norm_scale, norm_shift = jnp.split(
+            self.modulation(jax.nn.silu(c))[:, None], 4, axis=-1
+        )
+        gate = jnp.tanh(self.residual_gate(c)) if self.has_residual else None
+        return Modulation(1 + attention_scale, 1 + mlp_scale, norm_scale, norm_shift, gate)
+
+    def __call__(
+        self,
+        h: Float[Array, "B N D"],
+        modulation: Modulation,
+        rotary: Rotary,
+        context: KeysValues,
+        context_mask: Bool[Array, "B T"],
+        previous_map: Float[Array, "B H N N"] | None,
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B H N N"] | None]:
+        """Runs the layer; returns the new hidden states and the attention map for the next layer.
+
+        `previous_map` is None in the first layer of a group, which starts afresh, and without residual attention.
+        """
+        q, k, v = self.decoder.attention.project(self.decoder.input_norm(h), rotary)
+        mixed, attention_map = attend(
+            q, context, context_mask, KeysValues(k, v), modulation.residual_gate, previous_map
+        )
+        h = h + modulation.attention_scale * self.attention_norm(self.decoder.attention.output(mixed))
+        x = self.decoder.post_attention_norm(h) * (1 + modulation.mlp_norm_scale) + modulation.mlp_norm_shift
+        h = h + modulation.mlp_scale * self.mlp_norm(self.decoder.mlp(x))
+        return h, attention_map if self.has_residual else None
+
+
+def attend(
+    q: Float[Array, "B N H d"],
+    context: KeysValues,
+    context_mask: Bool[Array, "B T"],
+    image: KeysValues,
+    gate: Float[Array, "B H"] | None,
+    previous_map: Float[Array, "B H N N"] | None,
+) -> tuple[Float[Array, "B N H d"], Float[Array, "B H N N"]]:
+    """Attention over context and image under one softmax, as two products; returns the mix and the image's map."""
+    groups = image.keys.shape[2]
+    wide = jnp.promote_types(q.dtype, jnp.float32)  # the softmax is at least float32
+    q = rearrange(q, "B N (G R) d -> B N G R d", G=groups) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
+    on_context = jnp.einsum("bngrd,btgd->bgrnt", q, context.keys, preferred_element_type=wide)
+    on_context = jnp.where(context_mask[:, None, None, None, :], on_context, -jnp.inf)
+    on_image = jnp.einsum("bngrd,bmgd->bgrnm", q, image.keys, preferred_element_type=wide)
+
+    peak = jnp.maximum(on_context.max(-1, keepdims=True), on_image.max(-1, keepdims=True))
+    peak = jax.lax.stop_gradient(peak)
+    on_context, on_image = jnp.exp(on_context - peak), jnp.exp(on_image - peak)
+    total = on_context.sum(-1, keepdims=True) + on_image.sum(-1, keepdims=True)
+    on_context, on_image = (on_context / total).astype(q.dtype), (on_image / total).astype(q.dtype)
+
+    if previous_map is not None:
+        gate = rearrange(gate, "B (G R) -> B G R 1 1", G=groups)
+        on_image = on_image + gate * rearrange(previous_map, "B (G R) N M -> B G R N M", G=groups)
+    mixed = jnp.einsum("bgrnt,btgd->bngrd", on_context, context.values)
+    mixed = mixed + jnp.einsum("bgrnm,bmgd->bngrd", on_image, image.values)
+    return (
+        rearrange(mixed, "B N G R d -> B N (G R) d"),
+        rearrange(on_image, "B G R N M -> B (G R) N M"),
+    )

@@ -1,0 +1,127 @@
+"""Qwen2-VL: the frozen vision-language model that reads, and whose keys and values the generation pathway looks at.
+
+Axes: B batch, T token, S cache slot, L layer, D width, V vocabulary.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lattejax.models import functional, text, vision
+from lattejax.models.functional import Params
+from lattejax.models.text import KeysValues, TextConfig, Vocabulary
+from lattejax.models.vision import Images, VisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class VLMConfig:
+    text: TextConfig = TextConfig()
+    vision: VisionConfig = VisionConfig()
+
+    def __post_init__(self):
+        if self.vision.hidden_size != self.text.hidden_size:
+            raise ValueError(
+                f"vision.hidden_size={self.vision.hidden_size} must equal text.hidden_size={self.text.hidden_size}"
+            )
+
+
+class Prompts(NamedTuple):
+    """A batch of tokenised prompts, padded on the right. Positions are (time, row, column)."""
+
+    input_ids: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    position_ids: Int[Array, "B 3 T"]
+    images: Images | None = None
+
+
+class DecodeState(NamedTuple):
+    """What one-token decoding carries: each layer's cache, the open slots, and where the next token goes."""
+
+    cache: KeysValues | list[KeysValues]
+    open: Bool[Array, "B S"]
+    slot: Int[Array, ""]
+    position: Int[Array, "B"]
+
+
+def init(config: VLMConfig, key: jax.Array) -> Params:
+    """Returns random weights: `text` and `vision`."""
+    text_key, vision_key = jax.random.split(key)
+    return {"text": text.init(config.text, text_key), "vision": vision.init(config.vision, vision_key)}
+
+
+def unstack(params: Params) -> Params:
+    """The same weights with a tree for each layer: the form for inference (see `functional.unstack`)."""
+    return {
+        "text": params["text"] | {"layers": functional.unstack(params["text"]["layers"])},
+        "vision": params["vision"] | {"blocks": functional.unstack(params["vision"]["blocks"])},
+    }
+
+
+def next_positions(prompts: Prompts) -> Int[Array, "B"]:
+    """The position that follows each prompt's last unpadded one, on all three axes."""
+    return jnp.max(jnp.where(prompts.mask[:, None], prompts.position_ids, -1), axis=(1, 2)) + 1
+
+
+def forward(
+    config: VLMConfig, params: Params, prompts: Prompts, remat: str = "none"
+) -> tuple[Float[Array, "B T D"], KeysValues | list[KeysValues]]:
+    """Reads whole prompts; returns the last hidden states and every layer's keys (rotated) and values."""
+    vocabulary = functional.bind(Vocabulary, config.text, params=params["text"]["vocabulary"])
+    x = vocabulary.embed(prompts.input_ids)
+    if prompts.images is not None:
+        tokens = vision.encode(config.vision, params["vision"], prompts.images)
+        x = vision.place(x, tokens, prompts.images.index)
+    length = prompts.input_ids.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    mask = causal & prompts.mask[:, None, :]
+    return text.decode(config.text, params["text"]["layers"], x, prompts.position_ids, mask, remat=remat)
+
+
+def logits(config: VLMConfig, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Returns next-token logits of hidden states that `forward` returned."""
+    return functional.bind(Vocabulary, config.text, params=params["text"]["vocabulary"]).logits(hidden)
+
+
+def prefill(
+    config: VLMConfig, params: Params, prompts: Prompts, capacity: int
+) -> tuple[Float[Array, "B V"], DecodeState]:
+    """Reads the prompts into a cache with room for `capacity` more tokens; returns the first answer token's logits."""
+    hidden, cache = forward(config, params, prompts)
+    last = jnp.sum(prompts.mask, axis=1) - 1
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    batch, length = prompts.input_ids.shape
+    token_axis = 1 if isinstance(cache, list) else 2
+
+    def make_room(x):
+        return jnp.pad(x, [(0, capacity if axis == token_axis else 0) for axis in range(x.ndim)])
+
+    state = DecodeState(
+        cache=jax.tree.map(make_room, cache),
+        open=jnp.concatenate([prompts.mask, jnp.zeros((batch, capacity), bool)], axis=1),
+        slot=jnp.asarray(length, jnp.int32),
+        position=next_positions(prompts),
+    )
+    return logits(config, params, hidden)[:, 0], state
+
+
+def decode_token(
+    config: VLMConfig, params: Params, state: DecodeState, token: Int[Array, "B"]
+) -> tuple[Float[Array, "B V"], DecodeState]:
+    """Reads one more token of every prompt; returns the logits of the one after it."""
+    vocabulary = functional.bind(Vocabulary, config.text, params=params["text"]["vocabulary"])
+    is_open = state.open | (jnp.arange(state.open.shape[1]) == state.slot)
+    position_ids = jnp.broadcast_to(state.position[:, None, None], (len(token), 3, 1))
+    hidden, cache = text.decode(
+        config.text,
+        params["text"]["layers"],
+        vocabulary.embed(token[:, None]),
+        position_ids,
+        is_open[:, None],
+        state.cache,
+        state.slot,
+    )
+    state = DecodeState(cache, is_open, state.slot + 1, state.position + 1)
+    return vocabulary.logits(hidden)[:, 0], state

@@ -1,0 +1,90 @@
+"""Rotary position embeddings: M-RoPE over (time, row, column) for tokens, and the vision tower's (row, column) form.
+
+Written after Qwen2-VL (arXiv 2409.12191, section 2.1) and its implementation in transformers.
+
+Axes: B batch, T token, I image, P patch, d head dimension.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+# Cosines and sines, each with one row of d entries a token; they broadcast over heads.
+Rotary = tuple[Float[Array, "... T d"], Float[Array, "... T d"]]
+
+
+def _frequencies(channels: int, theta: float) -> np.ndarray:
+    return 1.0 / theta ** (np.arange(0, channels, 2) / channels)
+
+
+def multimodal_rotary(
+    position_ids: Int[Array, "B 3 T"], head_dim: int, theta: float, sections: tuple[int, int, int]
+) -> Rotary:
+    """Returns the cosines and sines of M-RoPE.
+
+    The head's d/2 frequencies are dealt out in `sections`: the first section turns with the time position, the second
+    with the row, the third with the column. A text token has the same position on all three, which is ordinary RoPE.
+    """
+    axis = np.repeat(np.arange(3), sections)  # [d/2]: the axis that each frequency follows
+    angles = position_ids[:, axis].swapaxes(1, 2) * jnp.asarray(_frequencies(head_dim, theta))
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def vision_rotary(positions: Int[Array, "I P 2"], head_dim: int, theta: float = 10_000.0) -> Rotary:
+    """Returns the vision tower's cosines and sines: half the frequencies follow the row, half the column."""
+    angles = positions[..., None] * jnp.asarray(_frequencies(head_dim // 2, theta))  # [I, P, 2, d/4]
+    angles = angles.reshape(*angles.shape[:-2], -1)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B T heads d"], rotary: Rotary) -> Float[Array, "B T heads d"]:
+    """Turns each pair (x[i], x[i + d/2]) by its angle."""
+    cos, sin = (table[..., None, :].astype(x.dtype) for table in rotary)
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def token_positions(
+    input_ids: np.ndarray, grids: list[tuple[int, int, int]], image_token: int, merge: int
+) -> np.ndarray:
+    """Returns the (time, row, column) positions [3, T] of one unpadded prompt; runs on the host.
+
+    Text counts up on all three axes at once. An image's tokens share the time position p that comes next and stand at
+    (p, p + row, p + column); the text after it goes on at one more than the largest position so far.
+
+    Args:
+      input_ids: token ids [T], with one `image_token` for each merged patch.
+      grids: (frames, rows, columns) of each image in patches, in the order of the prompt.
+      image_token: the id of `<|image_pad|>`.
+      merge: the vision tower's spatial merge size.
+
+    Raises:
+      ValueError: the image tokens do not add up to the grids.
+    """
+    columns: list[np.ndarray] = []
+    images = iter(grids)
+    start = index = 0
+    while index < len(input_ids):
+        if input_ids[index] == image_token:
+            frames, rows, cols = next(images, (0, 0, 0))
+            block = np.indices((frames, rows // merge, cols // merge)).reshape(3, -1) + start
+            if block.shape[1] == 0 or np.any(input_ids[index : index + block.shape[1]] != image_token):
+                raise ValueError(f"the prompt's image tokens do not match the image grids {grids}")
+        else:
+            block = np.full((3, 1), start)
+        columns.append(block)
+        start = block.max() + 1
+        index += block.shape[1]
+    if next(images, None) is not None or index != len(input_ids):
+        raise ValueError(f"the prompt's image tokens do not match the image grids {grids}")
+    return np.concatenate(columns, axis=1).astype(np.int32)
+
+
+def patch_positions(grid: tuple[int, int, int], merge: int) -> np.ndarray:
+    """Returns (row, column) [P, 2] of an image's patches in the processor's order, merge blocks together; on the host."""
+    frames, rows, cols = grid
+    positions = np.stack(np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij"), axis=-1)
+    blocks = positions.reshape(rows // merge, merge, cols // merge, merge, 2).transpose(0, 2, 1, 3, 4)
+    return np.tile(blocks.reshape(-1, 2), (frames, 1)).astype(np.int32)

@@ -1,0 +1,180 @@
+"""Qwen2-VL's language model: a pre-norm decoder with grouped-query attention, M-RoPE and a gated feed-forward network.
+
+Written after Qwen2-VL (arXiv 2409.12191) and its implementation in transformers. `Attention.project` and
+`Attention.output` stand apart, because the generation pathway puts its own attention between them.
+
+Axes: B batch, T token, S cached token, L layer, H query head, G KV head, D width, F hidden, d head dimension, V vocabulary.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lattejax.models import functional
+from lattejax.models.functional import Layers, Params
+from lattejax.models.rotary import Rotary, multimodal_rotary, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Geometry of the language model; the defaults are Qwen2-VL-2B's."""
+
+    vocab_size: int = 151_936
+    hidden_size: int = 1536
+    intermediate_size: int = 8960
+    num_layers: int = 28
+    num_heads: int = 12
+    num_kv_heads: int = 2
+    rope_theta: float = 1_000_000.0
+    mrope_section: tuple[int, int, int] = (16, 24, 24)
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size} "
+                f"and be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise ValueError(
+                f"mrope_section={self.mrope_section} must sum to half the head dimension, {self.head_dim // 2}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+class KeysValues(NamedTuple):
+    """One layer's keys, after rotation, and values; with a leading axis L, a stack's."""
+
+    keys: Float[Array, "B S G d"]
+    values: Float[Array, "B S G d"]
+
+
+class Attention(nnx.Module):
+    """The projections around attention; what happens between them is the caller's."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nnx.Linear(config.hidden_size, heads, rngs=rngs)
+        self.k_proj = nnx.Linear(config.hidden_size, kv_heads, rngs=rngs)
+        self.v_proj = nnx.Linear(config.hidden_size, kv_heads, rngs=rngs)
+        self.o_proj = nnx.Linear(heads, config.hidden_size, use_bias=False, rngs=rngs)
+        self.head_dim = config.head_dim
+
+    def project(
+        self, x: Float[Array, "B T D"], rotary: Rotary
+    ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T G d"], Float[Array, "B T G d"]]:
+        """Returns rotated queries, rotated keys, and values."""
+        q, k, v = (
+            rearrange(projection(x), "B T (heads d) -> B T heads d", d=self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def output(self, mixed: Float[Array, "B T H d"]) -> Float[Array, "B T D"]:
+        return self.o_proj(rearrange(mixed, "B T H d -> B T (H d)"))
+
+
+class FeedForward(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.gate_proj = nnx.Linear(config.hidden_size, config.intermediate_size, use_bias=False, rngs=rngs)
+        self.up_proj = nnx.Linear(config.hidden_size, config.intermediate_size, use_bias=False, rngs=rngs)
+        self.down_proj = nnx.Linear(config.intermediate_size, config.hidden_size, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """One layer of the language model. Its weights are also what a generation layer starts from."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.input_norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.post_attention_norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+        self.mlp = FeedForward(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rotary: Rotary,
+        mask: Bool[Array, "B T S"],
+        cache: KeysValues | None = None,
+        slot: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """Runs the layer on T tokens.
+
+        Without a cache the tokens attend among themselves (S = T). With one, their keys and values are first written
+        into it from `slot` on, and they attend over all of its S slots that `mask` opens.
+        """
+        q, k, v = self.attention.project(self.input_norm(x), rotary)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), slot, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), slot, axis=1)
+        x = x + self.attention.output(jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]))
+        x = x + self.mlp(self.post_attention_norm(x))
+        return x, KeysValues(k, v)
+
+
+class Vocabulary(nnx.Module):
+    """Both ends of the model: token ids to embeddings, and the last hidden states, normed, to logits."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.final_norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs)
+        self.tied = config.tie_word_embeddings
+
+    def embed(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.embedding(input_ids)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        hidden = self.final_norm(hidden)
+        return self.embedding.attend(hidden) if self.tied else self.lm_head(hidden)
+
+
+def init(config: TextConfig, key: jax.Array) -> Params:
+    """Returns random weights: `vocabulary`, and `layers` stacked on a leading axis L."""
+    ends, layers = jax.random.split(key)
+    return {
+        "vocabulary": functional.init(Vocabulary, config, key=ends),
+        "layers": functional.init_stacked(DecoderLayer, config, key=layers, count=config.num_layers),
+    }
+
+
+def decode(
+    config: TextConfig,
+    layers: Layers,
+    x: Float[Array, "B T D"],
+    position_ids: Int[Array, "B 3 T"],
+    mask: Bool[Array, "B T S"],
+    cache: KeysValues | list[KeysValues] | None = None,
+    slot: Int[Array, ""] | None = None,
+    remat: str = "none",
+) -> tuple[Float[Array, "B T D"], KeysValues | list[KeysValues]]:
+    """Runs every layer on T tokens; returns the hidden states, before the final norm, and every layer's keys and values.
+
+    `layers` and `cache` are both stacked or both lists, and so are the keys and values that come back.
+    """
+    rotary = multimodal_rotary(position_ids, config.head_dim, config.rope_theta, config.mrope_section)
+
+    def body(x, layer_and_cache):
+        layer, layer_cache = layer_and_cache
+        return functional.bind(DecoderLayer, config, params=layer)(x, rotary, mask, layer_cache, slot)
+
+    if isinstance(layers, list):
+        paired = list(zip(layers, cache if cache is not None else [None] * len(layers), strict=True))
+    else:
+        paired = (layers, cache)
+    return functional.over_layers(body, x, paired, remat)

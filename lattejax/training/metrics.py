@@ -1,0 +1,111 @@
+"""Where numbers go: `metrics.jsonl`, TensorBoard, and the terminal."""
+
+import io
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from lattejax.weights.runs import Workdir
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a file so that a kill leaves the old one or the new one.
+
+    A remote object appears whole or not at all; on a local disk the same takes a rename.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "://" in os.fspath(path):
+        path.write_bytes(data)
+    else:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+
+
+def write_png(path: epath.Path, image: Image.Image) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    write_whole(path, buffer.getvalue())
+
+
+def read_records(path: epath.Path) -> list[dict[str, Any]]:
+    """Reads a `metrics.jsonl`; a run that has not logged yet has none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class RunClock:
+    """Seconds of work on a run, those of earlier processes up to their last line of metrics included."""
+
+    def __init__(self, workdir: Workdir):
+        self._before = max((record["seconds"] for record in read_records(workdir.metrics)), default=0.0)
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started
+
+
+class MetricsLog:
+    """One stage's metrics.
+
+    `metrics.jsonl` is written whole each time, since remote stores cannot append; a resumed run first drops what an
+    earlier one wrote after the checkpoint that it goes on from.
+    """
+
+    def __init__(self, workdir: Workdir, clock: RunClock, stage: str, first_step: int, last_step: int):
+        self._workdir, self._clock, self._stage = workdir, clock, stage
+        records = read_records(workdir.metrics)
+        self._records = [r for r in records if r["stage"] != stage or r["step"] <= first_step]
+        self._tensorboard = SummaryWriter(os.fspath(workdir.tensorboard(stage)), purge_step=first_step + 1)
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=last_step, initial=first_step, desc=stage, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records metrics: scalars, and vectors with an entry for each group."""
+        metrics = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        self._records.append({"stage": self._stage, "step": step, "seconds": self._clock.seconds} | metrics)
+        write_whole(self._workdir.metrics, "".join(json.dumps(r) + "\n" for r in self._records).encode())
+        for name, value in metrics.items():
+            if isinstance(value, list):
+                for group, item in enumerate(value):
+                    self._tensorboard.add_scalar(f"{name}/{group}", item, step)
+            else:
+                self._tensorboard.add_scalar(name, value, step)
+        self.say(f"{self._stage} {step}: {', '.join(f'{name} {_short(value)}' for name, value in metrics.items())}")
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Writes an image as PNG, and shows it in TensorBoard."""
+        write_png(self._workdir.image(name, self._stage, step), image)
+        self._tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the progress bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        self._tensorboard.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + " ".join(_short(item) for item in value) + "]"
+    return f"{value:.4g}"

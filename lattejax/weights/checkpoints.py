@@ -1,0 +1,66 @@
+"""Orbax checkpoints: what a killed run goes on from, and what sampling and chatting read.
+
+A stage's checkpoint has four items: `params`, `ema` and `optimizer`, arrays, and `progress`, a JSON object with the
+data iterator's state. Each is read on its own, so that sampling reads the average alone. Orbax commits a checkpoint as
+a whole: one that a kill has cut short is never taken for a checkpoint.
+"""
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lattejax.errors import UserError
+
+
+def like(tree: Any) -> Any:
+    """Describes a tree's arrays by shape, dtype and, where they have one, sharding: what a restore fills in."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here), tree
+    )
+
+
+class Checkpoints:
+    """One stage's checkpoints in a directory, local or remote; writing goes on in the background."""
+
+    def __init__(self, directory: epath.Path, *, keep: int = 1):
+        self.directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, arrays: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Starts writing a checkpoint; the arrays may be donated as soon as this returns."""
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        self._manager.save(step, args=ocp.args.Composite(**items, progress=ocp.args.JsonSave(progress)))
+
+    def restore(self, step: int, **targets: Any) -> dict[str, Any]:
+        """Reads the named arrays into trees like `targets`, and `progress`."""
+        items = {name: ocp.args.StandardRestore(like(tree)) for name, tree in targets.items()}
+        return dict(self._manager.restore(step, args=ocp.args.Composite(**items, progress=ocp.args.JsonRestore())))
+
+    def close(self) -> None:
+        """Waits for the last checkpoint to be written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def save_weights(path: epath.Path, params: Any) -> None:
+    """Writes a tree of weights, whole or not at all."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, params)
+
+
+def load_weights(path: epath.Path, target: Any) -> Any:
+    """Reads weights into a tree like `target`; raises `UserError` if names or shapes differ."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            return checkpointer.restore(path, like(target))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"the weights in {path} do not fit the config: {error}") from error

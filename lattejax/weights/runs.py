@@ -1,0 +1,121 @@
+"""A run's directory, and how a run is read: by `sample`, by `chat`, and by runs that start from it.
+
+    config.json           the resolved config
+    tokenizer/            the tokenizer, as transformers writes it
+    vlm/                  the VLM's weights, written once, when they are final
+    checkpoints/<stage>/  the stage's latest checkpoints
+    metrics.jsonl         one JSON object a line; also in tensorboard/
+    samples/              a grid of samples for each evaluation
+    results.json          the final scores
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from etils import epath
+from transformers import PreTrainedTokenizerBase
+
+from lattejax import configuration
+from lattejax.configuration import Config
+from lattejax.data import tokenizer as tokenizers
+from lattejax.data.prompts import PromptEncoder
+from lattejax.errors import UserError
+from lattejax.models import couple, functional, qwen2_vl
+from lattejax.models.functional import Params
+from lattejax.weights import checkpoints
+from lattejax.weights.checkpoints import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """Where a run keeps its files."""
+
+    path: epath.Path
+
+    @property
+    def config(self) -> epath.Path:
+        return self.path / "config.json"
+
+    @property
+    def tokenizer(self) -> epath.Path:
+        return self.path / "tokenizer"
+
+    @property
+    def vlm(self) -> epath.Path:
+        return self.path / "vlm"
+
+    def checkpoints(self, stage: str) -> epath.Path:
+        return self.path / "checkpoints" / stage
+
+    @property
+    def metrics(self) -> epath.Path:
+        return self.path / "metrics.jsonl"
+
+    def tensorboard(self, stage: str) -> epath.Path:
+        return self.path / "tensorboard" / stage
+
+    def image(self, name: str, stage: str, step: int) -> epath.Path:
+        return self.path / name / f"{stage}_{step:07d}.png"
+
+    @property
+    def results(self) -> epath.Path:
+        return self.path / "results.json"
+
+
+def prompt_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+    """The encoder that goes with a config: its tokenizer, its vision tower's patches, its bounds on image sizes."""
+    return PromptEncoder(
+        tokenizer, config.model.vision, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
+    )
+
+
+def abstract_vlm(config: Config) -> Params:
+    """Shapes and dtypes of the VLM's weights."""
+    return jax.eval_shape(functools.partial(qwen2_vl.init, config.model_config.vlm), jax.random.key(0))
+
+
+def abstract_generation(config: Config) -> Params:
+    """Shapes and dtypes of the generation pathway's weights."""
+    init = functools.partial(couple.init_generation, config.model_config)
+    return jax.eval_shape(init, abstract_vlm(config), jax.random.key(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run opened for reading."""
+
+    workdir: Workdir
+    config: Config
+
+    @classmethod
+    def open(cls, path: str | epath.Path) -> "Run":
+        """Raises `UserError` where there is no run."""
+        workdir = Workdir(epath.Path(path))
+        if not workdir.config.exists():
+            raise UserError(f"{path} is not the workdir of a run: it has no config.json")
+        return cls(workdir, configuration.load(workdir.config))
+
+    @functools.cached_property
+    def encoder(self) -> PromptEncoder:
+        return prompt_encoder(self.config, tokenizers.load(self.workdir.tokenizer))
+
+    def vlm(self, target: Config | None = None) -> Params:
+        """Reads the VLM's float32 weights, into the geometry of another config if one is given."""
+        if not self.workdir.vlm.exists():
+            raise UserError(f"{self.workdir.path} has no finished VLM yet; let its first stage of training end")
+        return checkpoints.load_weights(self.workdir.vlm, abstract_vlm(target or self.config))
+
+    def generation(self, target: Config | None = None) -> Params:
+        """Reads the average of the generation pathway's float32 weights from the latest checkpoint."""
+        directory = self.workdir.checkpoints("train")
+        step = Checkpoints(directory).latest_step if directory.exists() else None
+        if step is None:
+            raise UserError(f"{self.workdir.path} has no checkpoint of the generation pathway yet; train it first")
+        return checkpoints.load_weights(directory / str(step) / "ema", abstract_generation(target or self.config))
+
+
+def inference_weights(config: Config, params: Params) -> Params:
+    """Casts weights to the dtype of the computation."""
+    return functional.cast_floats(params, config.dtype)
