@@ -22,11 +22,11 @@ def get_config() -> ConfigDict:
     config.model.text = ConfigDict()
     config.model.text.vocab_size = 512
     config.model.text.hidden_size = 128
-    config.model.text.intermediate_size = 384
+    config.model.text.intermediate_size = 256
     config.model.text.num_layers = 8
     config.model.text.num_heads = 4
     config.model.text.num_kv_heads = 2
-    config.model.text.rope_theta = 10_000.0
+    config.model.text.rope_theta = 10.0
     config.model.text.mrope_section = (4, 6, 6)
     config.model.text.rms_norm_eps = 1e-6
     config.model.text.tie_word_embeddings = True
@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     config.data.autoencoder = "pixels"
     config.data.image_size = 8
     config.data.prompt_length = 24
-    config.data.answer_length = 40
+    config.data.answer_length = 36
     config.data.min_pixels = 64
     config.data.max_pixels = 64
     config.data.threads = 1
@@ -71,6 +71,7 @@ def get_config() -> ConfigDict:
     config.pretrain.clip_norm = 1.0
     config.pretrain.ema_decay = 0.0
     config.pretrain.remat = "none"
+    config.pretrain.unroll = True
 
     # The generation pathway, beside the frozen VLM.
     config.train = ConfigDict()
@@ -87,6 +88,7 @@ def get_config() -> ConfigDict:
     config.train.clip_norm = 1.0
     config.train.ema_decay = 0.99
     config.train.remat = "none"
+    config.train.unroll = True
     config.train.prompt_dropout = 0.1
     config.train.share_contexts = True
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from lattejax.errors import UserError
 
@@ -26,6 +26,7 @@ def run(main: Callable[[], None]) -> None:
         except UserError as error:
             fail(error)
 
+    logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)
 
 

@@ -89,7 +89,8 @@ class Stage:
     weight_decay: float
     clip_norm: float  # the gradient's global norm is cut to this
     ema_decay: float  # 0: the average is the weights themselves
-    remat: str  # what layers keep for the backward pass: "none" (everything), "dots", "full" (nothing)
+    remat: str  # what layers recompute in the backward pass: "none", "dots" (all but matrix products), "full"
+    unroll: bool  # layers unrolled, not scanned: longer compilation, faster steps where layers are small
 
     def __post_init__(self):
         _check_one_of("decay", self.decay, DECAYS)

@@ -24,12 +24,12 @@ def answer_accuracy(
       config: the VLM's geometry.
       params: its weights, a tree for each layer.
       encoder: of the prompts.
-      examples: how many of the held-out questions, spread evenly; 0: all.
+      examples: how many of the held-out questions, a fixed random choice; 0: all.
       batch_size: questions answered at a time.
     """
     questions = digits.Questions("test", encoder)
     total = len(questions)
-    chosen = np.unique(np.linspace(0, total - 1, examples or total).astype(int)).tolist()
+    chosen = np.random.default_rng(0).permutation(total)[: examples or total].tolist()
     prompts = [questions.unanswered(i) for i in chosen]
     answers = answer(config, params, encoder, prompts, max_tokens=LONGEST_ANSWER, batch_size=batch_size)
     return float(np.mean([said == questions.text(i)[1] for said, i in zip(answers, chosen, strict=True)]))

@@ -40,14 +40,17 @@ def bind(module: type[nnx.Module], *args, params: Params):
     return nnx.merge(_graph(module, *args), nnx.State(params))
 
 
-def unstack(stacked: Params) -> list[Params]:
-    """Splits a stack into a list with one tree a layer, each leaf an array of its own.
+def unstack(stacked: Params, axis: int = 0) -> list[Params]:
+    """Splits a stack, along `axis`, into a list with one tree a layer, each leaf an array of its own.
 
     Sampling and decoding want this form: slicing a layer out of a stack inside a compiled loop copies its weights at
     every step, which at batch 1 costs more than the layer itself.
     """
-    length = jax.tree.leaves(stacked)[0].shape[0]
-    return [jax.tree.map(lambda leaf: leaf[index], stacked) for index in range(length)]
+    length = jax.tree.leaves(stacked)[0].shape[axis]
+    return [
+        jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, index, axis, keepdims=False), stacked)
+        for index in range(length)
+    ]
 
 
 # What a layer keeps for the backward pass: everything, its matrix products, or only its input.

@@ -206,10 +206,18 @@ def group_velocities(
     contexts: Context,
     x_t: Float[Array, "K B h w C"],
     t: Float[Array, "K B"],
+    *,
     remat: str = "none",
+    unroll: bool = False,
 ) -> Float[Array, "K B h w C"]:
-    """Every group's velocities of its own share of a batch: the training form, on stacked layers."""
+    """Every group's velocities of its own share of a batch: the training form, on stacked layers.
+
+    `unroll` trades a longer compilation for steps that need not stack what each layer keeps for the backward pass.
+    """
     params = params | {"experts": split_groups(config, params["experts"])}
+    if unroll:
+        params["experts"] = functional.unstack(params["experts"], axis=1)
+        contexts = contexts._replace(layers=functional.unstack(contexts.layers, axis=1))
     of_group = {name: 0 if name == "experts" else None for name in params}
 
     def one(params, context, x_t, t):

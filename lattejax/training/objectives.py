@@ -36,11 +36,14 @@ class AnswerLoss:
     config: ModelConfig
     dtype: jnp.dtype
     remat: str
+    unroll: bool
 
     def __call__(self, vlm: Params, frozen: None, batch: dict[str, Any], keys: Any) -> tuple[Array, Metrics]:
         del frozen, keys
         prompts: Prompts = batch["prompts"]
         params = functional.cast_floats(vlm, self.dtype)
+        if self.unroll:
+            params = qwen2_vl.unstack(params)
         hidden, _ = qwen2_vl.forward(self.config.vlm, params, prompts, self.remat)
         logits = qwen2_vl.logits(self.config.vlm, params, hidden[:, :-1]).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, prompts.input_ids[:, 1:])
@@ -75,6 +78,7 @@ class FlowLoss:
     prompt_dropout: float
     dtype: jnp.dtype
     remat: str
+    unroll: bool
 
     def __call__(
         self, params: Params, frozen: Frozen, batch: dict[str, Any], keys: Key[Array, "rows"]
@@ -126,7 +130,9 @@ class FlowLoss:
         """Returns each row's mean squared error."""
         x_t = interpolate(latents, noise, t)
         params = functional.cast_floats(params, self.dtype)
-        velocities = generation.group_velocities(self.config.generation, params, contexts, x_t, t, self.remat)
+        velocities = generation.group_velocities(
+            self.config.generation, params, contexts, x_t, t, remat=self.remat, unroll=self.unroll
+        )
         return jnp.mean((velocities - target_velocity(latents, noise)) ** 2, axis=(2, 3, 4))
 
     def held_out(

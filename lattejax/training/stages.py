@@ -135,7 +135,7 @@ def pretrain_plan(config: Config, encoder: PromptEncoder, key: jax.Array) -> Sta
         settings=stage,
         abstract=abstract_vlm(config),
         init=init,
-        step=make_train_step(stage, AnswerLoss(model, jnp.dtype(config.dtype), stage.remat)),
+        step=make_train_step(stage, AnswerLoss(model, jnp.dtype(config.dtype), stage.remat, stage.unroll)),
         key=step_key,
         frozen=None,
         batches=batches,
@@ -184,7 +184,7 @@ def generation_plan(
             batch["prompts"] = jax.tree.map(lambda x: x[batch["caption"]], prompts)
         return batch
 
-    loss = FlowLoss(model, intervals, stage.prompt_dropout, jnp.dtype(config.dtype), stage.remat)
+    loss = FlowLoss(model, intervals, stage.prompt_dropout, jnp.dtype(config.dtype), stage.remat, stage.unroll)
     held_out_loss = jax.jit(loss.held_out)
     few = slice(config.eval.examples or None)
 

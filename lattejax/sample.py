@@ -1,0 +1,64 @@
+"""Draws images: python -m lattejax.sample --workdir=runs/digits --prompt="a handwritten seven" --num=16 --out=sevens.png
+
+Give --prompt several times to draw several; the images come in the prompts' order.
+"""
+
+import io
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from lattejax import cli
+from lattejax.errors import UserError
+from lattejax.models import qwen2_vl
+from lattejax.sampling.grid import labelled_grid
+from lattejax.sampling.images import ImageSampler
+from lattejax.weights.runs import Run, inference_weights
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.")
+PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.")
+NUM = flags.DEFINE_integer("num", 16, "Images of each prompt.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 40, "Sampling steps.", lower_bound=1)
+GUIDANCE = flags.DEFINE_float("guidance", 2.0, "Guidance scale; 1 is none.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images drawn at a time.", lower_bound=1)
+OUT = flags.DEFINE_string("out", "samples.png", "Where the labelled grid goes: a .png file.")
+NPZ = flags.DEFINE_bool("npz", False, "Also write arr_0, uint8 [prompts * num, height, width, 3], beside --out.")
+flags.mark_flags_as_required(["workdir", "prompt"])
+
+
+def main() -> None:
+    out = epath.Path(OUT.value)
+    if out.suffix != ".png":
+        raise UserError(f"--out={out} must end in .png")
+    run = Run.open(WORKDIR.value)
+    generation = inference_weights(run.config, run.generation())
+    vlm = qwen2_vl.unstack(inference_weights(run.config, run.vlm()))
+    sampler = ImageSampler(run.config.model_config, run.config.autoencoder, run.encoder, vlm)
+    images = sampler(
+        generation,
+        PROMPT.value,
+        images_per_caption=NUM.value,
+        num_steps=STEPS.value,
+        guidance=GUIDANCE.value,
+        seed=SEED.value,
+        batch_size=BATCH_SIZE.value,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(encoded(lambda file: labelled_grid(images, PROMPT.value).save(file, format="PNG")))
+    if NPZ.value:
+        out.with_suffix(".npz").write_bytes(encoded(lambda file: np.savez(file, arr_0=images)))
+    steps = [len(group) for group in sampler.intervals.schedule(STEPS.value)]
+    print(f"{len(images)} images in {out}; steps per group: {steps}")
+
+
+def encoded(save) -> bytes:
+    """Runs `save` on a file in memory, so that the result can go to a remote path in one write."""
+    file = io.BytesIO()
+    save(file)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    cli.run(main)
