@@ -1,6 +1,6 @@
-"""Answers questions about images: python -m lattejax.chat --workdir=runs/digits --image=digit.png --question="Which digit is this?"
+"""Answers a question about images, streaming the answer as it is decoded:
 
-The answer is streamed as it is decoded.
+python -m lattejax.chat --workdir=runs/digits --image=digit.png --question="Which digit is this?"
 """
 
 from absl import flags

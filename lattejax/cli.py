@@ -8,11 +8,17 @@ from absl import app, flags, logging
 from lattejax.errors import UserError
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs a door's `main`. Bad input is one line on standard error and exit code 2."""
+def run(main: Callable[[], None], check: Callable[[list[str]], None] = lambda arguments: None) -> None:
+    """Parses the flags and runs a door's `main`. Bad input is one line on standard error and exit code 2.
+
+    Args:
+      main: takes nothing; reads its flags.
+      check: looks at the raw arguments first; raises `UserError`.
+    """
 
     def parse(argv: list[str]) -> list[str]:
         try:
+            check(argv[1:])
             rest = flags.FLAGS(argv)
             if rest[1:]:
                 raise UserError(f"unexpected argument {rest[1]!r}; every argument is a --flag=value")

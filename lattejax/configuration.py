@@ -16,6 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lattejax.errors import UserError
+from lattejax.files import write_whole
 from lattejax.models.autoencoders import AUTOENCODERS
 from lattejax.models.couple import ModelConfig
 from lattejax.models.functional import REMAT_POLICIES
@@ -63,7 +64,9 @@ class Data:
     threads: int  # reader threads beside the training loop
 
     def __post_init__(self):
+        _check_one_of("source", self.source, ("digits",))
         _check_one_of("autoencoder", self.autoencoder, AUTOENCODERS)
+        _check("image_size", self.image_size, self.image_size == 8, "8, the digits' own size")
         _check("threads", self.threads, self.threads > 0, "positive")
 
 
@@ -124,7 +127,15 @@ class Evaluation:
     sample_steps: int
     guidance: float
     batch_size: int  # images that one sampling call draws
-    final_images: int  # images that the final score draws at each guidance scale; 0: no final score
+    final_images: int  # images that the final score draws at each guidance scale, as many of each digit
+
+    def __post_init__(self):
+        _check("every", self.every, self.every >= 0, "at least 0")
+        _check("examples", self.examples, self.examples >= 0, "at least 0")
+        _check("prompts", self.prompts, len(self.prompts) > 0 and all(map(str.strip, self.prompts)), "non-empty texts")
+        _check("final_images", self.final_images, self.final_images % 10 == 0, "a multiple of the 10 digits")
+        for name in ("images_per_prompt", "sample_steps", "batch_size", "final_images"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,14 +206,12 @@ class Config:
 # ---- From a ConfigDict or JSON to the dataclasses, and back
 
 
-def nearest_keys(key: str, known: typing.Iterable[str]) -> str:
-    """Says which known keys are spelt most like `key`."""
-    known = sorted(known)
-    last = {name.rpartition(".")[2]: name for name in known}
-    close = difflib.get_close_matches(key, known, n=3) or [
-        last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=3)
-    ]
-    return f"the nearest known: {', '.join(close)}" if close else f"known: {', '.join(known)}"
+def check_key(key: str) -> None:
+    """Raises `UserError` for a key that no config has, and names those that are spelt most like it."""
+    known = known_keys()
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=3, cutoff=0.3)
+        raise UserError(f"unknown config key {key}; the nearest known are {', '.join(close or known)}")
 
 
 def _fields(cls: type) -> dict[str, type]:
@@ -240,7 +249,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     fields = _fields(cls)
     for name in values:
         if name not in fields:
-            raise UserError(f"unknown config key {prefix}{name}; {nearest_keys(prefix + name, known_keys())}")
+            check_key(prefix + name)
     missing = [prefix + name for name in fields if name not in values]
     if missing:
         raise UserError(f"the config lacks {', '.join(missing)}")
@@ -252,12 +261,12 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 
 def resolve(config: ConfigDict | dict[str, Any]) -> Config:
-    """Checks a config file's dict and returns it typed; raises `UserError` for anything unknown, missing or misshapen."""
+    """Checks a config file's dict and returns it typed; raises `UserError` for what is unknown or misshapen."""
     return _build(Config, config.to_dict() if isinstance(config, ConfigDict) else config, "")
 
 
 def save(config: Config, path: epath.Path) -> None:
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write_whole(path, (json.dumps(dataclasses.asdict(config), indent=2) + "\n").encode())
 
 
 def load(path: epath.Path) -> Config:

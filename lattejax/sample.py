@@ -1,9 +1,7 @@
-"""Draws images: python -m lattejax.sample --workdir=runs/digits --prompt="a handwritten seven" --num=16 --out=sevens.png
+"""Draws images; give --prompt several times to draw several, in order:
 
-Give --prompt several times to draw several; the images come in the prompts' order.
+python -m lattejax.sample --workdir=runs/digits --prompt="a handwritten seven" --num=16 --out=sevens.png
 """
-
-import io
 
 import numpy as np
 from absl import flags
@@ -11,6 +9,7 @@ from etils import epath
 
 from lattejax import cli
 from lattejax.errors import UserError
+from lattejax.files import write_with
 from lattejax.models import qwen2_vl
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler
@@ -45,19 +44,11 @@ def main() -> None:
         seed=SEED.value,
         batch_size=BATCH_SIZE.value,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(encoded(lambda file: labelled_grid(images, PROMPT.value).save(file, format="PNG")))
+    write_with(out, lambda file: labelled_grid(images, PROMPT.value).save(file, format="PNG"))
     if NPZ.value:
-        out.with_suffix(".npz").write_bytes(encoded(lambda file: np.savez(file, arr_0=images)))
+        write_with(out.with_suffix(".npz"), lambda file: np.savez(file, arr_0=images))
     steps = [len(group) for group in sampler.intervals.schedule(STEPS.value)]
     print(f"{len(images)} images in {out}; steps per group: {steps}")
-
-
-def encoded(save) -> bytes:
-    """Runs `save` on a file in memory, so that the result can go to a remote path in one write."""
-    file = io.BytesIO()
-    save(file)
-    return file.getvalue()
 
 
 if __name__ == "__main__":

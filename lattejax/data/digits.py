@@ -32,23 +32,23 @@ def load(split: str) -> Digits:
     """Returns the "train" or the "test" split."""
     bunch = load_digits()
     grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    train, test = train_test_split(
-        np.arange(len(grey)), test_size=0.2, random_state=0, stratify=bunch.target
-    )
+    train, test = train_test_split(np.arange(len(grey)), test_size=0.2, random_state=0, stratify=bunch.target)
     chosen = {"train": train, "test": test}[split]
     return Digits(np.repeat(grey[chosen][..., None], 3, axis=-1), bunch.target[chosen])
 
 
 def question_and_answer(label: int, kind: int, index: int) -> tuple[str, str]:
-    """The four questions about one picture; `index` varies the digit of the one that is to be denied."""
+    """The four questions about one picture. The last is asked about its own digit in every second picture, and about
+    another one, which varies with the picture's `index`, in the others."""
     if kind == 0:
         return "Which digit is this?", WORDS[label]
     if kind == 1:
-        return "Is this digit even or odd?", ("even", "odd")[label % 2]
+        return "What number is written here?", WORDS[label]
     if kind == 2:
-        return f"Is this a {WORDS[label]}?", "yes"
-    other = (label + 1 + index % 9) % 10
-    return f"Is this a {WORDS[other]}?", "no"
+        return "Is this digit even or odd?", ("even", "odd")[label % 2]
+    same = index % 2 == 0
+    asked = label if same else (label + 1 + index // 2 % 9) % 10
+    return f"Is this a {WORDS[asked]}?", "yes" if same else "no"
 
 
 class Questions:
@@ -94,5 +94,5 @@ class CaptionedImages:
 
 def texts() -> list[str]:
     """Everything that is ever said about the digits, to train a tokenizer on."""
-    questions = [text for label in range(10) for kind in range(4) for text in question_and_answer(label, kind, label)]
-    return [*CAPTIONS, *questions]
+    pairs = [question_and_answer(label, kind, index) for label in range(10) for kind in range(4) for index in (0, 1)]
+    return [*CAPTIONS, *(text for pair in pairs for text in pair)]

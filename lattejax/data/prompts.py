@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
-from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
+from transformers import Qwen2VLImageProcessorPil
 
-from lattejax.data.tokenizer import IMAGE_PAD, TURN_END, VISION_START
+from lattejax.data.tokenizer import IMAGE_PAD, TURN_END, VISION_START, Tokenizer
 from lattejax.errors import UserError
 from lattejax.models.qwen2_vl import Prompts
 from lattejax.models.rotary import patch_positions, token_positions
@@ -17,7 +17,7 @@ from lattejax.models.vision import Images, VisionConfig
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReadableImage:
-    """An image as the vision tower reads it: flattened patches [P, patch_dim] and (frames, rows, columns) of patches."""
+    """An image as the vision tower reads it: flattened patches [P, patch_dim], and how many (frames, rows, columns)."""
 
     patches: np.ndarray
     grid: tuple[int, int, int]
@@ -35,9 +35,7 @@ class EncodedPrompt:
 class PromptEncoder:
     """Turns texts and images into prompts for one tokenizer and one vision tower."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, vision: VisionConfig, *, min_pixels: int, max_pixels: int
-    ):
+    def __init__(self, tokenizer: Tokenizer, vision: VisionConfig, *, min_pixels: int, max_pixels: int):
         self.tokenizer = tokenizer
         self.merge = vision.spatial_merge_size
         self.patch_dim = vision.patch_dim
@@ -67,7 +65,7 @@ class PromptEncoder:
         return EncodedPrompt(whole, tuple(images), np.arange(len(whole)) >= len(prompt))
 
     def drawing(self, caption: str) -> EncodedPrompt:
-        """The whole chat template of a caption, up to and including `<|vision_start|>`; empty: the unconditional one."""
+        """A user's turn, its images first: up to where the answer starts, or with the answer if there is one."""
         return EncodedPrompt(np.asarray(self._tokenize(caption, 0, VISION_START)))
 
     def _tokenize_chat(self, text: str, num_images: int, answer: str | None) -> list[int]:
@@ -85,16 +83,23 @@ class PromptEncoder:
         counts = iter(int(np.prod(image.grid)) // self.merge**2 for image in images)
         return np.repeat(ids, [next(counts) if token == self.image_token else 1 for token in ids])
 
+    def check_length(self, prompts: Iterable[EncodedPrompt], length: int) -> None:
+        """Raises `UserError` for a prompt that is longer than `length` tokens."""
+        for prompt in prompts:
+            if len(prompt.input_ids) > length:
+                raise UserError(
+                    f"a prompt has {len(prompt.input_ids)} tokens, more than the {length} that the config gives it: "
+                    f"{self.tokenizer.decode(prompt.input_ids)!r}"
+                )
+
     def batch(self, prompts: Sequence[EncodedPrompt], length: int | None = None) -> Prompts:
         """Pads prompts to one length (the longest's if None) and their images to one number of patches.
 
         Raises:
           UserError: a prompt is longer than `length`.
         """
-        longest = max(len(prompt.input_ids) for prompt in prompts)
-        length = length or longest
-        if longest > length:
-            raise UserError(f"a prompt has {longest} tokens, but room is for {length}; raise the config's length")
+        length = length or max(len(prompt.input_ids) for prompt in prompts)
+        self.check_length(prompts, length)
         rows = len(prompts)
         input_ids = np.full((rows, length), self.tokenizer.pad_token_id, np.int32)
         mask = np.zeros((rows, length), bool)

@@ -3,17 +3,18 @@
 Either loaded from a directory, or trained on a data set's own texts when a small model is to be trained from nothing.
 """
 
-import os
 import tempfile
 from collections.abc import Iterable
-
-# transformers serves tokenizers and image processors here, and announces that PyTorch is missing unless asked not to.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from etils import epath
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from lattejax.errors import UserError
+from lattejax.files import write_whole
+
+Tokenizer = PreTrainedTokenizerBase
+
+LAST_FILE = "tokenizer_config.json"
 
 IMAGE_PAD, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 TURN_START, TURN_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -55,7 +56,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a tokenizer of at most `vocab_size` entries, special tokens included."""
     texts = [*texts, "system\nYou are a helpful assistant.\n", "user\n", "assistant\n"]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
@@ -66,33 +67,35 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save(tokenizer: PreTrainedTokenizerBase, directory: epath.Path) -> None:
+def save(tokenizer: Tokenizer, directory: epath.Path) -> None:
     """Writes the tokenizer's files, also to a remote directory, which transformers cannot."""
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save_pretrained(local)
-        copy_files(epath.Path(local), directory)
+        _copy_files(epath.Path(local), directory)
 
 
-def load(directory: epath.Path) -> PreTrainedTokenizerBase:
+def is_saved(directory: epath.Path) -> bool:
+    """Whether a tokenizer was saved there, whole."""
+    return (directory / LAST_FILE).exists()
+
+
+def load(directory: epath.Path) -> Tokenizer:
     """Reads a saved tokenizer; raises `UserError` where there is none or it is not Qwen2-VL's kind."""
-    if not (directory / "tokenizer_config.json").exists():
-        raise UserError(f"no tokenizer in {directory}: tokenizer_config.json is missing")
+    if not is_saved(directory):
+        raise UserError(f"no tokenizer in {directory}: {LAST_FILE} is missing")
     with tempfile.TemporaryDirectory() as local:
-        copy_files(directory, epath.Path(local))
+        _copy_files(directory, epath.Path(local))
         tokenizer = AutoTokenizer.from_pretrained(local)
-    missing = [token for token in (TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD) if not is_known(tokenizer, token)]
-    if missing or not tokenizer.chat_template:
-        raise UserError(f"the tokenizer in {directory} lacks {', '.join(missing) or 'a chat template'}; expected Qwen2-VL's")
+    known = tokenizer.get_vocab()
+    needed = (TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD)
+    missing = [token for token in needed if token not in known] + ["a chat template"] * (not tokenizer.chat_template)
+    if missing:
+        raise UserError(f"the tokenizer in {directory} lacks {', '.join(missing)}; expected Qwen2-VL's")
     return tokenizer
 
 
-def is_known(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
-    return token in tokenizer.get_vocab()
-
-
-def copy_files(source: epath.Path, target: epath.Path) -> None:
-    """Copies the files, not the folders, of one directory to another."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file():
-            (target / file.name).write_bytes(file.read_bytes())
+def _copy_files(source: epath.Path, target: epath.Path) -> None:
+    """Copies a tokenizer's files; the one that `is_saved` looks for comes last."""
+    files = [file for file in source.iterdir() if file.is_file()]
+    for file in sorted(files, key=lambda file: file.name == LAST_FILE):
+        write_whole(target / file.name, file.read_bytes())

@@ -9,6 +9,7 @@ Axes: K group, b rows of one group.
 """
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +66,6 @@ class Intervals:
         """Deals `num_steps` equal steps out to the groups: a step belongs to the group that owns its start."""
         times = [i / num_steps for i in range(num_steps + 1)]
         steps: list[list[tuple[float, float]]] = [[] for _ in range(self.num_groups)]
-        for start, end in zip(times[:-1], times[1:], strict=True):
+        for start, end in itertools.pairwise(times):
             steps[int(self.group_of(start))].append((start, end))
         return tuple(tuple(group) for group in steps)

@@ -1,4 +1,4 @@
-"""Autoencoders: images to latents and back. Latents are multiplied by the scale after encoding, divided before decoding.
+"""Autoencoders: images to latents and back.
 
 Axes: B batch, C latent channel.
 """

@@ -47,10 +47,11 @@ def unstack(stacked: Params, axis: int = 0) -> list[Params]:
     every step, which at batch 1 costs more than the layer itself.
     """
     length = jax.tree.leaves(stacked)[0].shape[axis]
-    return [
-        jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, index, axis, keepdims=False), stacked)
-        for index in range(length)
-    ]
+
+    def layer(index: int) -> Params:
+        return jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, index, axis, keepdims=False), stacked)
+
+    return [layer(index) for index in range(length)]
 
 
 # What a layer keeps for the backward pass: everything, its matrix products, or only its input.

@@ -42,7 +42,9 @@ class GenerationConfig:
                 f"model; use one of {fitting}"
             )
         if self.residual_attention not in RESIDUAL_ATTENTION:
-            raise ValueError(f"residual_attention={self.residual_attention!r} is unknown; use one of {RESIDUAL_ATTENTION}")
+            raise ValueError(
+                f"residual_attention={self.residual_attention!r} is unknown; use one of {RESIDUAL_ATTENTION}"
+            )
         if self.latent_shape[0] % self.patch_size or self.latent_shape[1] % self.patch_size:
             raise ValueError(f"patch_size={self.patch_size} does not divide latents of shape {self.latent_shape}")
 

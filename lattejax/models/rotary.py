@@ -83,7 +83,7 @@ def token_positions(
 
 
 def patch_positions(grid: tuple[int, int, int], merge: int) -> np.ndarray:
-    """Returns (row, column) [P, 2] of an image's patches in the processor's order, merge blocks together; on the host."""
+    """Returns (row, column) [P, 2] of an image's patches in the processor's order, merge blocks together; host code."""
     frames, rows, cols = grid
     positions = np.stack(np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij"), axis=-1)
     blocks = positions.reshape(rows // merge, merge, cols // merge, merge, 2).transpose(0, 2, 1, 3, 4)

@@ -3,14 +3,13 @@
 Written after Qwen2-VL (arXiv 2409.12191) and its implementation in transformers. `Attention.project` and
 `Attention.output` stand apart, because the generation pathway puts its own attention between them.
 
-Axes: B batch, T token, S cached token, L layer, H query head, G KV head, D width, F hidden, d head dimension, V vocabulary.
+Axes: B batch, T token, S cached token, L layer, H query head, G KV head, D width, d head dimension, V vocabulary.
 """
 
 import dataclasses
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -130,18 +129,19 @@ class Vocabulary(nnx.Module):
     """Both ends of the model: token ids to embeddings, and the last hidden states, normed, to logits."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        scale = config.hidden_size**-0.5
+        self.embedding = nnx.Param(scale * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)))
         self.final_norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs)
         self.tied = config.tie_word_embeddings
 
     def embed(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.embedding(input_ids)
+        return self.embedding[...][input_ids]
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         hidden = self.final_norm(hidden)
-        return self.embedding.attend(hidden) if self.tied else self.lm_head(hidden)
+        return hidden @ self.embedding[...].T if self.tied else self.lm_head(hidden)
 
 
 def init(config: TextConfig, key: jax.Array) -> Params:
@@ -163,7 +163,7 @@ def decode(
     slot: Int[Array, ""] | None = None,
     remat: str = "none",
 ) -> tuple[Float[Array, "B T D"], KeysValues | list[KeysValues]]:
-    """Runs every layer on T tokens; returns the hidden states, before the final norm, and every layer's keys and values.
+    """Runs every layer on T tokens; returns hidden states, before the final norm, and every layer's keys and values.
 
     `layers` and `cache` are both stacked or both lists, and so are the keys and values that come back.
     """

@@ -3,8 +3,8 @@
 Written after Qwen2-VL (arXiv 2409.12191) and its implementation in transformers. Images of one call are padded to the
 same number of patches, and each attends only to itself.
 
-Axes: B batch, T text token, I image, P patch (in the processor's order: the patches that merge stand together), E vision
-width, D text width.
+Axes: B batch, T text token, I image, P patch (in the processor's order: those that merge stand together), D text width,
+E vision width.
 """
 
 import dataclasses

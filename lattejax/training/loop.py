@@ -36,9 +36,7 @@ class StagePlan:
     profile: Profile = Profile(start=0, steps=0)
 
 
-def run_stage(
-    plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock, guard: InterruptGuard
-) -> TrainState:
+def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock, guard: InterruptGuard) -> TrainState:
     """Trains a stage to its last step, from its latest checkpoint if there is one, and returns its final state.
 
     Raises:
@@ -61,6 +59,9 @@ def run_stage(
     def save(step: int) -> None:
         arrays = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
         checkpoints.save(step, arrays, {"data": plan.batches.get_state()})
+
+    if settings.steps == 0 and checkpoints.latest_step is None:
+        save(0)  # a stage of no steps hands on what it starts from
 
     # ---- The steps
     log = MetricsLog(workdir, clock, plan.name, first_step, settings.steps)

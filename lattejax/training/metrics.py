@@ -1,6 +1,5 @@
 """Where numbers go: `metrics.jsonl`, TensorBoard, and the terminal."""
 
-import io
 import json
 import os
 import sys
@@ -13,27 +12,8 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from lattejax.files import write_whole, write_with
 from lattejax.weights.runs import Workdir
-
-
-def write_whole(path: epath.Path, data: bytes) -> None:
-    """Writes a file so that a kill leaves the old one or the new one.
-
-    A remote object appears whole or not at all; on a local disk the same takes a rename.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in os.fspath(path):
-        path.write_bytes(data)
-    else:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
-
-
-def write_png(path: epath.Path, image: Image.Image) -> None:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    write_whole(path, buffer.getvalue())
 
 
 def read_records(path: epath.Path) -> list[dict[str, Any]]:
@@ -89,7 +69,7 @@ class MetricsLog:
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """Writes an image as PNG, and shows it in TensorBoard."""
-        write_png(self._workdir.image(name, self._stage, step), image)
+        write_with(self._workdir.image(name, self._stage, step), lambda file: image.save(file, format="PNG"))
         self._tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def say(self, line: str) -> None:

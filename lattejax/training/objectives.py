@@ -1,7 +1,7 @@
 """The two losses: flow matching for the generation pathway, and language modelling of answers for the VLM.
 
-A loss takes (trained parameters, frozen inputs, batch, keys) and returns a scalar and a dict of metrics. Rows of `batch`
-and `keys` stand on the leading axis; a loss is a mean over rows, so that those of micro-batches average to the batch's.
+A loss takes (trained parameters, frozen inputs, batch, keys) and returns a scalar and a dict of metrics. Rows of
+`batch` and `keys` stand on the leading axis; a loss is a mean over rows, so that micro-batches' losses average to the batch's.
 
 Axes: K group, b rows of one group's share, U prompts of a table, T token, C latent channel.
 """
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
@@ -141,13 +140,11 @@ class FlowLoss:
         """Returns each group's loss on held-out rows, at fixed flow times and noise: the midpoints of b equal cells of
         the group's interval, and noise by the row's number."""
         groups, rows = self.intervals.num_groups, len(latents)
-        noise = jax.vmap(
-            lambda row: jax.random.normal(jax.random.fold_in(jax.random.key(0), row), latents.shape[1:])
-        )(jnp.arange(rows))
-        u = (jnp.arange(rows) + 0.5) / rows
-        latents, noise, u, captions = (
-            jnp.broadcast_to(x, (groups, *x.shape)) for x in (latents, noise, u, captions)
+        noise = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(jax.random.key(0), row), latents.shape[1:]))(
+            jnp.arange(rows)
         )
+        u = (jnp.arange(rows) + 0.5) / rows
+        latents, noise, u, captions = (jnp.broadcast_to(x, (groups, *x.shape)) for x in (latents, noise, u, captions))
         contexts = couple.share_contexts(self.config, table, captions)
         return self.losses(params, contexts, latents, noise, self.intervals.draw(u)).mean(axis=1)
 

@@ -16,14 +16,16 @@ from lattejax.data.pipeline import training_batches
 from lattejax.data.prompts import PromptEncoder, question_batch
 from lattejax.errors import UserError
 from lattejax.evaluation.digits import answer_accuracy, generation_scores
+from lattejax.files import write_whole
 from lattejax.flow.intervals import Intervals
 from lattejax.models import couple, flops, qwen2_vl
 from lattejax.models.functional import Params
+from lattejax.models.qwen2_vl import Prompts
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler, read_prompts
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.loop import StagePlan, run_stage
-from lattejax.training.metrics import MetricsLog, RunClock, write_whole
+from lattejax.training.metrics import MetricsLog, RunClock
 from lattejax.training.objectives import AnswerLoss, FlowLoss, Frozen, norms_per_group
 from lattejax.training.step import TrainState, make_train_step
 from lattejax.weights import checkpoints
@@ -44,10 +46,11 @@ def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict
     workdir = prepare_workdir(config, path)
     clock = RunClock(workdir)
     encoder = prompt_encoder(config, prepare_tokenizer(config, workdir))
+    caption_prompts(config, encoder)  # a prompt that does not fit is refused before the first stage
     pretrain_key, train_key = jax.random.split(jax.random.key(config.seed))
 
     # ---- Stage 1: the VLM
-    if not workdir.vlm.exists():
+    if not checkpoints.is_complete(workdir.vlm):
         state = run_stage(pretrain_plan(config, encoder, pretrain_key), config, workdir, clock, guard)
         checkpoints.save_weights(workdir.vlm, state.ema)
     if workdir.checkpoints("pretrain").exists():
@@ -80,15 +83,14 @@ def prepare_workdir(config: Config, path: str | epath.Path) -> Workdir:
                 "or set init_from to start from its weights"
             )
     else:
-        workdir.path.mkdir(parents=True, exist_ok=True)
         configuration.save(config, workdir.config)
     return workdir
 
 
-def prepare_tokenizer(config: Config, workdir: Workdir) -> Any:
+def prepare_tokenizer(config: Config, workdir: Workdir) -> tokenizers.Tokenizer:
     """Returns the run's tokenizer: the saved one, else that of the run to start from, else the one that the config
     names, else one trained on the data's texts."""
-    if workdir.tokenizer.exists():
+    if tokenizers.is_saved(workdir.tokenizer):
         return tokenizers.load(workdir.tokenizer)
     if config.pretrain.init_from:
         tokenizer = tokenizers.load(Run.open(config.pretrain.init_from).workdir.tokenizer)
@@ -121,8 +123,10 @@ def pretrain_plan(config: Config, encoder: PromptEncoder, key: jax.Array) -> Sta
     def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:
         return {"answer_accuracy": held_out_answers(config, encoder, state.ema, config.eval.examples)}
 
+    source = digits.Questions("train", encoder)
+    encoder.check_length((source[i] for i in range(len(source))), config.data.answer_length)
     batches = training_batches(
-        digits.Questions("train", encoder),
+        source,
         lambda records: question_batch(encoder, records, config.data.answer_length),
         batch_size=stage.batch_size,
         seed=config.seed,
@@ -154,6 +158,12 @@ def held_out_answers(config: Config, encoder: PromptEncoder, vlm: Params, exampl
 # ---- The second stage: flow matching
 
 
+def caption_prompts(config: Config, encoder: PromptEncoder) -> Prompts:
+    """The prompts of all captions, and last the empty one."""
+    drawings = [encoder.drawing(caption) for caption in (*digits.CAPTIONS, "")]
+    return encoder.batch(drawings, config.data.prompt_length)
+
+
 def generation_plan(
     config: Config, workdir: Workdir, encoder: PromptEncoder, vlm: Params, sampler: ImageSampler, key: jax.Array
 ) -> StagePlan:
@@ -165,8 +175,7 @@ def generation_plan(
     held_out = digits.CaptionedImages("test", config.autoencoder)
 
     # Prompts repeat: their contexts are computed once. The empty prompt, for dropout, stands last.
-    drawings = [encoder.drawing(caption) for caption in (*source.captions, "")]
-    prompts = encoder.batch(drawings, config.data.prompt_length)
+    prompts = caption_prompts(config, encoder)
     table = read_prompts(model, vlm, prompts)
     if stage.share_contexts:
         frozen = Frozen(contexts=table)

@@ -25,11 +25,10 @@ def like(tree: Any) -> Any:
 class Checkpoints:
     """One stage's checkpoints in a directory, local or remote; writing goes on in the background."""
 
-    def __init__(self, directory: epath.Path, *, keep: int = 1):
-        self.directory = directory
-        self._manager = ocp.CheckpointManager(
-            directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        )
+    def __init__(self, directory: epath.Path, *, keep: int | None = None):
+        """Opens a directory to read, or, if `keep` is given, also to write and to keep so many."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=keep is None)
+        self._manager = ocp.CheckpointManager(directory, options=options)
 
     @property
     def latest_step(self) -> int | None:
@@ -49,6 +48,11 @@ class Checkpoints:
         """Waits for the last checkpoint to be written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def is_complete(path: epath.Path) -> bool:
+    """Whether `save_weights` has finished there."""
+    return path.exists() and ocp.utils.is_checkpoint_finalized(path)
 
 
 def save_weights(path: epath.Path, params: Any) -> None:

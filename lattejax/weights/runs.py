@@ -1,21 +1,19 @@
 """A run's directory, and how a run is read: by `sample`, by `chat`, and by runs that start from it.
 
-    config.json           the resolved config
-    tokenizer/            the tokenizer, as transformers writes it
-    vlm/                  the VLM's weights, written once, when they are final
-    checkpoints/<stage>/  the stage's latest checkpoints
-    metrics.jsonl         one JSON object a line; also in tensorboard/
-    samples/              a grid of samples for each evaluation
-    results.json          the final scores
+config.json           the resolved config
+tokenizer/            the tokenizer, as transformers writes it
+vlm/                  the VLM's weights, written once, when they are final
+checkpoints/<stage>/  the stage's latest checkpoints
+metrics.jsonl         one JSON object a line; also in tensorboard/
+samples/              a grid of samples for each evaluation
+results.json          the final scores
 """
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 from etils import epath
-from transformers import PreTrainedTokenizerBase
 
 from lattejax import configuration
 from lattejax.configuration import Config
@@ -64,7 +62,7 @@ class Workdir:
         return self.path / "results.json"
 
 
-def prompt_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+def prompt_encoder(config: Config, tokenizer: tokenizers.Tokenizer) -> PromptEncoder:
     """The encoder that goes with a config: its tokenizer, its vision tower's patches, its bounds on image sizes."""
     return PromptEncoder(
         tokenizer, config.model.vision, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
@@ -103,7 +101,7 @@ class Run:
 
     def vlm(self, target: Config | None = None) -> Params:
         """Reads the VLM's float32 weights, into the geometry of another config if one is given."""
-        if not self.workdir.vlm.exists():
+        if not checkpoints.is_complete(self.workdir.vlm):
             raise UserError(f"{self.workdir.path} has no finished VLM yet; let its first stage of training end")
         return checkpoints.load_weights(self.workdir.vlm, abstract_vlm(target or self.config))
 

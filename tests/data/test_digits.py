@@ -1,0 +1,79 @@
+"""The digits: a fixed split, and questions whose answers are true."""
+
+import collections
+
+import numpy as np
+
+from lattejax.data import digits
+from lattejax.data.pipeline import training_batches
+from lattejax.models.autoencoders import PixelAutoencoder
+from tests.helpers import encoder_for, tiny_config
+
+
+def test_the_split_is_disjoint_complete_and_balanced():
+    train, test = digits.load("train"), digits.load("test")
+    assert (len(train.labels), len(test.labels)) == (1437, 360)
+    counts = collections.Counter(test.labels.tolist())
+    assert min(counts.values()) >= 34 and max(counts.values()) <= 37
+    assert test.images.max() == 255 and test.images.dtype == np.uint8
+
+
+def test_answers_are_true():
+    for label, word in enumerate(digits.WORDS):
+        for index in range(20):
+            assert digits.question_and_answer(label, 0, index)[1] == word
+            assert digits.question_and_answer(label, 1, index)[1] == word
+            assert digits.question_and_answer(label, 2, index)[1] == ("odd" if label % 2 else "even")
+            question, answer = digits.question_and_answer(label, 3, index)
+            assert (word in question) == (answer == "yes")
+
+
+def test_latents_decode_to_the_pictures():
+    autoencoder = PixelAutoencoder(8)
+    source = digits.CaptionedImages("test", autoencoder)
+    pixels = np.clip(127.5 * np.asarray(autoencoder.decode(source.latents)) + 128, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(pixels, digits.load("test").images)
+    assert source.captions[source[5]["caption"]] == f"a handwritten {digits.WORDS[source.labels[5]]}"
+
+
+class Numbers:
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return int(index)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def batches(seed=0):
+    return training_batches(Numbers(), list, batch_size=4, seed=seed, threads=2)
+
+
+def test_batches_depend_on_the_seed_alone_and_cover_every_epoch():
+    first = take(batches(), 10)
+    assert first == take(batches(), 10) != take(batches(seed=1), 10)
+    flat = [number for batch in first for number in batch]
+    epochs = [flat[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs), "batches run on across the ends of epochs"
+    assert epochs[0] != epochs[1], "each epoch has a shuffle of its own"
+
+
+def test_a_reader_goes_on_where_its_state_was_taken():
+    """Although it has read ahead of what it has handed out."""
+    iterator = batches()
+    take(iterator, 3)
+    state = iterator.get_state()
+    expected = take(iterator, 5)
+    resumed = batches()
+    resumed.set_state(state)
+    assert take(resumed, 5) == expected
+
+
+def test_every_question_fits_the_configs_length():
+    config = tiny_config()
+    for split in ("train", "test"):
+        questions = digits.Questions(split, encoder_for(config))
+        assert max(len(questions[i].input_ids) for i in range(len(questions))) <= config.data.answer_length

@@ -1,0 +1,94 @@
+"""Texts and images to prompts: Qwen2-VL's chat template, its image tokens, padding, and what is to be learnt."""
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from lattejax.data import tokenizer as tokenizers
+from lattejax.errors import UserError
+from tests.helpers import encoder_for, tiny_config
+
+CONFIG = tiny_config(data__max_pixels=400)
+ENCODER = encoder_for(CONFIG)
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+
+def text(ids) -> str:
+    return ENCODER.tokenizer.decode(ids)
+
+
+def picture(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3)).astype(np.uint8))
+
+
+def test_a_prompt_to_draw_is_the_whole_template_up_to_the_image():
+    asked = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
+    assert text(ENCODER.drawing("a handwritten seven").input_ids) == SYSTEM + asked.format("a handwritten seven")
+    assert text(ENCODER.drawing("").input_ids) == SYSTEM + asked.format("")
+
+
+def test_a_question_has_its_images_first_one_pad_for_each_merged_patch():
+    images = [ENCODER.read_image(picture(8, 8)), ENCODER.read_image(picture(8, 16))]
+    assert [image.grid for image in images] == [(1, 4, 4), (1, 4, 8)]
+    prompt = ENCODER.question("Which digit is this?", images)
+    pads = ["<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in (4, 8)]
+    expected = f"<|im_start|>user\n{pads[0]}{pads[1]}Which digit is this?<|im_end|>\n<|im_start|>assistant\n"
+    assert text(prompt.input_ids) == SYSTEM + expected
+
+
+def test_the_answer_with_its_turn_end_is_all_that_is_learnt():
+    prompt = ENCODER.question("Which digit is this?", [], "seven")
+    assert text(prompt.input_ids[prompt.is_answer]) == "seven<|im_end|>"
+    assert text(prompt.input_ids[~prompt.is_answer]) == text(ENCODER.question("Which digit is this?").input_ids)
+
+
+def test_images_are_resized_between_the_bounds_keeping_their_aspect():
+    """Sides become multiples of patch times merge; the area stays within [64, 400] pixels."""
+    assert ENCODER.read_image(picture(3, 3)).grid == (1, 4, 4)
+    wide = ENCODER.read_image(picture(20, 200)).grid
+    assert wide[1] * wide[2] * 4 <= 400 and wide[2] > 4 * wide[1]
+
+
+def test_batches_pad_rows_and_images_and_point_each_token_at_its_patch():
+    small, large = ENCODER.read_image(picture(8, 8)), ENCODER.read_image(picture(8, 16))
+    prompts = [
+        ENCODER.question("this?", [large, small]),
+        ENCODER.question("Which digit?"),
+        ENCODER.question("a", [small]),
+    ]
+    batch = ENCODER.batch(prompts)
+    np.testing.assert_array_equal(batch.mask.sum(axis=1), [len(prompt.input_ids) for prompt in prompts])
+    assert batch.images.patches.shape[:3] == (3, 2, 32)
+    np.testing.assert_array_equal(batch.images.mask.sum(axis=2), [[32, 16], [0, 0], [16, 0]])
+    np.testing.assert_array_equal(batch.images.index[0][batch.images.index[0] >= 0], [*range(8), *range(8, 12)])
+    np.testing.assert_array_equal(batch.images.index[2][batch.images.index[2] >= 0], range(4))
+    assert np.all(batch.images.index[1] == -1)
+    np.testing.assert_array_equal(batch.images.patches[0, 1, :16], small.patches)
+
+
+def test_a_prompt_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="room is for 5"):
+        ENCODER.batch([ENCODER.drawing("a handwritten seven")], 5)
+
+
+def test_the_tokenizer_survives_saving(tmp_path):
+    tokenizers.save(ENCODER.tokenizer, epath.Path(tmp_path) / "tokenizer")
+    again = tokenizers.load(epath.Path(tmp_path) / "tokenizer")
+    words = "Which digit is this? a handwritten zebra, ünïcode <|image_pad|>"
+    assert again(words)["input_ids"] == ENCODER.tokenizer(words)["input_ids"]
+    assert again.decode(again(words)["input_ids"]) == words
+    chat = [{"role": "user", "content": "hello"}]
+    assert again.apply_chat_template(chat, tokenize=False) == ENCODER.tokenizer.apply_chat_template(
+        chat, tokenize=False
+    )
+    assert all(len(again(token)["input_ids"]) == 1 for token in tokenizers.SPECIAL_TOKENS)
+
+
+def test_a_directory_without_qwens_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer"):
+        tokenizers.load(epath.Path(tmp_path))
+    ENCODER.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="lacks a chat template"):
+        tokenizers.load(epath.Path(tmp_path))

@@ -1,0 +1,47 @@
+"""The Fréchet distance against closed forms and against a matrix root."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from lattejax.data import digits
+from lattejax.evaluation.digits import generation_scores
+from lattejax.evaluation.frechet import frechet_distance
+
+
+def test_shifted_and_scaled_sets_have_their_closed_form():
+    """b = 3·a + 2: means two apart, standard deviations s and 3s on every axis, |μ|² + Σ (s − 3s)²."""
+    a = np.random.default_rng(0).standard_normal((500, 6))
+    a -= a.mean(axis=0)
+    expected = 6 * 4 + 4 * np.trace(np.cov(a, rowvar=False))
+    assert frechet_distance(a, 3 * a + 2) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_equals_the_form_with_a_matrix_root():
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((300, 8)), rng.standard_normal((200, 8)) @ rng.standard_normal((8, 8)) + 0.5
+    root = scipy.linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
+    expected = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(
+        np.cov(a, rowvar=False) + np.cov(b, rowvar=False) - 2 * root
+    )
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+def test_pixels_that_never_vary_do_no_harm():
+    a = np.random.default_rng(0).standard_normal((100, 5))
+    a[:, 2] = 1.0
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_real_digits_are_read_as_asked_and_noise_is_not():
+    """What the score gives for real test pictures, in order and shifted by one class, and for noise."""
+    test = digits.load("test")
+    real = np.concatenate([test.images[test.labels == digit][:30] for digit in range(10)])
+    scores = generation_scores(lambda guidance: real if guidance == 1 else np.roll(real, 30, axis=0), 30)
+    assert scores["generated_accuracy_guidance_1"] > 0.97 and scores["generated_accuracy_guidance_2"] < 0.03
+    assert scores["frechet_guidance_1"] == pytest.approx(scores["frechet_guidance_2"])
+    noise = np.random.default_rng(0).integers(0, 256, real.shape).astype(np.uint8)
+    noisy = generation_scores(lambda guidance: noise, 30)
+    assert noisy["frechet_guidance_1"] > 10 * scores["frechet_guidance_1"]
+    assert scores["frechet_train_test"] < 0.2

@@ -1,0 +1,42 @@
+"""Paths, guidance and the solver against closed forms."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lattejax.flow.path import guide, interpolate, target_velocity
+from lattejax.flow.solvers import euler
+
+
+def test_path_runs_from_noise_to_latents_at_constant_velocity():
+    latents, noise = np.random.default_rng(0).standard_normal((2, 3, 4, 5, 2))
+    t = np.array([0.0, 0.3, 1.0])
+    x = interpolate(latents, noise, t)
+    np.testing.assert_array_equal(x[0], noise[0])
+    np.testing.assert_array_equal(x[2], latents[2])
+    np.testing.assert_allclose(x[1], noise[1] + 0.3 * target_velocity(latents, noise)[1])
+
+
+def test_guidance_extrapolates_from_the_unconditional_velocity():
+    conditional, unconditional = jnp.full((1, 1, 1, 1), 3.0), jnp.full((1, 1, 1, 1), 1.0)
+    assert [guide(conditional, unconditional, s).item() for s in (0.0, 1.0, 2.0)] == [1.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize("steps", [1, 7, 40])
+def test_euler_equals_its_closed_form_on_a_linear_flow(steps):
+    """dx/dt = a·x + b·t: the recursion x ← x + (a·x + b·t)/n, in float64 NumPy."""
+    a, b = -1.5, 2.0
+    times = [(i / steps, (i + 1) / steps) for i in range(steps)]
+    x = jnp.full((1, 1, 1, 1), 0.7)
+    expected = 0.7
+    for start, end in times:
+        expected += (end - start) * (a * expected + b * start)
+    assert euler(lambda x, t: a * x + b * t, x, tuple(times)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_euler_converges_to_the_solution_at_first_order():
+    def error(steps):
+        times = tuple((i / steps, (i + 1) / steps) for i in range(steps))
+        return abs(euler(lambda x, t: -x, jnp.ones((1, 1, 1, 1)), times).item() - np.exp(-1))
+
+    assert error(50) / error(100) == pytest.approx(2, rel=0.05)

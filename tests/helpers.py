@@ -1,0 +1,107 @@
+"""What several tests share: the smallest config of the real thing, and its parts."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lattejax import configuration
+from lattejax.configuration import Config
+from lattejax.data import digits
+from lattejax.data import tokenizer as tokenizers
+from lattejax.data.prompts import PromptEncoder
+from lattejax.weights.runs import prompt_encoder
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# configs/digits.py cut down to seconds; every code path stays.
+TINY = {
+    "log_every": 2,
+    "model.num_groups": 2,
+    "model.text.hidden_size": 32,
+    "model.text.intermediate_size": 48,
+    "model.text.num_layers": 4,
+    "model.text.mrope_section": (1, 2, 1),
+    "model.vision.depth": 1,
+    "model.vision.embed_dim": 16,
+    "model.vision.hidden_size": 32,
+    "pretrain.steps": 6,
+    "pretrain.batch_size": 4,
+    "pretrain.warmup_steps": 2,
+    "pretrain.unroll": False,
+    "train.steps": 12,
+    "train.batch_size": 8,
+    "train.warmup_steps": 2,
+    "train.unroll": False,
+    "eval.every": 6,
+    "eval.examples": 8,
+    "eval.images_per_prompt": 1,
+    "eval.sample_steps": 3,
+    "eval.batch_size": 16,
+    "eval.final_images": 20,
+    "checkpoint.every": 4,
+}
+
+
+def config_file(name: str) -> ConfigDict:
+    """Reads configs/<name>.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def tiny_config(**overrides: Any) -> Config:
+    """The digits config, tiny, with overrides by dotted key (double underscores for dots)."""
+    config = config_file("digits")
+    for key, value in (TINY | {key.replace("__", "."): value for key, value in overrides.items()}).items():
+        *sections, name = key.split(".")
+        functools.reduce(lambda section, part: section[part], sections, config)[name] = value
+    return configuration.resolve(config)
+
+
+def tiny_flags(**overrides: Any) -> list[str]:
+    """The same as command-line flags of `lattejax.train`."""
+    values = TINY | {key.replace("__", "."): value for key, value in overrides.items()}
+    text = {key: ",".join(map(str, value)) if isinstance(value, tuple) else value for key, value in values.items()}
+    return ["--config=configs/digits.py", *(f"--config.{key}={value}" for key, value in text.items())]
+
+
+def encoder_for(config: Config) -> PromptEncoder:
+    return prompt_encoder(config, tokenizers.train(digits.texts(), config.tokenizer.vocab_size))
+
+
+def randomize(params: Any, seed: int = 0, scale: float = 0.3) -> Any:
+    """Adds noise to every weight, so that nothing stays at zero or one."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + scale * rng.standard_normal(x.shape).astype(x.dtype), params)
+
+
+def assert_same_bits(ours: Any, theirs: Any) -> None:
+    """Two trees of arrays are equal bit for bit."""
+    ours, theirs = jax.tree.leaves_with_path(ours), jax.tree.leaves_with_path(theirs)
+    assert [path for path, _ in ours] == [path for path, _ in theirs]
+    for (path, a), (_, b) in zip(ours, theirs, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), f"{jax.tree_util.keystr(path)} differs"
+
+
+def run_door(door: str, *arguments: str, **kwargs: Any) -> subprocess.CompletedProcess:
+    """Runs `python -m lattejax.<door>` in the repository, as a user would."""
+    return subprocess.run(
+        door_command(door, *arguments), cwd=ROOT, env=door_environment(), text=True, capture_output=True, **kwargs
+    )
+
+
+def door_command(door: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"lattejax.{door}", *arguments]
+
+
+def door_environment() -> dict[str, str]:
+    return os.environ | {"JAX_PLATFORMS": "cpu"}

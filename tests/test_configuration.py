@@ -1,0 +1,71 @@
+"""Every key is known, typed and checked before any work starts."""
+
+import dataclasses
+import json
+
+import pytest
+from etils import epath
+
+from lattejax import configuration
+from lattejax.errors import UserError
+from tests.helpers import config_file, tiny_config
+
+
+def test_the_digits_config_is_complete_and_survives_json(tmp_path):
+    config = configuration.resolve(config_file("digits"))
+    path = epath.Path(tmp_path) / "config.json"
+    configuration.save(config, path)
+    assert configuration.load(path) == config
+    assert set(json.loads(path.read_text())) == {field.name for field in dataclasses.fields(config)}
+
+
+def changed(section: str, name: str, value: object):
+    config = config_file("digits")
+    with config.unlocked():
+        (config[section] if section else config)[name] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (changed("train", "learnig_rate", 1.0), r"unknown config key train\.learnig_rate; .*train\.learning_rate"),
+        (changed("train", "steps", 1.5), r"config\.train\.steps=1\.5 is of type float; expected int"),
+        (changed("train", "share_contexts", 1), r"config\.train\.share_contexts=1 is of type int; expected bool"),
+        (changed("eval", "prompts", "a"), r"config\.eval\.prompts='a' must be a tuple"),
+        (changed("", "train", 3), r"config\.train=3 must be a section"),
+        (changed("", "dtype", "float16"), r"dtype='float16' must be one of \['float32', 'bfloat16'\]"),
+        (changed("model", "variant", "blended"), r"config\.model\.variant='blended' must be one of \['couple'\]"),
+        (changed("model", "num_groups", 3), "num_groups=3 does not divide the 8 layers .* use one of"),
+        (changed("model", "residual_attention", "yes"), "residual_attention='yes' is unknown; use one of"),
+        (changed("model", "patch_size", 3), r"patch_size=3 does not divide latents of shape \(8, 8, 1\)"),
+        (changed("train", "batch_size", 122), "must be a multiple of .* equal share"),
+        (
+            changed("pretrain", "accumulation", 3),
+            r"config\.pretrain\.batch_size=64 must be a multiple of accumulation=3",
+        ),
+        (changed("train", "remat", "some"), r"config\.train\.remat='some' must be one of"),
+        (changed("train", "ema_decay", 1.0), r"config\.train\.ema_decay=1\.0 must be in \[0, 1\)"),
+        (changed("train", "init_from", "runs/a"), r"set pretrain\.init_from to the same run"),
+    ],
+)
+def test_bad_values_are_refused_by_name(config, message):
+    with pytest.raises(UserError, match=message):
+        configuration.resolve(config)
+
+
+def test_a_missing_key_is_named():
+    config = config_file("digits").to_dict()
+    del config["train"]["ema_decay"]
+    with pytest.raises(UserError, match=r"the config lacks train\.ema_decay"):
+        configuration.resolve(config)
+
+
+def test_differences_name_the_key_and_both_values():
+    old, new = tiny_config(), tiny_config(train__steps=13, model__text__rope_theta=9.0)
+    assert configuration.differences(new, old) == ["model.text.rope_theta: 10.0 -> 9.0", "train.steps: 12 -> 13"]
+
+
+def test_autoencoder_latents_fix_the_pathways_geometry():
+    generation = tiny_config(model__patch_size=4).model_config.generation
+    assert generation.latent_shape == (8, 8, 1) and generation.grid == (2, 2) and generation.token_dim == 16

@@ -1,0 +1,94 @@
+"""The doors as a user meets them: results out, and bad input as one line and exit code 2."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lattejax.training import stages
+from lattejax.training.interrupt import InterruptGuard
+from tests.helpers import run_door, tiny_config, tiny_flags
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    stages.train(tiny_config(train__steps=1, pretrain__steps=1), path, InterruptGuard())
+    return path
+
+
+@pytest.fixture(scope="module")
+def digit(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "digit.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30)).astype(np.uint8)).save(path)
+    return path
+
+
+def test_sample_draws_every_prompt_in_order(workdir, tmp_path):
+    out = tmp_path / "new" / "grid.png"
+    prompts = ["--prompt=a handwritten seven", "--prompt=a handwritten two"]
+    done = run_door("sample", f"--workdir={workdir}", *prompts, "--num=3", "--steps=5", f"--out={out}", "--npz")
+    assert done.returncode == 0, done.stderr
+    images = np.load(out.with_suffix(".npz"))["arr_0"]
+    assert images.shape == (6, 8, 8, 3) and images.dtype == np.uint8
+    assert "steps per group: [3, 2]" in done.stdout
+    grid = np.asarray(Image.open(out))
+    zoom = 8
+    first, fourth = (images[i].repeat(zoom, 0).repeat(zoom, 1) for i in (0, 3))
+    assert np.array_equal(grid[22:86, 4:68], first), "the first prompt's first image, under its label"
+    assert np.array_equal(grid[108:172, 4:68], fourth), "the second prompt's"
+
+
+def test_chat_answers(workdir, digit):
+    done = run_door(
+        "chat", f"--workdir={workdir}", f"--image={digit}", "--question=Which digit is this?", "--max_tokens=3"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+
+
+TRAIN = ["train", "--workdir={tmp}/new"]
+SAMPLE = ["sample", "--workdir={workdir}"]
+CHAT = ["chat", "--workdir={workdir}", "--question=What is this?"]
+
+# The arguments, and what the error names.
+BAD_INPUT = {
+    "unknown key": ([*TRAIN, *tiny_flags(), "--config.train.stepz=5"], "train.steps"),
+    "unknown section": ([*TRAIN, *tiny_flags(), "--config.trian.steps=5"], "train.steps"),
+    "value of another type": ([*TRAIN, *tiny_flags(), "--config.train.steps=many"], "train.steps"),
+    "K does not divide L": ([*TRAIN, *tiny_flags(model__num_groups=3)], "does not divide the 4 layers"),
+    "batch that K does not divide": ([*TRAIN, *tiny_flags(train__batch_size=9)], "equal share"),
+    "no such config file": ([*TRAIN, "--config=configs/nothing.py"], "configs/nothing.py"),
+    "no workdir": (["train", *tiny_flags()], "--workdir"),
+    "unknown flag": ([*SAMPLE, "--prompt=a", "--stepz=5"], "stepz"),
+    "stray argument": ([*SAMPLE, "--prompt=a", "five"], "five"),
+    "empty prompt": ([*SAMPLE, "--prompt= "], "prompt is empty"),
+    "no prompt": (SAMPLE, "--prompt"),
+    "no run": (["sample", "--workdir={tmp}/nowhere", "--prompt=a"], "no config.json"),
+    "no steps": ([*SAMPLE, "--prompt=a", "--steps=0"], "steps"),
+    "output that is no PNG": ([*SAMPLE, "--prompt=a", "--out=grid.jpeg"], ".png"),
+    "missing image": ([*CHAT, "--image=nothing.png"], "nothing.png"),
+    "image that is none": ([*CHAT, "--image={tmp}/text.png"], "text.png"),
+    "truncated image": ([*CHAT, "--image={tmp}/cut.png"], "cut.png"),
+    "empty question": (["chat", "--workdir={workdir}", "--question="], "question is empty"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, digit):
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "cut.png").write_bytes(digit.read_bytes()[:200])
+    arguments, named = BAD_INPUT[case]
+    done = run_door(*(argument.format(tmp=tmp_path, workdir=workdir) for argument in arguments))
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert named in lines[0]
+
+
+def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
+    """A run killed before its first checkpoint has a config and no weights."""
+    config = tiny_config()
+    stages.prepare_tokenizer(config, stages.prepare_workdir(config, tmp_path))
+    for door, flag, missing in [("sample", "--prompt=a", "no checkpoint"), ("chat", "--question=a", "no finished VLM")]:
+        done = run_door(door, f"--workdir={tmp_path}", flag)
+        assert done.returncode == 2 and missing in done.stderr and done.stderr.count("\n") == 1, done.stderr
