@@ -65,7 +65,7 @@ class PromptEncoder:
         return EncodedPrompt(whole, tuple(images), np.arange(len(whole)) >= len(prompt))
 
     def drawing(self, caption: str) -> EncodedPrompt:
-        """A user's turn, its images first: up to where the answer starts, or with the answer if there is one."""
+        """The whole chat template of a caption up to and including `<|vision_start|>`; empty: the unconditional one."""
         return EncodedPrompt(np.asarray(self._tokenize(caption, 0, VISION_START)))
 
     def _tokenize_chat(self, text: str, num_images: int, answer: str | None) -> list[int]:

@@ -1,7 +1,8 @@
 """The two losses: flow matching for the generation pathway, and language modelling of answers for the VLM.
 
 A loss takes (trained parameters, frozen inputs, batch, keys) and returns a scalar and a dict of metrics. Rows of
-`batch` and `keys` stand on the leading axis; a loss is a mean over rows, so that micro-batches' losses average to the batch's.
+`batch` and `keys` stand on the leading axis; a loss is a mean over rows, so that the losses of micro-batches average to
+that of their batch.
 
 Axes: K group, b rows of one group's share, U prompts of a table, T token, C latent channel.
 """
