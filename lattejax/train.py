@@ -25,7 +25,7 @@ def check_config_flags(arguments: list[str]) -> None:
     """Refuses a config file that is not there, and overrides of keys that no config has, before they are parsed."""
     for argument in arguments:
         name, _, value = argument.lstrip("-").partition("=")
-        if name == "config" and not Path(value.partition(":")[0]).is_file():
+        if name == "config" and value and not Path(value.partition(":")[0]).is_file():
             raise UserError(f"--config={value}: there is no such file")
         if name.startswith("config."):
             configuration.check_key(name.removeprefix("config."))

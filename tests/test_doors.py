@@ -2,11 +2,15 @@
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
+from lattejax import configuration
+from lattejax.data import tokenizer as tokenizers
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
-from tests.helpers import run_door, tiny_config, tiny_flags
+from lattejax.weights.runs import Workdir
+from tests.helpers import encoder_for, run_door, tiny_config, tiny_flags
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +91,9 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, di
 
 def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
     """A run killed before its first checkpoint has a config and no weights."""
-    config = tiny_config()
-    stages.prepare_tokenizer(config, stages.prepare_workdir(config, tmp_path))
+    config, workdir = tiny_config(), Workdir(epath.Path(tmp_path))
+    tokenizers.save(encoder_for(config).tokenizer, workdir.tokenizer)
+    configuration.save(config, workdir.config)
     for door, flag, missing in [("sample", "--prompt=a", "no checkpoint"), ("chat", "--question=a", "no finished VLM")]:
         done = run_door(door, f"--workdir={tmp_path}", flag)
         assert done.returncode == 2 and missing in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -43,10 +43,14 @@ def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict
       UserError: the workdir belongs to another config, or the tokenizer does not fit the model.
       Interrupted: a signal came; everything is saved.
     """
-    workdir = prepare_workdir(config, path)
+    workdir = Workdir(epath.Path(path))
+    refuse_another_config(config, workdir)
+    encoder = prompt_encoder(config, find_tokenizer(config, workdir))
+    check_fit(config, encoder)
+    if not workdir.config.exists():
+        tokenizers.save(encoder.tokenizer, workdir.tokenizer)
+        configuration.save(config, workdir.config)
     clock = RunClock(workdir)
-    encoder = prompt_encoder(config, prepare_tokenizer(config, workdir))
-    caption_prompts(config, encoder)  # a prompt that does not fit is refused before the first stage
     pretrain_key, train_key = jax.random.split(jax.random.key(config.seed))
 
     # ---- Stage 1: the VLM
@@ -69,42 +73,44 @@ def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict
     return results
 
 
-# ---- The workdir
+# ---- Before any work starts
 
 
-def prepare_workdir(config: Config, path: str | epath.Path) -> Workdir:
-    """Writes the resolved config into a new workdir; refuses one that belongs to another config."""
-    workdir = Workdir(epath.Path(path))
+def refuse_another_config(config: Config, workdir: Workdir) -> None:
+    """Raises `UserError` if the workdir belongs to another config, and shows the difference."""
     if workdir.config.exists():
         different = configuration.differences(config, configuration.load(workdir.config))
         if different:
             raise UserError(
-                f"{path} belongs to another config ({'; '.join(different)}); use another --workdir, "
+                f"{workdir.path} belongs to another config ({'; '.join(different)}); use another --workdir, "
                 "or set init_from to start from its weights"
             )
-    else:
-        configuration.save(config, workdir.config)
-    return workdir
 
 
-def prepare_tokenizer(config: Config, workdir: Workdir) -> tokenizers.Tokenizer:
+def find_tokenizer(config: Config, workdir: Workdir) -> tokenizers.Tokenizer:
     """Returns the run's tokenizer: the saved one, else that of the run to start from, else the one that the config
     names, else one trained on the data's texts."""
     if tokenizers.is_saved(workdir.tokenizer):
         return tokenizers.load(workdir.tokenizer)
     if config.pretrain.init_from:
-        tokenizer = tokenizers.load(Run.open(config.pretrain.init_from).workdir.tokenizer)
-    elif config.tokenizer.path:
-        tokenizer = tokenizers.load(epath.Path(config.tokenizer.path))
-    else:
-        tokenizer = tokenizers.train(digits.texts(), config.tokenizer.vocab_size)
-    if len(tokenizer) > config.model.text.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries, more than "
-            f"config.model.text.vocab_size={config.model.text.vocab_size}"
-        )
-    tokenizers.save(tokenizer, workdir.tokenizer)
-    return tokenizer
+        return tokenizers.load(Run.open(config.pretrain.init_from).workdir.tokenizer)
+    if config.tokenizer.path:
+        return tokenizers.load(epath.Path(config.tokenizer.path))
+    return tokenizers.train(digits.texts(), config.tokenizer.vocab_size)
+
+
+def check_fit(config: Config, encoder: PromptEncoder) -> None:
+    """Raises `UserError` if tokenizer, prompts or the weights to start from do not fit the config."""
+    entries, room = len(encoder.tokenizer), config.model.text.vocab_size
+    if entries > room:
+        raise UserError(f"the tokenizer has {entries} entries, more than config.model.text.vocab_size={room}")
+    caption_prompts(config, encoder)
+    questions = digits.Questions("train", encoder)
+    encoder.check_length((questions[i] for i in range(len(questions))), config.data.answer_length)
+    for stage, abstract in ((config.pretrain, abstract_vlm), (config.train, abstract_generation)):
+        if stage.init_from:
+            theirs = abstract(Run.open(stage.init_from).config)
+            checkpoints.check_shapes(theirs, abstract(config), f"the weights of {stage.init_from}")
 
 
 # ---- The first stage: language modelling of answers
@@ -123,10 +129,8 @@ def pretrain_plan(config: Config, encoder: PromptEncoder, key: jax.Array) -> Sta
     def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:
         return {"answer_accuracy": held_out_answers(config, encoder, state.ema, config.eval.examples)}
 
-    source = digits.Questions("train", encoder)
-    encoder.check_length((source[i] for i in range(len(source))), config.data.answer_length)
     batches = training_batches(
-        source,
+        digits.Questions("train", encoder),
         lambda records: question_batch(encoder, records, config.data.answer_length),
         batch_size=stage.batch_size,
         seed=config.seed,

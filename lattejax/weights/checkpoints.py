@@ -61,6 +61,22 @@ def save_weights(path: epath.Path, params: Any) -> None:
         checkpointer.save(path, params)
 
 
+def check_shapes(theirs: Any, ours: Any, name: str) -> None:
+    """Raises `UserError` unless two trees have the same paths, with the same shapes."""
+    have, want = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
+        for tree in (theirs, ours)
+    )
+    wrong = [
+        f"{path}: {have.get(path)}, not {want.get(path)}" for path in have | want if have.get(path) != want.get(path)
+    ]
+    if wrong:
+        raise UserError(f"{name} do not fit the config: {'; '.join(wrong[:5])}{'; …' if wrong[5:] else ''}")
+
+
 def load_weights(path: epath.Path, target: Any) -> Any:
     """Reads weights into a tree like `target`; raises `UserError` if names or shapes differ."""
     with ocp.StandardCheckpointer() as checkpointer:
