@@ -23,14 +23,13 @@ def get_config() -> ConfigDict:
 
     config.model.text = ConfigDict()
     config.model.text.vocab_size = 384
-    config.model.text.hidden_size = 128
-    config.model.text.intermediate_size = 256
+    config.model.text.hidden_size = 96
+    config.model.text.intermediate_size = 192
     config.model.text.num_layers = 8
-    config.model.text.num_heads = 4
-    config.model.text.num_kv_heads = 2
-    config.model.text.rope_theta = (
-        2.0  # far below Qwen's million: rows and columns get the low frequencies, and the grid is 4x4
-    )
+    config.model.text.num_heads = 3
+    config.model.text.num_kv_heads = 1
+    # Far below Qwen's million: M-RoPE gives rows and columns the lowest frequencies, and this grid has four of each.
+    config.model.text.rope_theta = 2.0
     config.model.text.mrope_section = (4, 6, 6)
     config.model.text.rms_norm_eps = 1e-6
     config.model.text.tie_word_embeddings = True
@@ -44,7 +43,7 @@ def get_config() -> ConfigDict:
     config.model.vision.temporal_patch_size = 2
     config.model.vision.spatial_merge_size = 2
     config.model.vision.in_channels = 3
-    config.model.vision.hidden_size = 128
+    config.model.vision.hidden_size = 96
 
     config.data = ConfigDict()
     config.data.source = "digits"
@@ -63,7 +62,7 @@ def get_config() -> ConfigDict:
     # The VLM, on questions about images.
     config.pretrain = ConfigDict()
     config.pretrain.init_from = ""
-    config.pretrain.steps = 240
+    config.pretrain.steps = 360
     config.pretrain.batch_size = 48
     config.pretrain.accumulation = 2
     config.pretrain.learning_rate = 2e-3
@@ -80,10 +79,10 @@ def get_config() -> ConfigDict:
     # The generation pathway, beside the frozen VLM.
     config.train = ConfigDict()
     config.train.init_from = ""
-    config.train.steps = 1400
+    config.train.steps = 1600
     config.train.batch_size = 120
     config.train.accumulation = 2
-    config.train.learning_rate = 2e-3
+    config.train.learning_rate = 2.5e-3
     config.train.warmup_steps = 100
     config.train.decay = "linear"
     config.train.adam_b1 = 0.9
@@ -97,7 +96,7 @@ def get_config() -> ConfigDict:
     config.train.share_contexts = True
 
     config.eval = ConfigDict()
-    config.eval.every = 700
+    config.eval.every = 800
     config.eval.examples = 360
     config.eval.prompts = tuple(f"a handwritten {digit}" for digit in DIGITS)
     config.eval.images_per_prompt = 10
