@@ -171,6 +171,7 @@ class Config:
     def __post_init__(self):
         _check_one_of("dtype", self.dtype, DTYPES)
         _check("log_every", self.log_every, self.log_every > 0, "positive")
+        _ = self.model_config  # checks of its own
         share, rest = divmod(self.train.batch_size, self.train.accumulation * self.model.num_groups)
         if rest or not share:
             raise ValueError(
@@ -183,7 +184,6 @@ class Config:
                 f"train.init_from={self.train.init_from!r} needs the VLM that its generation pathway was trained "
                 "beside; set pretrain.init_from to the same run"
             )
-        _ = self.model_config  # its own checks
 
     @property
     def autoencoder(self):

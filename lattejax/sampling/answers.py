@@ -79,7 +79,7 @@ def stream_text(
 ) -> Iterator[str]:
     """Yields one answer piece by piece, as soon as its tokens make whole characters; see `stream` for the weights."""
     tokens: list[int] = []
-    said = ""
+    said = text = ""
     batch = encoder.batch([prompt])
     for token in stream(config, params, batch, max_tokens=max_tokens, stop_tokens=encoder.stop_tokens):
         tokens.append(int(token[0]))
@@ -87,3 +87,4 @@ def stream_text(
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[len(said) :]
             said = text
+    yield text[len(said) :]

@@ -129,7 +129,7 @@ class FlowLoss:
     ) -> Float[Array, "K b"]:
         """Returns each row's mean squared error."""
         x_t = interpolate(latents, noise, t)
-        params = functional.cast_floats(params, self.dtype)
+        params, contexts = functional.cast_floats((params, contexts), self.dtype)
         velocities = generation.group_velocities(
             self.config.generation, params, contexts, x_t, t, remat=self.remat, unroll=self.unroll
         )

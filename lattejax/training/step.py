@@ -95,7 +95,7 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - stage.ema_decay)
-        metrics |= {"grad_norm": optax.global_norm(gradients)} | gradient_metrics(gradients)
+        metrics |= {"grad_norm": optax.tree.norm(gradients)} | gradient_metrics(gradients)
         return TrainState(state.step + 1, params, ema, optimizer_state), metrics
 
     return step

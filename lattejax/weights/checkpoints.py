@@ -26,9 +26,8 @@ class Checkpoints:
     """One stage's checkpoints in a directory, local or remote; writing goes on in the background."""
 
     def __init__(self, directory: epath.Path, *, keep: int | None = None):
-        """Opens a directory to read, or, if `keep` is given, also to write and to keep so many."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=keep is None)
-        self._manager = ocp.CheckpointManager(directory, options=options)
+        """Opens a directory; `keep` is how many checkpoints stay there when new ones are written, None: all."""
+        self._manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
 
     @property
     def latest_step(self) -> int | None:
