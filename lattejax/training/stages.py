@@ -43,7 +43,7 @@ def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict
       UserError: the workdir belongs to another config, or the tokenizer does not fit the model.
       Interrupted: a signal came; everything is saved.
     """
-    workdir = Workdir(epath.Path(path))
+    workdir = Workdir.at(path)
     refuse_another_config(config, workdir)
     encoder = prompt_encoder(config, find_tokenizer(config, workdir))
     check_fit(config, encoder)

@@ -32,6 +32,11 @@ class Workdir:
 
     path: epath.Path
 
+    @classmethod
+    def at(cls, path: str | epath.Path) -> "Workdir":
+        """Takes a local path, also a relative one, or a remote one; Orbax wants absolute paths."""
+        return cls(epath.Path(path).expanduser().resolve())
+
     @property
     def config(self) -> epath.Path:
         return self.path / "config.json"
@@ -90,7 +95,7 @@ class Run:
     @classmethod
     def open(cls, path: str | epath.Path) -> "Run":
         """Raises `UserError` where there is no run."""
-        workdir = Workdir(epath.Path(path))
+        workdir = Workdir.at(path)
         if not workdir.config.exists():
             raise UserError(f"{path} is not the workdir of a run: it has no config.json")
         return cls(workdir, configuration.load(workdir.config))

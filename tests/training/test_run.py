@@ -118,7 +118,7 @@ def test_loss_is_the_mean_of_the_groups_losses(finished):
 def test_kill_and_rerun_equals_an_uninterrupted_run_bit_for_bit(finished, tmp_path, stage):
     """SIGKILL once some steps after a checkpoint are logged; then the same command."""
     whole = finished[0]
-    command = door_command("train", *tiny_flags(), f"--workdir={tmp_path}")
+    command = door_command("train", *tiny_flags(), f"--workdir={os.path.relpath(tmp_path, ROOT)}")
     with open(tmp_path / "output.txt", "w") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
         deadline = time.monotonic() + 300
