@@ -8,13 +8,18 @@ from typing import BinaryIO
 from etils import epath
 
 
+def is_remote(path: epath.Path) -> bool:
+    """Whether a path names an object store (gs://…), not a disk."""
+    return "://" in os.fspath(path)
+
+
 def write_whole(path: epath.Path, data: bytes) -> None:
     """Writes a file and the directories above it.
 
     A remote object appears whole or not at all; on a local disk the same takes a rename.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in os.fspath(path):
+    if is_remote(path):
         path.write_bytes(data)
     else:
         temporary = path.with_name(path.name + ".tmp")

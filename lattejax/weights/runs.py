@@ -20,6 +20,7 @@ from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
+from lattejax.files import is_remote
 from lattejax.models import couple, functional, qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.weights import checkpoints
@@ -35,7 +36,8 @@ class Workdir:
     @classmethod
     def at(cls, path: str | epath.Path) -> "Workdir":
         """Takes a local path, also a relative one, or a remote one; Orbax wants absolute paths."""
-        return cls(epath.Path(path).expanduser().resolve())
+        path = epath.Path(path)
+        return cls(path if is_remote(path) else path.expanduser().resolve())
 
     @property
     def config(self) -> epath.Path:
