@@ -18,7 +18,11 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.variant = "couple"
     config.model.num_groups = 4
+    config.model.group_sizes = ()
+    config.model.interval_edges = ()
     config.model.residual_attention = "probabilities"
+    config.model.residual_gate = "head"
+    config.model.replica_init = "vlm"
     config.model.patch_size = 2
 
     config.model.text = ConfigDict()
@@ -47,6 +51,7 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.source = "digits"
+    config.data.prompts = "captions"
     config.data.autoencoder = "pixels"
     config.data.image_size = 8
     config.data.prompt_length = 24
@@ -94,6 +99,13 @@ def get_config() -> ConfigDict:
     config.train.unroll = True
     config.train.prompt_dropout = 0.1
     config.train.share_contexts = True
+    config.train.density = "uniform"
+    config.train.density_mean = 0.0
+    config.train.density_std = 1.0
+    config.train.density_shift = 1.0
+    config.train.stratified = True
+    config.train.answer_batch_size = 24
+    config.train.answer_weight = 1.0
 
     config.eval = ConfigDict()
     config.eval.every = 800
@@ -102,7 +114,11 @@ def get_config() -> ConfigDict:
     config.eval.images_per_prompt = 10
     config.eval.sample_steps = 40
     config.eval.guidance = 2.0
+    config.eval.guidance_interval = (0.0, 1.0)
+    config.eval.solver = "euler"
+    config.eval.shift = 1.0
     config.eval.batch_size = 100
+    config.eval.scored_images = 100
     config.eval.final_images = 1000
 
     config.checkpoint = ConfigDict()

@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
 
+from lattejax import configuration
 from lattejax.errors import UserError
 
 
@@ -39,3 +41,16 @@ def run(main: Callable[[], None], check: Callable[[list[str]], None] = lambda ar
 def fail(error: Exception) -> None:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def check_config_flags(arguments: list[str], section: str = "") -> None:
+    """Refuses a config file that is not there, and overrides of keys that no config has, before they are parsed.
+
+    `section` is where in the file a run's config stands ("base." in a sweep's).
+    """
+    for argument in arguments:
+        name, _, value = argument.lstrip("-").partition("=")
+        if name == "config" and value and not Path(value.partition(":")[0]).is_file():
+            raise UserError(f"--config={value}: there is no such file")
+        if name.startswith(f"config.{section}"):
+            configuration.check_key(name.removeprefix(f"config.{section}"))

@@ -17,17 +17,20 @@ from ml_collections import ConfigDict
 
 from lattejax.errors import UserError
 from lattejax.files import write_whole
+from lattejax.flow.densities import Density, LogitNormal, Shifted, Uniform
+from lattejax.flow.schedule import Sampling
 from lattejax.models.autoencoders import AUTOENCODERS
-from lattejax.models.couple import ModelConfig
 from lattejax.models.functional import REMAT_POLICIES
 from lattejax.models.generation import GenerationConfig
+from lattejax.models.latte_flow import ModelConfig
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.models.text import TextConfig
 from lattejax.models.vision import VisionConfig
 
-VARIANTS = ("couple",)
 DTYPES = ("float32", "bfloat16")
 DECAYS = ("none", "cosine", "linear")
+PROMPTS = ("captions", "pictures")
+DENSITIES = ("uniform", "logit_normal", "shifted")
 
 
 def _check(name: str, value: Any, good: bool, expected: str) -> None:
@@ -41,20 +44,22 @@ def _check_one_of(name: str, value: str, known: typing.Iterable[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    variant: str  # "couple": a frozen VLM and a trained generation pathway
+    variant: str  # "couple": a frozen VLM beside trained replicas of its layers; "blend": shared layers, all trained
     num_groups: int  # K, the timestep-expert groups; divides text.num_layers
-    residual_attention: str  # "probabilities", or "none"
+    group_sizes: tuple[int, ...]  # layers of each group, first the noisiest; empty: equal
+    interval_edges: tuple[float, ...]  # K + 1 flow times from 0 to 1 between which the groups stand; empty: equal
+    residual_attention: str  # what a layer takes up from the one before: "probabilities", "logits", or "none"
+    residual_gate: str  # one gate for each "head", or one for the "layer"
+    replica_init: str  # replicas of the VLM's layers start as copies ("vlm") or at "random"
     patch_size: int  # side of the square of latents that makes one image token
     text: TextConfig
     vision: VisionConfig
-
-    def __post_init__(self):
-        _check_one_of("variant", self.variant, VARIANTS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     source: str  # "digits": scikit-learn's handwritten digits
+    prompts: str  # of the drawings: "captions", or "pictures" to look at, each with one request
     autoencoder: str  # "pixels": latents are grey pixels
     image_size: int  # side of the images that are drawn, in pixels
     prompt_length: int  # tokens that image prompts are padded to
@@ -65,6 +70,7 @@ class Data:
 
     def __post_init__(self):
         _check_one_of("source", self.source, ("digits",))
+        _check_one_of("prompts", self.prompts, PROMPTS)
         _check_one_of("autoencoder", self.autoencoder, AUTOENCODERS)
         _check("image_size", self.image_size, self.image_size == 8, "8, the digits' own size")
         _check("threads", self.threads, self.threads > 0, "positive")
@@ -111,11 +117,31 @@ class Stage:
 @dataclasses.dataclass(frozen=True)
 class GenerationStage(Stage):
     prompt_dropout: float  # probability of training on the empty prompt, which guidance needs
-    share_contexts: bool  # compute the context of each distinct caption once, ahead of training, and keep them all
+    share_contexts: bool  # each distinct caption is read once, not each row (Couple: ahead; Blend: in each step)
+    density: str  # of flow times: "uniform"; "logit_normal" with density_mean and _std; "shifted" with density_shift
+    density_mean: float
+    density_std: float
+    density_shift: float
+    stratified: bool  # equal shares of a batch for all groups; without, t alone decides, at K times the cost
+    answer_batch_size: int  # Blend: questions in each step, beside batch_size images; Couple trains on none
+    answer_weight: float  # Blend: of the answers' loss beside the flow's
 
     def __post_init__(self):
         super().__post_init__()
         _check("prompt_dropout", self.prompt_dropout, 0 <= self.prompt_dropout <= 1, "in [0, 1]")
+        _check_one_of("density", self.density, DENSITIES)
+        _check("density_std", self.density_std, self.density_std > 0, "positive")
+        _check("density_shift", self.density_shift, self.density_shift > 0, "positive")
+        _check("answer_batch_size", self.answer_batch_size, self.answer_batch_size > 0, "positive")
+        _check("answer_weight", self.answer_weight, self.answer_weight > 0, "positive")
+
+    @property
+    def flow_density(self) -> Density:
+        return {
+            "uniform": Uniform(),
+            "logit_normal": LogitNormal(self.density_mean, self.density_std),
+            "shifted": Shifted(self.density_shift),
+        }[self.density]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,16 +152,27 @@ class Evaluation:
     images_per_prompt: int
     sample_steps: int
     guidance: float
+    guidance_interval: tuple[float, float]  # only steps that start in it are guided
+    solver: str  # "euler" or "heun"
+    shift: float  # of the step times; 1: none, below 1: more steps near the noise
     batch_size: int  # images that one sampling call draws
+    scored_images: int  # images that each evaluation scores, as many of each digit; 0: none
     final_images: int  # images that the final score draws at each guidance scale, as many of each digit
 
     def __post_init__(self):
         _check("every", self.every, self.every >= 0, "at least 0")
         _check("examples", self.examples, self.examples >= 0, "at least 0")
         _check("prompts", self.prompts, len(self.prompts) > 0 and all(map(str.strip, self.prompts)), "non-empty texts")
-        _check("final_images", self.final_images, self.final_images % 10 == 0, "a multiple of the 10 digits")
-        for name in ("images_per_prompt", "sample_steps", "batch_size", "final_images"):
+        for name in ("scored_images", "final_images"):
+            good = getattr(self, name) >= 0 and getattr(self, name) % 10 == 0
+            _check(name, getattr(self, name), good, "a multiple of the 10 digits")
+        for name in ("images_per_prompt", "batch_size", "final_images"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        _ = self.sampling  # checks of its own
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.sample_steps, self.guidance, self.guidance_interval, self.solver, self.shift)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +200,7 @@ class Config:
     data: Data
     tokenizer: Tokenizer
     pretrain: Stage  # the VLM, on questions about images
-    train: GenerationStage  # the generation pathway, beside the frozen VLM
+    train: GenerationStage  # the generation pathway, and in Blend the VLM's layers
     eval: Evaluation
     checkpoint: Checkpoints
     profile: Profile
@@ -172,18 +209,29 @@ class Config:
         _check_one_of("dtype", self.dtype, DTYPES)
         _check("log_every", self.log_every, self.log_every > 0, "positive")
         _ = self.model_config  # checks of its own
-        share, rest = divmod(self.train.batch_size, self.train.accumulation * self.model.num_groups)
-        if rest or not share:
+        groups, accumulation = self.model.num_groups if self.train.stratified else 1, self.train.accumulation
+        if self.train.batch_size % (accumulation * groups):
             raise ValueError(
-                f"train.batch_size={self.train.batch_size} must be a multiple of train.accumulation "
-                f"({self.train.accumulation}) times model.num_groups ({self.model.num_groups}), so that every group "
-                "gets an equal share"
+                f"train.batch_size={self.train.batch_size} must be a multiple of train.accumulation ({accumulation}) "
+                f"times model.num_groups ({groups}), so that every group gets an equal share"
             )
+        if self.trains_answers and self.train.answer_batch_size % accumulation:
+            raise ValueError(
+                f"train.answer_batch_size={self.train.answer_batch_size} must be a multiple of train.accumulation "
+                f"({accumulation})"
+            )
+        if self.data.prompts == "pictures" and self.train.share_contexts:
+            raise ValueError("data.prompts='pictures' makes every prompt its own; set train.share_contexts=False")
         if self.train.init_from and not self.pretrain.init_from:
             raise ValueError(
                 f"train.init_from={self.train.init_from!r} needs the VLM that its generation pathway was trained "
                 "beside; set pretrain.init_from to the same run"
             )
+
+    @property
+    def trains_answers(self) -> bool:
+        """Whether the second stage trains on questions too: where it trains weights that answer them."""
+        return self.model_config.shares_layers
 
     @property
     def autoencoder(self):
@@ -197,9 +245,14 @@ class Config:
                 text=self.model.text,
                 latent_shape=self.autoencoder.latent_shape,
                 num_groups=self.model.num_groups,
+                group_sizes=self.model.group_sizes,
+                interval_edges=self.model.interval_edges,
                 residual_attention=self.model.residual_attention,
+                residual_gate=self.model.residual_gate,
+                replica_init=self.model.replica_init,
                 patch_size=self.model.patch_size,
             ),
+            variant=self.model.variant,
         )
 
 

@@ -8,18 +8,26 @@ from absl import flags
 from etils import epath
 
 from lattejax import cli
+from lattejax.data.prompts import open_image
 from lattejax.errors import UserError
 from lattejax.files import write_with
-from lattejax.models import qwen2_vl
+from lattejax.flow.schedule import Sampling
+from lattejax.flow.solvers import SOLVERS
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler
 from lattejax.weights.runs import Run, inference_weights
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.")
+IMAGE = flags.DEFINE_multi_string("image", [], "An image file that every prompt looks at; may be given several times.")
 NUM = flags.DEFINE_integer("num", 16, "Images of each prompt.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 40, "Sampling steps.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", 2.0, "Guidance scale; 1 is none.")
+GUIDANCE_INTERVAL = flags.DEFINE_list(
+    "guidance_interval", ["0", "1"], "Only steps that start between these flow times are guided; noise is at 0."
+)
+SOLVER = flags.DEFINE_enum("solver", "euler", list(SOLVERS), "How a step is taken; Heun's costs two velocities.")
+SHIFT = flags.DEFINE_float("shift", 1.0, "Moves the steps' times: below 1 towards the noise, above 1 to the image.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images drawn at a time.", lower_bound=1)
 OUT = flags.DEFINE_string("out", "samples.png", "Where the labelled grid goes: a .png file.")
@@ -31,23 +39,22 @@ def main() -> None:
     out = epath.Path(OUT.value)
     if out.suffix != ".png":
         raise UserError(f"--out={out} must end in .png")
+    try:
+        interval = tuple(float(end) for end in GUIDANCE_INTERVAL.value)
+        sampling = Sampling(STEPS.value, GUIDANCE.value, interval, SOLVER.value, SHIFT.value)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
     run = Run.open(WORKDIR.value)
-    generation = inference_weights(run.config, run.generation())
-    vlm = qwen2_vl.unstack(inference_weights(run.config, run.vlm()))
-    sampler = ImageSampler(run.config.model_config, run.config.autoencoder, run.encoder, vlm)
-    images = sampler(
-        generation,
-        PROMPT.value,
-        images_per_caption=NUM.value,
-        num_steps=STEPS.value,
-        guidance=GUIDANCE.value,
-        seed=SEED.value,
-        batch_size=BATCH_SIZE.value,
-    )
+    images = [run.encoder.read_image(open_image(path)) for path in IMAGE.value]
+    prompts = [run.encoder.drawing(prompt, images) for prompt in PROMPT.value]
+    config = run.config.model_config
+    weights = inference_weights(run.config, run.params())
+    sampler = ImageSampler(config, run.config.autoencoder, run.encoder, weights)
+    images = sampler(prompts, sampling, images_per_prompt=NUM.value, batch_size=BATCH_SIZE.value, seed=SEED.value)
     write_with(out, lambda file: labelled_grid(images, PROMPT.value).save(file, format="PNG"))
     if NPZ.value:
         write_with(out.with_suffix(".npz"), lambda file: np.savez(file, arr_0=images))
-    steps = [len(group) for group in sampler.intervals.schedule(STEPS.value)]
+    steps = [len(group) for group in config.generation.intervals.schedule(sampling.num_steps, sampling.shift)]
     print(f"{len(images)} images in {out}; steps per group: {steps}")
 
 

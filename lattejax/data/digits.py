@@ -16,6 +16,7 @@ from lattejax.data.prompts import EncodedPrompt, PromptEncoder
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = tuple(f"a handwritten {word}" for word in WORDS)
+REQUEST = "another picture like this"
 QUESTIONS_PER_IMAGE = 4
 
 
@@ -75,24 +76,46 @@ class Questions:
         return self.encoder.question(self.text(index)[0], [self.images[index // QUESTIONS_PER_IMAGE]])
 
 
-class CaptionedImages:
-    """A random-access source of latents [h, w, C], each with the number of its caption in `captions`."""
+class Drawings:
+    """A random-access source of latents [h, w, C], each with its prompt.
 
-    captions = CAPTIONS
+    With "captions" the prompt is a caption, of which there are ten: a record has its number too. With "pictures" it is
+    another picture of the same digit, to look at, and a request.
+    """
 
-    def __init__(self, split: str, autoencoder: Any):
+    def __init__(self, split: str, autoencoder: Any, encoder: PromptEncoder, kind: str):
         digits = load(split)
         self.latents = np.asarray(autoencoder.encode(digits.images.astype(np.float32) / 127.5 - 1))
         self.labels = digits.labels.astype(np.int32)
+        self.kind = kind
+        if kind == "captions":
+            captions = [encoder.drawing(caption) for caption in CAPTIONS]
+            self.prompts = [captions[label] for label in self.labels]
+        else:
+            images = [encoder.read_image(Image.fromarray(image)) for image in digits.images]
+            self.prompts = [encoder.drawing(REQUEST, [images[i]]) for i in self._others()]
+
+    def _others(self) -> np.ndarray:
+        """For each picture the next one of its digit, in a circle."""
+        others = np.empty(len(self.labels), int)
+        for label in range(10):
+            own = np.flatnonzero(self.labels == label)
+            others[own] = np.roll(own, -1)
+        return others
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"latents": self.latents[index], "caption": self.labels[index]}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = {"latents": self.latents[index], "prompt": self.prompts[index]}
+        return record | {"caption": self.labels[index]} if self.kind == "captions" else record
+
+    def one_of_each(self) -> list[EncodedPrompt]:
+        """A prompt for each digit, in order."""
+        return [self.prompts[np.flatnonzero(self.labels == label)[0]] for label in range(10)]
 
 
 def texts() -> list[str]:
     """Everything that is ever said about the digits, to train a tokenizer on."""
     pairs = [question_and_answer(label, kind, index) for label in range(10) for kind in range(4) for index in (0, 1)]
-    return [*CAPTIONS, *(text for pair in pairs for text in pair)]
+    return [*CAPTIONS, REQUEST, *(text for pair in pairs for text in pair)]

@@ -1,6 +1,6 @@
 """Deterministic batches: row j of batch n is record π(n·B + j), π a shuffle of each epoch, drawn from the seed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -23,3 +23,20 @@ def training_batches(
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=make_batch)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+
+
+class Streams(Iterator[dict[str, Any]]):
+    """Several iterators of batches as one, of dicts with a batch of each; its state is a dict of their states."""
+
+    def __init__(self, **streams: grain.DatasetIterator):
+        self._streams = streams
+
+    def __next__(self) -> dict[str, Any]:
+        return {name: next(stream) for name, stream in self._streams.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        return {name: stream.get_state() for name, stream in self._streams.items()}
+
+    def set_state(self, states: dict[str, Any]) -> None:
+        for name, stream in self._streams.items():
+            stream.set_state(states[name])

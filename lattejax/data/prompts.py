@@ -5,7 +5,8 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from PIL import Image
+from etils import epath
+from PIL import Image, UnidentifiedImageError
 from transformers import Qwen2VLImageProcessorPil
 
 from lattejax.data.tokenizer import IMAGE_PAD, TURN_END, VISION_START, Tokenizer
@@ -30,6 +31,18 @@ class EncodedPrompt:
     input_ids: np.ndarray
     images: tuple[ReadableImage, ...] = ()
     is_answer: np.ndarray | None = None
+
+
+def open_image(path: str) -> Image.Image:
+    """Opens an image file; raises `UserError` where there is none, or what is there is no image."""
+    file = epath.Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        with file.open("rb") as opened:
+            return Image.open(opened).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
 class PromptEncoder:
@@ -64,9 +77,19 @@ class PromptEncoder:
         whole = self._with_images(self._tokenize(question, len(images), answer), images)
         return EncodedPrompt(whole, tuple(images), np.arange(len(whole)) >= len(prompt))
 
-    def drawing(self, caption: str) -> EncodedPrompt:
-        """The whole chat template of a caption up to and including `<|vision_start|>`; empty: the unconditional one."""
-        return EncodedPrompt(np.asarray(self._tokenize(caption, 0, VISION_START)))
+    def drawing(self, caption: str, images: Sequence[ReadableImage] = ()) -> EncodedPrompt:
+        """A prompt to draw: the whole chat template of a caption, with images to look at before it, up to and
+        including the assistant's `<|vision_start|>`."""
+        if not caption.strip():
+            raise UserError("a prompt is empty; say what to draw")
+        return EncodedPrompt(self._drawing(caption, images), tuple(images))
+
+    def unconditional(self) -> EncodedPrompt:
+        """The same template with an empty caption: what guidance points away from."""
+        return EncodedPrompt(self._drawing("", ()))
+
+    def _drawing(self, caption: str, images: Sequence[ReadableImage]) -> np.ndarray:
+        return self._with_images(self._tokenize(caption, len(images), VISION_START), images)
 
     def _tokenize_chat(self, text: str, num_images: int, answer: str | None) -> list[int]:
         """Token ids of a chat with one pad an image; `answer` is "<|vision_start|>" for a prompt to draw."""

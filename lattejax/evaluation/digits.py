@@ -1,7 +1,5 @@
 """The score of the digits run: are answers right, and are generated digits read as what was asked for?"""
 
-from collections.abc import Callable
-
 import numpy as np
 from sklearn.svm import SVC
 
@@ -40,24 +38,26 @@ def _vectors(images: np.ndarray) -> np.ndarray:
     return images[..., 0].reshape(len(images), -1) / 255.0
 
 
-def generation_scores(draw: Callable[[float], np.ndarray], images_per_digit: int) -> dict[str, float]:
-    """Scores generated digits at guidance 1 and 2.
+class DigitReader:
+    """Reads drawn digits, with a support vector machine fitted on the real training digits."""
 
-    A support vector machine fitted on the real training digits reads them. The Fréchet distance is to the test images,
-    in pixels of [0, 1]; `frechet_train_test`, the training images' own, is what it can be hoped to reach.
+    def __init__(self):
+        train = digits.load("train")
+        self._machine = SVC(gamma="scale", C=10.0).fit(_vectors(train.images), train.labels)
 
-    Args:
-      draw: takes a guidance scale, returns uint8 images [10 · images_per_digit, 8, 8, 3], zeros first.
-      images_per_digit: images of each digit.
-    """
-    train, test = digits.load("train"), digits.load("test")
-    reader = SVC(gamma="scale", C=10.0).fit(_vectors(train.images), train.labels)
-    real = _vectors(test.images)
-    asked = np.repeat(np.arange(10), images_per_digit)
-    scores = {}
-    for guidance in (1, 2):
-        drawn = _vectors(draw(float(guidance)))
-        scores[f"generated_accuracy_guidance_{guidance}"] = float(np.mean(reader.predict(drawn) == asked))
-        scores[f"frechet_guidance_{guidance}"] = frechet_distance(drawn, real)
-    scores["frechet_train_test"] = frechet_distance(_vectors(train.images), real)
-    return scores
+    def score(self, images: np.ndarray) -> dict[str, float]:
+        """The share of images read as what was asked for, and their Fréchet distance to the test images.
+
+        Args:
+          images: uint8 [10 · n, 8, 8, 3], zeros first. The distance is in pixels of [0, 1].
+        """
+        drawn, asked = _vectors(images), np.repeat(np.arange(10), len(images) // 10)
+        return {
+            "generated_accuracy": float(np.mean(self._machine.predict(drawn) == asked)),
+            "frechet": frechet_distance(drawn, _vectors(digits.load("test").images)),
+        }
+
+
+def frechet_train_test() -> float:
+    """The training images' own distance to the test images: what a generator can hope to reach."""
+    return frechet_distance(*(_vectors(digits.load(split).images) for split in ("train", "test")))

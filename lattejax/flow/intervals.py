@@ -13,7 +13,9 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from lattejax.flow.densities import UNIFORM, Density, Shifted
 
 # For each group, the (start, end) of the steps that it runs.
 Schedule = tuple[tuple[tuple[float, float], ...], ...]
@@ -24,6 +26,13 @@ class Intervals:
     """The edge table: K + 1 rising numbers from 0 to 1."""
 
     edges: tuple[float, ...]
+
+    def __post_init__(self):
+        rising = all(low < high for low, high in itertools.pairwise(self.edges))
+        if len(self.edges) < 2 or self.edges[0] != 0 or self.edges[-1] != 1 or not rising:
+            raise ValueError(
+                f"interval_edges={self.edges} must rise from 0 to 1, so that every flow time has one owner"
+            )
 
     @classmethod
     def equal(cls, num_groups: int) -> "Intervals":
@@ -41,30 +50,49 @@ class Intervals:
         """Returns the group that owns flow time t; on the host, in float64."""
         return np.clip(np.searchsorted(self.edges, t, side="right") - 1, 0, self.num_groups - 1)
 
-    def draw(self, u: Float[Array, "K b"]) -> Float[Array, "K b"]:
-        """Maps uniform draws in [0, 1) to flow times, row k into group k's interval, for a uniform density of t.
+    def owners(self, t: Float[Array, "b"]) -> Int[Array, "b"]:
+        """The same inside a compiled step, in t's own precision."""
+        first, _ = self._range(t.dtype)
+        return jnp.searchsorted(jnp.asarray(first[1:]), t, side="right")
 
-        Rounding never carries a draw out of its interval: it is held between the first and the last number of u's
-        precision that `group_of` gives to the group.
-        """
-        edges = np.asarray(self.edges)
-        low, high = edges[:-1].astype(u.dtype), edges[1:].astype(u.dtype)
-        first = np.where(low < edges[:-1], np.nextafter(low, np.inf, dtype=u.dtype), low)
-        last = np.where(high >= edges[1:], np.nextafter(high, -np.inf, dtype=u.dtype), high)
-        t = low[:, None] + (high - low)[:, None] * u
+    def hold(self, t: Float[Array, "K b"]) -> Float[Array, "K b"]:
+        """Moves flow times into their row's interval: between the first and the last number of t's precision that
+        `group_of` gives to the group."""
+        first, last = self._range(t.dtype)
         return jnp.clip(t, first[:, None], last[:, None])
 
-    def weights(self) -> np.ndarray:
-        """The weight K·P_k of group k's examples, P_k being its share of the density of t.
+    def _range(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        edges = np.asarray(self.edges)
+        low, high = edges[:-1].astype(dtype), edges[1:].astype(dtype)
+        first = np.where(low < edges[:-1], np.nextafter(low, np.inf, dtype=dtype), low)
+        last = np.where(high >= edges[1:], np.nextafter(high, -np.inf, dtype=dtype), high)
+        return first, last
 
-        Every group gets an equal share of each batch, whatever its interval's length; so weighted, the batch's mean
-        loss is an unbiased estimate of the mean over t.
+    def draw(self, u: Float[Array, "K b"], density: Density = UNIFORM) -> Float[Array, "K b"]:
+        """Maps uniform draws in [0, 1) to flow times of the density restricted to each row's interval.
+
+        Rounding never carries a draw out of its interval.
         """
-        return self.num_groups * np.asarray(self.lengths)
+        below = density.cumulative(self.edges).astype(u.dtype)
+        return self.hold(density.quantile(below[:-1, None] + np.diff(below)[:, None] * u))
 
-    def schedule(self, num_steps: int) -> Schedule:
-        """Deals `num_steps` equal steps out to the groups: a step belongs to the group that owns its start."""
+    def masses(self, density: Density = UNIFORM) -> np.ndarray:
+        """P_k, each group's share of the density of t.
+
+        Every group gets an equal share of each batch, whatever its mass. The batch's loss is Σ P_k·loss_k, that is,
+        each example weighs K·P_k: an unbiased estimate of the mean over t.
+        """
+        return np.diff(density.cumulative(self.edges))
+
+    def schedule(self, num_steps: int, shift: float = 1.0) -> Schedule:
+        """Deals `num_steps` steps out to the groups: a step belongs to the group that owns its start.
+
+        The steps are equal for a shift of 1; else their times are moved by it (see `densities.Shifted`), and it is the
+        moved time, which the network sees, that finds its group.
+        """
         times = [i / num_steps for i in range(num_steps + 1)]
+        if shift != 1:
+            times = [Shifted(shift).quantile(t) for t in times]
         steps: list[list[tuple[float, float]]] = [[] for _ in range(self.num_groups)]
         for start, end in itertools.pairwise(times):
             steps[int(self.group_of(start))].append((start, end))

@@ -7,14 +7,34 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Velocity = Callable[[Float[Array, "B h w C"], Float[Array, ""]], Float[Array, "B h w C"]]
+Steps = tuple[tuple[float, float], ...]  # (start, end) of each
 
 
-def euler(velocity: Velocity, x: Float[Array, "B h w C"], steps: tuple[tuple[float, float], ...]) -> jax.Array:
-    """Takes the given (start, end) steps, in order, by Euler's rule, as one compiled loop."""
-    starts, ends = jnp.asarray(steps, x.dtype).reshape(-1, 2).T
+def euler(velocity: Velocity, x: Float[Array, "B h w C"], steps: Steps) -> jax.Array:
+    """Takes the steps, in order, by Euler's rule, as one compiled loop."""
 
     def step(x, times):
         start, end = times
         return x + (end - start) * velocity(x, start), None
 
-    return jax.lax.scan(step, x, (starts, ends))[0]
+    return jax.lax.scan(step, x, _times(steps, x))[0]
+
+
+def heun(velocity: Velocity, x: Float[Array, "B h w C"], steps: Steps) -> jax.Array:
+    """Takes the steps by Heun's rule: the mean velocity of the step's start and of Euler's guess of its end."""
+
+    def step(x, times):
+        start, end = times
+        first = velocity(x, start)
+        second = velocity(x + (end - start) * first, end)
+        return x + (end - start) * (first + second) / 2, None
+
+    return jax.lax.scan(step, x, _times(steps, x))[0]
+
+
+def _times(steps: Steps, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    starts, ends = jnp.asarray(steps, x.dtype).reshape(-1, 2).T
+    return starts, ends
+
+
+SOLVERS = {"euler": euler, "heun": heun}

@@ -17,14 +17,15 @@ def decoder_layer(text: TextConfig, tokens: int, seen: int) -> int:
 
 
 def velocity(config: GenerationConfig, context_tokens: int) -> int:
-    """One image through one group of M layers, its time embedding and modulations included."""
+    """One image through one group of M = L/K layers (their mean, if groups differ), time embedding and modulations
+    included."""
     text = config.text
     width, tokens = text.hidden_size, config.grid[0] * config.grid[1]
-    gates = text.num_heads if config.residual_attention != "none" else 0
-    layer = decoder_layer(text, tokens, context_tokens + tokens) + 2 * width * (4 * width + gates)
+    modulation = 2 * width * (4 * width + config.layer.num_gates)
+    layer = decoder_layer(text, tokens, context_tokens + tokens) + modulation
     ends = 2 * tokens * 2 * width * config.token_dim + 2 * width * 2 * width
     time = 2 * (TIME_CHANNELS + width) * width
-    return config.layers_per_group * layer + ends + time
+    return text.num_layers * layer // config.num_groups + ends + time
 
 
 def reading(text: TextConfig, tokens: int) -> int:

@@ -8,12 +8,13 @@ that `jax.jit`, `jax.grad`, `jax.vmap` and `jax.lax.scan` are all the transforms
 """
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
 Params = Any  # a nested dict of arrays
 # The layers of a stack, either as one tree whose leaves are stacked on a leading axis, or as a list with a tree each.
@@ -40,16 +41,32 @@ def bind(module: type[nnx.Module], *args, params: Params):
     return nnx.merge(_graph(module, *args), nnx.State(params))
 
 
-def unstack(stacked: Params, axis: int = 0) -> list[Params]:
-    """Splits a stack, along `axis`, into a list with one tree a layer, each leaf an array of its own.
+def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
+    """Splits a nested dict in two: the leaves whose path ("a/b/c") starts with one of the patterns, and the rest."""
+    inside, outside = {}, {}
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        (inside if any(re.match(pattern, path) for pattern in patterns) else outside)[path] = leaf
+    return traverse_util.unflatten_dict(inside, sep="/"), traverse_util.unflatten_dict(outside, sep="/")
+
+
+def merge(*parts: Params) -> Params:
+    """Puts the parts of a nested dict together again; a later part's leaves replace an earlier one's."""
+    flat = {}
+    for part in parts:
+        flat |= traverse_util.flatten_dict(part, sep="/")
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def unstack(stacked: Params) -> list[Params]:
+    """Splits a stack into a list with one tree a layer, each leaf an array of its own.
 
     Sampling and decoding want this form: slicing a layer out of a stack inside a compiled loop copies its weights at
     every step, which at batch 1 costs more than the layer itself.
     """
-    length = jax.tree.leaves(stacked)[0].shape[axis]
+    length = jax.tree.leaves(stacked)[0].shape[0]
 
     def layer(index: int) -> Params:
-        return jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, index, axis, keepdims=False), stacked)
+        return jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, index, keepdims=False), stacked)
 
     return [layer(index) for index in range(length)]
 

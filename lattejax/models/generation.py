@@ -8,7 +8,8 @@ Axes: B batch, K group, M layer in group, L = K M layers, T context token, N ima
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,40 +18,71 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from lattejax.flow.intervals import Intervals
 from lattejax.models import functional
 from lattejax.models.functional import Layers, Params
-from lattejax.models.generation_layer import RESIDUAL_ATTENTION, GenerationLayer, LayerConfig
+from lattejax.models.generation_layer import GenerationLayer, LayerConfig
 from lattejax.models.rotary import multimodal_rotary
 from lattejax.models.text import KeysValues, TextConfig
+
+REPLICA_INITS = ("vlm", "random")
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Geometry of the generation pathway; `text` is the VLM's, `latent_shape` the autoencoder's (rows, columns, C)."""
+    """Geometry of the generation pathway; `text` is the VLM's, `latent_shape` the autoencoder's (rows, columns, C).
+
+    The groups are equal in layers and in flow time unless `group_sizes` (summing to L) or `interval_edges` (rising from
+    0 to 1) say otherwise.
+    """
 
     text: TextConfig
     latent_shape: tuple[int, int, int]
     num_groups: int = 4
+    group_sizes: tuple[int, ...] = ()
+    interval_edges: tuple[float, ...] = ()
     residual_attention: str = "probabilities"
+    residual_gate: str = "head"
+    replica_init: str = "vlm"
     patch_size: int = 1
 
     def __post_init__(self):
-        if self.num_groups < 1 or self.text.num_layers % self.num_groups:
-            fitting = [k for k in range(1, self.text.num_layers + 1) if self.text.num_layers % k == 0]
+        layers = self.text.num_layers
+        if self.group_sizes:
+            good = len(self.group_sizes) == self.num_groups and min(self.group_sizes) > 0
+            if not good or sum(self.group_sizes) != layers:
+                raise ValueError(
+                    f"group_sizes={self.group_sizes} must be {self.num_groups} positive numbers (num_groups) that sum "
+                    f"to the {layers} layers of the language model, not to {sum(self.group_sizes)}"
+                )
+        elif self.num_groups < 1 or layers % self.num_groups:
+            fitting = [k for k in range(1, layers + 1) if layers % k == 0]
             raise ValueError(
-                f"num_groups={self.num_groups} does not divide the {self.text.num_layers} layers of the language "
-                f"model; use one of {fitting}"
+                f"num_groups={self.num_groups} does not divide the {layers} layers of the language model; use one of "
+                f"{fitting}, or give group_sizes"
             )
-        if self.residual_attention not in RESIDUAL_ATTENTION:
+        if self.intervals.num_groups != self.num_groups:
             raise ValueError(
-                f"residual_attention={self.residual_attention!r} is unknown; use one of {RESIDUAL_ATTENTION}"
+                f"interval_edges={self.interval_edges} make {self.intervals.num_groups} intervals; num_groups="
+                f"{self.num_groups} needs {self.num_groups + 1} edges"
             )
+        if self.replica_init not in REPLICA_INITS:
+            raise ValueError(f"replica_init={self.replica_init!r} is unknown; use one of {list(REPLICA_INITS)}")
         if self.latent_shape[0] % self.patch_size or self.latent_shape[1] % self.patch_size:
             raise ValueError(f"patch_size={self.patch_size} does not divide latents of shape {self.latent_shape}")
+        _ = self.layer  # checks of its own
 
     @property
-    def layers_per_group(self) -> int:
-        return self.text.num_layers // self.num_groups
+    def intervals(self) -> Intervals:
+        """Which group owns which flow time."""
+        return Intervals(self.interval_edges) if self.interval_edges else Intervals.equal(self.num_groups)
+
+    @property
+    def layers_of(self) -> tuple[slice, ...]:
+        """Which of the L layers are each group's."""
+        sizes = self.group_sizes or (self.text.num_layers // self.num_groups,) * self.num_groups
+        ends = tuple(itertools.accumulate(sizes))
+        return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -64,16 +96,13 @@ class GenerationConfig:
 
     @property
     def layer(self) -> LayerConfig:
-        return LayerConfig(self.text, self.residual_attention)
+        return LayerConfig(self.text, self.residual_attention, self.residual_gate)
 
 
 class Context(NamedTuple):
-    """What image tokens see of a prompt: for each layer of a group the VLM's keys and values, and where images start.
+    """What image tokens see of prompts: at each layer the VLM's keys and values, and where images start."""
 
-    Contexts of all K groups at once carry a leading axis K on every field.
-    """
-
-    layers: KeysValues | list[KeysValues]  # [M, B, T, G, d], or a list of M [B, T, G, d]
+    layers: KeysValues | list[KeysValues]  # [L or M, B, T, G, d], or a list of so many [B, T, G, d]
     mask: Bool[Array, "B T"]
     next_position: Int[Array, "B"]
 
@@ -125,30 +154,40 @@ class Head(nnx.Module):
         return rearrange(patches, "B (h w) (p q C) -> B (h p) (w q) C", h=rows, p=patch, q=patch)
 
 
-def init(config: GenerationConfig, decoder_layers: Params, key: jax.Array) -> Params:
+def init(config: GenerationConfig, decoder_layers: Params | None, key: jax.Array) -> Params:
     """Returns the pathway's weights: `embedding`, `time`, `experts` stacked on a leading axis L, and `head`.
 
-    Each expert layer starts as a replica of the VLM layer at its depth, copied from `decoder_layers` (stacked on L).
+    With `decoder_layers`, the VLM's (stacked on L), each expert layer has a replica of the VLM layer at its depth: a
+    copy, or with `replica_init="random"` random weights of that shape. Without, the experts have no decoder.
     """
     embedding, time, experts, head = jax.random.split(key, 4)
     layers = functional.init_stacked(GenerationLayer, config.layer, key=experts, count=config.text.num_layers)
+    if decoder_layers is None:
+        del layers["decoder"]
+    elif config.replica_init == "vlm":
+        layers["decoder"] = jax.tree.map(jnp.copy, decoder_layers)
     return {
         "embedding": functional.init(LatentEmbedding, config, key=embedding),
         "time": functional.init(TimeEmbedding, config, key=time),
-        "experts": layers | {"decoder": jax.tree.map(jnp.copy, decoder_layers)},
+        "experts": layers,
         "head": functional.init(Head, config, key=head),
     }
 
 
-def split_groups(config: GenerationConfig, stacked: Any) -> Any:
-    """Reshapes leaves [L, ...] to [K, M, ...]."""
-    return jax.tree.map(lambda x: x.reshape(config.num_groups, -1, *x.shape[1:]), stacked)
+def group_layers(config: GenerationConfig, layers: Layers, group: int) -> Layers:
+    """Returns one group's share of what stands for each of the L layers: of a list, or of stacked leaves."""
+    own = config.layers_of[group]
+    return layers[own] if isinstance(layers, list) else jax.tree.map(lambda x: x[own], layers)
 
 
-def group_layers(config: GenerationConfig, layers: list, group: int) -> list:
-    """Returns one group's share of a list with an entry for each of the L layers."""
-    per_group = config.layers_per_group
-    return layers[group * per_group : (group + 1) * per_group]
+def pick(context: Context, rows: Int[Array, "B"]) -> Context:
+    """For each row its prompt's context."""
+    pairs = context.layers
+    if isinstance(pairs, list):
+        layers = jax.tree.map(lambda x: x[rows], pairs)
+    else:
+        layers = jax.tree.map(lambda x: x[:, rows], pairs)
+    return Context(layers, context.mask[rows], context.next_position[rows])
 
 
 def image_positions(config: GenerationConfig, start: Int[Array, "B"]) -> Int[Array, "B 3 N"]:
@@ -206,23 +245,36 @@ def group_velocities(
     config: GenerationConfig,
     params: Params,
     contexts: Context,
+    rows: Int[Array, "K B"],
     x_t: Float[Array, "K B h w C"],
     t: Float[Array, "K B"],
     *,
     remat: str = "none",
     unroll: bool = False,
 ) -> Float[Array, "K B h w C"]:
-    """Every group's velocities of its own share of a batch: the training form, on stacked layers.
+    """Every group's velocities of its own rows: the training form, on stacked layers.
 
-    `unroll` trades a longer compilation for steps that need not stack what each layer keeps for the backward pass.
+    Args:
+      config: the pathway's geometry.
+      params: the pathway's weights, all L layers in `experts`.
+      contexts: a table of prompts' contexts at all L layers.
+      rows: each row's prompt in that table.
+      x_t: noisy latents.
+      t: flow times inside the groups' intervals.
+      remat: what a layer keeps for the backward pass, see `functional.over_layers`.
+      unroll: trades a longer compilation for steps that need not stack what each layer keeps for the backward pass.
     """
-    params = params | {"experts": split_groups(config, params["experts"])}
-    if unroll:
-        params["experts"] = functional.unstack(params["experts"], axis=1)
-        contexts = contexts._replace(layers=functional.unstack(contexts.layers, axis=1))
-    of_group = {name: 0 if name == "experts" else None for name in params}
 
-    def one(params, context, x_t, t):
-        return velocity(config, params, context, x_t, t, remat)
+    def one(experts, layers, rows, x_t, t):
+        context = pick(contexts._replace(layers=layers), rows)
+        if unroll:
+            experts, context = functional.unstack(experts), context._replace(layers=functional.unstack(context.layers))
+        return velocity(config, params | {"experts": experts}, context, x_t, t, remat)
 
-    return jax.vmap(one, in_axes=(of_group, 0, 0, 0))(params, contexts, x_t, t)
+    layers = (params["experts"], contexts.layers)
+    if config.group_sizes:
+        groups = range(config.num_groups)
+        return jnp.stack([one(*group_layers(config, layers, k), rows[k], x_t[k], t[k]) for k in groups])
+    # Equal groups are one computation on an axis K, which a mesh can divide.
+    grouped = jax.tree.map(lambda x: x.reshape(config.num_groups, -1, *x.shape[1:]), layers)
+    return jax.vmap(one)(*grouped, rows, x_t, t)

@@ -1,4 +1,4 @@
-"""The paper's layer: a trainable replica of a VLM layer, with time conditioning and residual attention.
+"""The paper's layer: the weights of a VLM layer, with time conditioning and residual attention.
 
 LaTtE-Flow (arXiv 2506.06952), "timestep-conditioned residual attention". With h the hidden states of the noisy image
 and c the time embedding,
@@ -6,7 +6,7 @@ and c the time embedding,
     h <- h + scale_attn(c) * RMS(Attention(RMS(h), context))
     h <- h + scale_mlp(c)  * RMS(FFN(RMS(h) * (1 + scale(c)) + shift(c)))
 
-Queries come from the image. Keys and values are the frozen VLM's at the same depth (the context) and the image's own,
+Queries come from the image. Keys and values are the VLM's at the same depth (the context) and the image's own,
 under one softmax; image tokens see the whole context and each other, both ways. The image-to-image block A of the map
 takes up the previous layer's, before it multiplies the values:
 
@@ -14,7 +14,8 @@ takes up the previous layer's, before it multiplies the values:
 
 What the paper leaves open, and what we chose: scale_attn and scale_mlp are 1 + linear(silu(c)), shift and scale are
 linear(silu(c)), gate is tanh(linear(c)) for each head, A is the map after the softmax. All these linears start at zero
-and the norms after attention and FFN at one.
+and the norms after attention and FFN at one. Two other choices are there to be compared: one gate for all of a layer's
+heads, and A for the scores before the softmax.
 
 Axes: B batch, T context token, N image token, H query head, G KV head, R query heads per KV head (H = G R), D width,
 d head dimension.
@@ -32,7 +33,8 @@ from jaxtyping import Array, Bool, Float
 from lattejax.models.rotary import Rotary
 from lattejax.models.text import DecoderLayer, KeysValues, TextConfig
 
-RESIDUAL_ATTENTION = ("none", "probabilities")
+RESIDUAL_ATTENTION = ("none", "probabilities", "logits")
+RESIDUAL_GATES = ("head", "layer")
 
 
 class Modulation(NamedTuple):
@@ -51,14 +53,26 @@ def _zero_linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """A generation layer has the geometry of the VLM layer that it replicates."""
+    """A generation layer has the geometry of the VLM layer whose weights it starts from."""
 
     text: TextConfig
-    residual_attention: str = "probabilities"
+    residual_attention: str = "probabilities"  # what is carried on: the map, its "logits", or "none"
+    residual_gate: str = "head"  # one gate for each "head", or one for the "layer"
+
+    def __post_init__(self):
+        for name, known in (("residual_attention", RESIDUAL_ATTENTION), ("residual_gate", RESIDUAL_GATES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {list(known)}")
+
+    @property
+    def num_gates(self) -> int:
+        if self.residual_attention == "none":
+            return 0
+        return self.text.num_heads if self.residual_gate == "head" else 1
 
 
 class GenerationLayer(nnx.Module):
-    """`decoder` holds the VLM layer's weights or a replica of them; all else is generation's own."""
+    """`decoder` holds the VLM layer's own weights (Blend) or a replica of them (Couple); all else is generation's."""
 
     def __init__(self, config: LayerConfig, *, rngs: nnx.Rngs):
         width, eps = config.text.hidden_size, config.text.rms_norm_eps
@@ -66,16 +80,19 @@ class GenerationLayer(nnx.Module):
         self.attention_norm = nnx.RMSNorm(width, epsilon=eps, rngs=rngs)
         self.mlp_norm = nnx.RMSNorm(width, epsilon=eps, rngs=rngs)
         self.modulation = _zero_linear(width, 4 * width, rngs)
-        self.has_residual = config.residual_attention != "none"
-        if self.has_residual:
-            self.residual_gate = _zero_linear(width, config.text.num_heads, rngs)
+        self.residual_attention, self.num_heads = config.residual_attention, config.text.num_heads
+        if config.num_gates:
+            self.residual_gate = _zero_linear(width, config.num_gates, rngs)
 
     def modulate(self, c: Float[Array, "B D"]) -> Modulation:
         """Computes the layer's share of the time conditioning; it depends on t alone."""
         attention_scale, mlp_scale, norm_scale, norm_shift = jnp.split(
             self.modulation(jax.nn.silu(c))[:, None], 4, axis=-1
         )
-        gate = jnp.tanh(self.residual_gate(c)) if self.has_residual else None
+        gate = None
+        if self.residual_attention != "none":
+            gate = jnp.tanh(self.residual_gate(c))
+            gate = jnp.broadcast_to(gate, (len(gate), self.num_heads))
         return Modulation(1 + attention_scale, 1 + mlp_scale, norm_scale, norm_shift, gate)
 
     def __call__(
@@ -87,18 +104,21 @@ class GenerationLayer(nnx.Module):
         context_mask: Bool[Array, "B T"],
         previous_map: Float[Array, "B H N N"] | None,
     ) -> tuple[Float[Array, "B N D"], Float[Array, "B H N N"] | None]:
-        """Runs the layer; returns the new hidden states and the attention map for the next layer.
+        """Runs the layer; returns the new hidden states and what the next layer takes up of the attention map.
 
         `previous_map` is None in the first layer of a group, which starts afresh, and without residual attention.
         """
         q, k, v = self.decoder.attention.project(self.decoder.input_norm(h), rotary)
+        residual = None
+        if previous_map is not None:
+            residual = modulation.residual_gate[:, :, None, None] * previous_map
         mixed, attention_map = attend(
-            q, context, context_mask, KeysValues(k, v), modulation.residual_gate, previous_map
+            q, context, context_mask, KeysValues(k, v), residual, self.residual_attention == "logits"
         )
         h = h + modulation.attention_scale * self.attention_norm(self.decoder.attention.output(mixed))
         x = self.decoder.post_attention_norm(h) * (1 + modulation.mlp_norm_scale) + modulation.mlp_norm_shift
         h = h + modulation.mlp_scale * self.mlp_norm(self.decoder.mlp(x))
-        return h, attention_map if self.has_residual else None
+        return h, None if self.residual_attention == "none" else attention_map
 
 
 def attend(
@@ -106,29 +126,38 @@ def attend(
     context: KeysValues,
     context_mask: Bool[Array, "B T"],
     image: KeysValues,
-    gate: Float[Array, "B H"] | None,
-    previous_map: Float[Array, "B H N N"] | None,
+    residual: Float[Array, "B H N N"] | None,
+    on_logits: bool = False,
 ) -> tuple[Float[Array, "B N H d"], Float[Array, "B H N N"]]:
-    """Attention over context and image under one softmax, as two products; returns the mix and the image's map."""
+    """Attention over context and image under one softmax, as two products.
+
+    `residual` is added to the image-to-image block of the map, or of its logits. Returns the mixed values and that
+    block, with what was added.
+    """
     groups = image.keys.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)  # the softmax is at least float32
     q = rearrange(q, "B N (G R) d -> B N G R d", G=groups) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
     on_context = jnp.einsum("bngrd,btgd->bgrnt", q, context.keys, preferred_element_type=wide)
     on_context = jnp.where(context_mask[:, None, None, None, :], on_context, -jnp.inf)
     on_image = jnp.einsum("bngrd,bmgd->bgrnm", q, image.keys, preferred_element_type=wide)
+    if residual is not None:
+        residual = rearrange(residual, "B (G R) N M -> B G R N M", G=groups)
+    if residual is not None and on_logits:
+        on_image = on_image + residual
+    logits = on_image
 
     peak = jnp.maximum(on_context.max(-1, keepdims=True), on_image.max(-1, keepdims=True))
     peak = jax.lax.stop_gradient(peak)
     on_context, on_image = jnp.exp(on_context - peak), jnp.exp(on_image - peak)
     total = on_context.sum(-1, keepdims=True) + on_image.sum(-1, keepdims=True)
     on_context, on_image = (on_context / total).astype(q.dtype), (on_image / total).astype(q.dtype)
+    if residual is not None and not on_logits:
+        on_image = on_image + residual
 
-    if previous_map is not None:
-        gate = rearrange(gate, "B (G R) -> B G R 1 1", G=groups)
-        on_image = on_image + gate * rearrange(previous_map, "B (G R) N M -> B G R N M", G=groups)
     mixed = jnp.einsum("bgrnt,btgd->bngrd", on_context, context.values)
     mixed = mixed + jnp.einsum("bgrnm,bmgd->bngrd", on_image, image.values)
+    carried = logits.astype(q.dtype) if on_logits else on_image
     return (
         rearrange(mixed, "B N G R d -> B N (G R) d"),
-        rearrange(on_image, "B G R N M -> B (G R) N M"),
+        rearrange(carried, "B G R N M -> B (G R) N M"),
     )

@@ -1,4 +1,4 @@
-"""Qwen2-VL: the frozen vision-language model that reads, and whose keys and values the generation pathway looks at.
+"""Qwen2-VL: the vision-language model that reads, and whose keys and values the generation pathway looks at.
 
 Axes: B batch, T token, S cache slot, L layer, D width, V vocabulary.
 """

@@ -15,17 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from lattejax.data.prompts import PromptEncoder
-from lattejax.errors import UserError
-from lattejax.flow.intervals import Intervals, Schedule
+from lattejax.data.prompts import EncodedPrompt, PromptEncoder
 from lattejax.flow.path import guide
-from lattejax.flow.solvers import euler
-from lattejax.models import couple, functional, generation
-from lattejax.models.couple import ModelConfig
+from lattejax.flow.schedule import Sampling, Segment, plan_segments
+from lattejax.flow.solvers import SOLVERS
+from lattejax.models import generation, latte_flow
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
+from lattejax.models.latte_flow import ModelConfig
 
-read_prompts = jax.jit(couple.read_prompts, static_argnames="config")
+read_prompts = jax.jit(latte_flow.read_prompts, static_argnames=("config", "remat"))
 
 
 def sample_noise(
@@ -36,17 +35,16 @@ def sample_noise(
     return jax.vmap(lambda sample: jax.random.normal(jax.random.fold_in(key, sample), shape))(samples)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "schedule", "guided"))
+@functools.partial(jax.jit, static_argnames=("config", "segments"))
 def draw_latents(
     config: ModelConfig,
-    params: Params,
+    pathway: Params,
     contexts: Context,
     prompts: Int[Array, "B"],
     noise: Float[Array, "B h w C"],
     guidance: Float[Array, ""],
     *,
-    schedule: Schedule,
-    guided: bool,
+    segments: tuple[Segment, ...],
 ) -> Float[Array, "B h w C"]:
     """Integrates the flow from noise to latents.
 
@@ -54,29 +52,30 @@ def draw_latents(
 
     Args:
       config: the model's geometry.
-      params: the generation pathway, its experts a list of L layers.
+      pathway: the generation pathway (`latte_flow.pathway`), its experts a list of L layers.
       contexts: of U prompts at all L layers, as a list, the empty prompt last.
       prompts: each row's prompt.
       noise: where the rows start, at t = 0.
       guidance: the guidance scale s in v_uncond + s·(v_cond − v_uncond).
-      schedule: the steps of each group.
-      guided: False skips the unconditional pass, for a scale of 1.
+      segments: the steps, see `plan_segments`; those that are not guided skip the unconditional pass.
     """
-    rows = jnp.concatenate([prompts, jnp.full_like(prompts, contexts.mask.shape[0] - 1)]) if guided else prompts
-    x = noise
-    for group, steps in enumerate(schedule):
-        if not steps:
-            continue
-        own = params | {"experts": generation.group_layers(config.generation, params["experts"], group)}
-        context = couple.group_context(config, contexts, group, rows)
+    x, unconditional = noise, jnp.full_like(prompts, contexts.mask.shape[0] - 1)
+    for segment in segments:
+        experts, layers = (
+            generation.group_layers(config.generation, of_all, segment.group)
+            for of_all in (pathway["experts"], contexts.layers)
+        )
+        rows = jnp.concatenate([prompts, unconditional]) if segment.guided else prompts
+        own = pathway | {"experts": experts}
+        context = generation.pick(contexts._replace(layers=layers), rows)
 
-        def velocity(x, t, own=own, context=context):
+        def velocity(x, t, guided=segment.guided, own=own, context=context):
             if not guided:
                 return generation.velocity(config.generation, own, context, x, t[None])
             both = generation.velocity(config.generation, own, context, jnp.concatenate([x, x]), t[None])
             return guide(*jnp.split(both, 2), guidance)
 
-        x = euler(velocity, x, steps)
+        x = SOLVERS[segment.solver](velocity, x, segment.steps)
     return x
 
 
@@ -87,66 +86,53 @@ def decode_images(autoencoder: Any, latents: Float[Array, "B h w C"]) -> UInt8[A
 
 
 class ImageSampler:
-    """Draws images from captions: the one sampler, for the doors, for evaluation and during training.
+    """Draws images from prompts: the one sampler, for the doors, for evaluation and during training.
 
     Args:
       config: the model's geometry.
       autoencoder: what decodes the latents.
-      encoder: what turns captions into prompts.
-      vlm: the VLM's weights, a tree for each layer (`qwen2_vl.unstack`).
+      encoder: of the prompts.
+      params: the whole model's weights, a tree for each layer (`latte_flow.unstack`).
     """
 
-    def __init__(self, config: ModelConfig, autoencoder: Any, encoder: PromptEncoder, vlm: Params):
+    def __init__(self, config: ModelConfig, autoencoder: Any, encoder: PromptEncoder, params: Params):
         self.config, self.autoencoder, self.encoder = config, autoencoder, encoder
-        self.vlm = vlm
-        self.intervals = Intervals.equal(config.generation.num_groups)
+        self.vlm = params["vlm"]
+        self.pathway = latte_flow.pathway(config, params)
 
-    def read(self, captions: Sequence[str]) -> Context:
-        """Returns the contexts of the captions and, last, of the empty prompt."""
-        for caption in captions:
-            if not caption.strip():
-                raise UserError("a prompt is empty; say what to draw")
-        encoded = [self.encoder.drawing(caption) for caption in (*captions, "")]
-        return read_prompts(self.config, self.vlm, self.encoder.batch(encoded))
+    def read(self, prompts: Sequence[EncodedPrompt]) -> Context:
+        """Returns the contexts of the prompts and, last, of the empty one."""
+        return read_prompts(self.config, self.vlm, self.encoder.batch([*prompts, self.encoder.unconditional()]))
 
     def __call__(
         self,
-        generation_params: Params,
-        captions: Sequence[str],
+        prompts: Sequence[EncodedPrompt],
+        sampling: Sampling,
         *,
-        images_per_caption: int,
-        num_steps: int,
-        guidance: float,
-        seed: int,
+        images_per_prompt: int,
         batch_size: int,
+        seed: int = 0,
     ) -> np.ndarray:
-        """Returns uint8 images [captions · images_per_caption, H, W, 3], in the captions' order.
+        """Returns uint8 images [prompts · images_per_prompt, H, W, 3], in the prompts' order.
 
         Args:
-          generation_params: the pathway's weights, its experts stacked on L.
-          captions: what to draw.
-          images_per_caption: how many of each.
-          num_steps: sampling steps, dealt out to the groups by their intervals.
-          guidance: guidance scale; 1 is none.
-          seed: of the noise.
+          prompts: what to draw, see `PromptEncoder.drawing`.
+          sampling: how.
+          images_per_prompt: how many of each.
           batch_size: images drawn at a time.
+          seed: of the noise.
         """
-        contexts = self.read(captions)
-        params = generation_params | {"experts": functional.unstack(generation_params["experts"])}
-        total = len(captions) * images_per_caption
+        contexts = self.read(prompts)
+        segments = plan_segments(self.config.generation.intervals, sampling)
+        total = len(prompts) * images_per_prompt
         batches = []
         for start in range(0, total, batch_size):
             # The last batch is filled up, so that every call has one shape, and cut below.
             samples = np.minimum(np.arange(start, start + min(batch_size, total)), total - 1)
+            noise = sample_noise(seed, samples, self.config.generation.latent_shape)
+            rows = samples // images_per_prompt
             latents = draw_latents(
-                self.config,
-                params,
-                contexts,
-                samples // images_per_caption,
-                sample_noise(seed, samples, self.config.generation.latent_shape),
-                guidance,
-                schedule=self.intervals.schedule(num_steps),
-                guided=guidance != 1,
+                self.config, self.pathway, contexts, rows, noise, sampling.guidance, segments=segments
             )
             batches.append(decode_images(self.autoencoder, latents))
         return np.concatenate(batches)[:total]

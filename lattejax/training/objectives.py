@@ -1,8 +1,9 @@
-"""The two losses: flow matching for the generation pathway, and language modelling of answers for the VLM.
+"""The losses: flow matching for what draws, and language modelling of answers for what reads.
 
-A loss takes (trained parameters, frozen inputs, batch, keys) and returns a scalar and a dict of metrics. Rows of
-`batch` and `keys` stand on the leading axis; a loss is a mean over rows, so that the losses of micro-batches average to
-that of their batch.
+A loss takes (trained parameters, frozen inputs, batch, keys) and returns a scalar and a dict of metrics. A batch has
+one or both of two streams, "images" to be drawn and "questions" to be answered; `keys` has a key for each row of each.
+Rows stand on the leading axis; a loss is a mean over rows, so that the losses of micro-batches average to that of their
+batch.
 
 Axes: K group, b rows of one group's share, U prompts of a table, T token, C latent channel.
 """
@@ -15,13 +16,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from lattejax.flow.intervals import Intervals
+from lattejax.flow.densities import Density
 from lattejax.flow.path import interpolate, target_velocity
-from lattejax.models import couple, functional, generation, qwen2_vl
-from lattejax.models.couple import ModelConfig
+from lattejax.models import functional, generation, latte_flow, qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
-from lattejax.models.qwen2_vl import Prompts
+from lattejax.models.latte_flow import ModelConfig
+from lattejax.models.qwen2_vl import Prompts, VLMConfig
 
 Metrics = dict[str, Array]
 
@@ -29,9 +30,21 @@ Metrics = dict[str, Array]
 # ---- The VLM: answers to questions
 
 
+def answer_loss(
+    config: VLMConfig, vlm: Params, questions: dict[str, Any], remat: str, unroll: bool
+) -> Float[Array, ""]:
+    """Cross-entropy of the answers' tokens, and of no others."""
+    prompts: Prompts = questions["prompts"]
+    vlm = qwen2_vl.unstack(vlm) if unroll else vlm
+    hidden, _ = qwen2_vl.forward(config, vlm, prompts, remat)
+    logits = qwen2_vl.logits(config, vlm, hidden[:, :-1]).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, prompts.input_ids[:, 1:])
+    return jnp.mean(jnp.sum(losses * questions["target_weights"][:, 1:], axis=1))
+
+
 @dataclasses.dataclass(frozen=True)
 class AnswerLoss:
-    """Cross-entropy of the answers' tokens, and of no others."""
+    """The first stage's loss: the VLM alone."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -40,59 +53,62 @@ class AnswerLoss:
 
     def __call__(self, vlm: Params, frozen: None, batch: dict[str, Any], keys: Any) -> tuple[Array, Metrics]:
         del frozen, keys
-        prompts: Prompts = batch["prompts"]
-        params = functional.cast_floats(vlm, self.dtype)
-        if self.unroll:
-            params = qwen2_vl.unstack(params)
-        hidden, _ = qwen2_vl.forward(self.config.vlm, params, prompts, self.remat)
-        logits = qwen2_vl.logits(self.config.vlm, params, hidden[:, :-1]).astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, prompts.input_ids[:, 1:])
-        loss = jnp.mean(jnp.sum(losses * batch["target_weights"][:, 1:], axis=1))
+        vlm = functional.cast_floats(vlm, self.dtype)
+        loss = answer_loss(self.config.vlm, vlm, batch["questions"], self.remat, self.unroll)
         return loss, {"loss": loss}
 
 
-# ---- The generation pathway: flow matching, stratified over the groups
+# ---- The generation pathway: flow matching, each group on its own interval
 
 
 class Frozen(NamedTuple):
-    """What flow matching reads and does not train.
+    """What flow matching reads and does not train."""
 
-    Either `contexts` is a table of the captions' contexts, the empty prompt's last, or `vlm` is there to make the
-    contexts of each batch, with `unconditional`, the empty prompt, as a batch of one.
-    """
-
-    contexts: Context | None = None
-    vlm: Params | None = None
-    unconditional: Prompts | None = None
+    params: Params  # those weights of the model that the loss needs and the stage does not train, cast and stacked
+    contexts: Context | None = None  # a table of captions' contexts, the empty prompt's last, if they never change
+    captions: Prompts | None = None  # else those captions, whose contexts are made in each step
+    unconditional: Prompts | None = None  # the empty prompt as a batch of one, where each row brings its own prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowLoss:
-    """Mean squared error of each group's velocity on its own share of the batch, at flow times of its own interval.
+    """The second stage's loss: mean squared error of velocities; in Blend, that of answers besides.
 
-    Rows fall to the groups in contiguous blocks. A row's flow time, noise and prompt dropout are functions of its key.
+    A row's flow time, noise and prompt dropout are functions of its key. Stratified, rows fall to the groups in
+    contiguous blocks of one size, each draws its t from the density restricted to its group's interval, and the loss is
+    Σ P_k·loss_k, P_k being the group's share of the density. Otherwise t comes from the whole density, every group runs
+    every row, and only the owner's result counts: the same loss on average, noisier and K times as dear.
     """
 
     config: ModelConfig
-    intervals: Intervals
+    density: Density
+    stratified: bool
     prompt_dropout: float
+    answer_weight: float
     dtype: jnp.dtype
     remat: str
     unroll: bool
 
     def __call__(
-        self, params: Params, frozen: Frozen, batch: dict[str, Any], keys: Key[Array, "rows"]
+        self, trained: Params, frozen: Frozen, batch: dict[str, Any], keys: dict[str, Key[Array, "rows"]]
     ) -> tuple[Array, Metrics]:
-        groups = self.intervals.num_groups
-        keys, latents = (x.reshape(groups, -1, *x.shape[1:]) for x in (keys, batch["latents"]))
-        u, noise, dropped = self.draw(keys)
-        contexts = self.contexts(frozen, batch, dropped)
-        losses = self.losses(params, contexts, latents, noise, self.intervals.draw(u))
-        per_group = losses.mean(axis=1)
-        loss = jnp.mean(per_group * self.intervals.weights())
-        return loss, {"loss": loss, "loss_per_group": per_group}
+        params = self.assemble(trained, frozen)
+        u, noise, dropped = self.draw(keys["images"])
+        contexts, prompts = self.read(params, frozen, batch["images"], dropped)
+        rows = (prompts, batch["images"]["latents"], noise)
+        loss, per_group = (self.stratify if self.stratified else self.mask)(params, contexts, rows, u)
+        metrics = {"loss": loss, "loss_per_group": per_group}
+        if "questions" in batch:
+            answers = answer_loss(self.config.vlm, params["vlm"], batch["questions"], self.remat, self.unroll)
+            metrics["answer_loss"] = answers
+            loss = loss + self.answer_weight * answers
+        return loss, metrics
 
-    def draw(self, keys: Key[Array, "K b"]) -> tuple[Float[Array, "K b"], Float[Array, "K b h w C"], Array]:
+    def assemble(self, trained: Params, frozen: Frozen) -> Params:
+        """Returns the model's parameters in the dtype of the computation."""
+        return functional.merge(functional.cast_floats(trained, self.dtype), frozen.params)
+
+    def draw(self, keys: Key[Array, "rows"]) -> tuple[Float[Array, "rows"], Float[Array, "rows h w C"], Array]:
         """Returns uniform draws for t, noise, and which prompts are dropped."""
 
         def row(key):
@@ -103,56 +119,92 @@ class FlowLoss:
                 jax.random.uniform(for_dropout) < self.prompt_dropout,
             )
 
-        return jax.vmap(jax.vmap(row))(keys)
+        return jax.vmap(row)(keys)
 
-    def contexts(self, frozen: Frozen, batch: dict[str, Any], dropped: Array) -> Context:
-        """Returns every group's share of contexts, [K, …]."""
-        if frozen.contexts is not None:
-            unconditional = frozen.contexts.mask.shape[0] - 1
-            index = jnp.where(dropped, unconditional, batch["caption"].reshape(dropped.shape))
-            return couple.share_contexts(self.config, frozen.contexts, index)
+    def read(
+        self, params: Params, frozen: Frozen, images: dict[str, Any], dropped: Array
+    ) -> tuple[Context, Int[Array, "rows"]]:
+        """Returns a table of contexts, and each row's place in it: a caption's number, or the row's own."""
+        if "prompts" in images:
+            prompts = drop(images["prompts"], frozen.unconditional, dropped)
+            return self.contexts(params["vlm"], prompts), jnp.arange(len(dropped))
+        table = frozen.contexts
+        if table is None:
+            table = self.contexts(params["vlm"], frozen.captions)
+        return table, jnp.where(dropped, table.mask.shape[0] - 1, images["caption"])
 
-        def drop(prompt, empty):
-            return jnp.where(dropped.reshape(-1, *[1] * (prompt.ndim - 1)), empty, prompt)
+    def contexts(self, vlm: Params, prompts: Prompts) -> Context:
+        """Returns stacked contexts."""
+        vlm = qwen2_vl.unstack(vlm) if self.unroll else vlm
+        contexts = latte_flow.read_prompts(self.config, vlm, prompts, self.remat)
+        if self.unroll:
+            contexts = contexts._replace(layers=jax.tree.map(lambda *layers: jnp.stack(layers), *contexts.layers))
+        return contexts
 
-        prompts = jax.tree.map(drop, batch["prompts"], frozen.unconditional)
-        table = couple.read_prompts(self.config, frozen.vlm, prompts)
-        return couple.share_contexts(self.config, table, jnp.arange(dropped.size).reshape(dropped.shape))
+    def stratify(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:
+        groups = self.config.generation.num_groups
+        *rows, u = (x.reshape(groups, -1, *x.shape[1:]) for x in (*rows, u))
+        per_group = self.losses(params, contexts, *rows, self.intervals.draw(u, self.density)).mean(axis=1)
+        return jnp.sum(per_group * self.intervals.masses(self.density)), per_group
+
+    def mask(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:
+        t = self.density.quantile(u)
+        everywhere = self.for_all_groups((*rows, t))
+        owned = self.intervals.owners(t) == jnp.arange(self.config.generation.num_groups)[:, None]
+        losses = self.losses(params, contexts, *everywhere[:-1], self.intervals.hold(everywhere[-1]))
+        shares = jnp.mean(jnp.where(owned, losses, 0), axis=1)
+        return jnp.sum(shares), shares / self.intervals.masses(self.density)
+
+    @property
+    def intervals(self):
+        return self.config.generation.intervals
+
+    def for_all_groups(self, rows: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.generation.num_groups, *x.shape)), rows)
 
     def losses(
         self,
         params: Params,
         contexts: Context,
+        prompts: Int[Array, "K b"],
         latents: Float[Array, "K b h w C"],
         noise: Float[Array, "K b h w C"],
         t: Float[Array, "K b"],
     ) -> Float[Array, "K b"]:
         """Returns each row's mean squared error."""
         x_t = interpolate(latents, noise, t)
-        params, contexts = functional.cast_floats((params, contexts), self.dtype)
+        pathway = latte_flow.pathway(self.config, params)
         velocities = generation.group_velocities(
-            self.config.generation, params, contexts, x_t, t, remat=self.remat, unroll=self.unroll
+            self.config.generation, pathway, contexts, prompts, x_t, t, remat=self.remat, unroll=self.unroll
         )
         return jnp.mean((velocities - target_velocity(latents, noise)) ** 2, axis=(2, 3, 4))
 
-    def held_out(
-        self, params: Params, table: Context, latents: Float[Array, "b h w C"], captions: Int[Array, "b"]
-    ) -> Float[Array, "K"]:
+    def held_out(self, trained: Params, frozen: Frozen, images: dict[str, Any]) -> Float[Array, "K"]:
         """Returns each group's loss on held-out rows, at fixed flow times and noise: the midpoints of b equal cells of
-        the group's interval, and noise by the row's number."""
-        groups, rows = self.intervals.num_groups, len(latents)
-        noise = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(jax.random.key(0), row), latents.shape[1:]))(
-            jnp.arange(rows)
-        )
-        u = (jnp.arange(rows) + 0.5) / rows
-        latents, noise, u, captions = (jnp.broadcast_to(x, (groups, *x.shape)) for x in (latents, noise, u, captions))
-        contexts = couple.share_contexts(self.config, table, captions)
-        return self.losses(params, contexts, latents, noise, self.intervals.draw(u)).mean(axis=1)
+        the group's interval, whatever the density of training, and noise by the row's number."""
+        params, latents = self.assemble(trained, frozen), images["latents"]
+        index = jnp.arange(len(latents))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index)
+        noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
+        contexts, prompts = self.read(params, frozen, images, jnp.zeros(len(latents), bool))
+        *rows, u = self.for_all_groups((prompts, latents, noise, (index + 0.5) / len(latents)))
+        return self.losses(params, contexts, *rows, self.intervals.draw(u)).mean(axis=1)
 
 
-def norms_per_group(num_groups: int, gradients: Params) -> Float[Array, "K"]:
+def drop(prompts: Prompts, unconditional: Prompts, dropped: Array) -> Prompts:
+    """Puts the empty prompt, without images, in the place of those rows that are dropped."""
+
+    def either(prompt, empty):
+        return jnp.where(dropped.reshape(-1, *[1] * (prompt.ndim - 1)), empty, prompt)
+
+    texts = jax.tree.map(either, prompts._replace(images=None), unconditional)
+    if prompts.images is None:
+        return texts
+    return texts._replace(images=prompts.images._replace(index=either(prompts.images.index, -1)))
+
+
+def norms_per_group(config: ModelConfig, gradients: Params) -> Float[Array, "K"]:
     """The norm of the gradient of each group's own layers."""
-    squares = [
-        jnp.sum(jnp.square(leaf.reshape(num_groups, -1)), axis=1) for leaf in jax.tree.leaves(gradients["experts"])
-    ]
-    return jnp.sqrt(sum(squares))
+    experts = latte_flow.pathway(config, gradients)["experts"]
+    per_layer = sum(jnp.sum(jnp.square(x.reshape(len(x), -1)), axis=1) for x in jax.tree.leaves(experts))
+    return jnp.sqrt(jnp.stack([jnp.sum(per_layer[own]) for own in config.generation.layers_of]))

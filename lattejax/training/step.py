@@ -1,6 +1,7 @@
 """One optimizer step: gradients over micro-batches, clipping, AdamW, and the moving average."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -54,29 +55,32 @@ def make_train_step(
     stage: Stage,
     loss: Callable[[Params, Any, Any, Key[Array, "rows"]], tuple[Array, dict[str, Array]]],
     *,
-    num_groups: int = 1,
+    blocks: Mapping[str, int] = MappingProxyType({}),
     gradient_metrics: Callable[[Params], dict[str, Array]] = lambda gradients: {},
 ) -> Callable[[TrainState, Any, Any, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
     """Returns `step(state, frozen, batch, key) -> (state, metrics)`, to be jitted with the state donated.
 
-    Row j's key is a function of (key, step, j), whatever the micro-batches and the devices. Rows fall to `num_groups`
-    groups in contiguous blocks, and every micro-batch takes the same share of each block.
+    A batch has one or more streams of rows, by name. Row j's key is a function of (key, step, j), whatever the
+    micro-batches and the devices.
 
     Args:
       stage: the stage's settings.
       loss: see `objectives`; a mean over rows.
-      num_groups: into how many blocks the rows fall.
+      blocks: into how many contiguous blocks a stream's rows fall, one for each group that runs some of them. Every
+        micro-batch takes the same share of each block.
       gradient_metrics: more metrics, of the gradients before clipping.
     """
     optimizer = make_optimizer(stage)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def micro_batches(x):
-        return rearrange(x, "(K A b) ... -> A (K b) ...", K=num_groups, A=stage.accumulation)
+    def micro_batches(stream, rows):
+        pattern = "(K A b) ... -> A (K b) ..."
+        return jax.tree.map(lambda x: rearrange(x, pattern, K=blocks.get(stream, 1), A=stage.accumulation), rows)
 
     def step(state, frozen, batch, key):
-        rows = jnp.arange(stage.batch_size)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, state.step), rows)
+        rows = {name: jnp.arange(len(jax.tree.leaves(stream)[0])) for name, stream in batch.items()}
+        key = jax.random.fold_in(key, state.step)
+        keys = {name: jax.vmap(jax.random.fold_in, (None, 0))(key, index) for name, index in rows.items()}
         if stage.accumulation == 1:
             (_, metrics), gradients = value_and_grad(state.params, frozen, batch, keys)
         else:
@@ -85,7 +89,7 @@ def make_train_step(
                 (_, metrics), gradients = value_and_grad(state.params, frozen, *micro)
                 return jax.tree.map(jnp.add, total, (metrics, gradients)), None
 
-            split = jax.tree.map(micro_batches, (batch, keys))
+            split = tuple({name: micro_batches(name, part[name]) for name in part} for part in (batch, keys))
             first = jax.tree.map(lambda x: x[0], split)
             shapes = jax.eval_shape(value_and_grad, state.params, frozen, *first)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))

@@ -21,7 +21,7 @@ from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
 from lattejax.files import is_remote
-from lattejax.models import couple, functional, qwen2_vl
+from lattejax.models import functional, latte_flow, qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.weights import checkpoints
 from lattejax.weights.checkpoints import Checkpoints
@@ -76,15 +76,19 @@ def prompt_encoder(config: Config, tokenizer: tokenizers.Tokenizer) -> PromptEnc
     )
 
 
-def abstract_vlm(config: Config) -> Params:
-    """Shapes and dtypes of the VLM's weights."""
-    return jax.eval_shape(functools.partial(qwen2_vl.init, config.model_config.vlm), jax.random.key(0))
+def abstract_params(config: Config) -> Params:
+    """Shapes and dtypes of all of the model's weights."""
+    model = config.model_config
+
+    def init(key):
+        return latte_flow.init(model, qwen2_vl.init(model.vlm, key), key)
+
+    return jax.eval_shape(init, jax.random.key(0))
 
 
-def abstract_generation(config: Config) -> Params:
-    """Shapes and dtypes of the generation pathway's weights."""
-    init = functools.partial(couple.init_generation, config.model_config)
-    return jax.eval_shape(init, abstract_vlm(config), jax.random.key(0))
+def abstract_trained(config: Config) -> Params:
+    """Shapes and dtypes of what the second stage trains."""
+    return latte_flow.split_trained(config.model_config, abstract_params(config))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,21 +110,31 @@ class Run:
     def encoder(self) -> PromptEncoder:
         return prompt_encoder(self.config, tokenizers.load(self.workdir.tokenizer))
 
-    def vlm(self, target: Config | None = None) -> Params:
-        """Reads the VLM's float32 weights, into the geometry of another config if one is given."""
+    def pretrained_vlm(self, target: Config | None = None) -> Params:
+        """Reads the float32 weights that the first stage ended with, into another config's geometry if one is given."""
         if not checkpoints.is_complete(self.workdir.vlm):
             raise UserError(f"{self.workdir.path} has no finished VLM yet; let its first stage of training end")
-        return checkpoints.load_weights(self.workdir.vlm, abstract_vlm(target or self.config))
+        return checkpoints.load_weights(self.workdir.vlm, abstract_params(target or self.config)["vlm"])
 
-    def generation(self, target: Config | None = None) -> Params:
-        """Reads the average of the generation pathway's float32 weights from the latest checkpoint."""
+    def trained(self, target: Config | None = None) -> Params:
+        """Reads the average of what the second stage trains, float32, from its latest checkpoint."""
         directory = self.workdir.checkpoints("train")
         step = Checkpoints(directory).latest_step if directory.exists() else None
         if step is None:
             raise UserError(f"{self.workdir.path} has no checkpoint of the generation pathway yet; train it first")
-        return checkpoints.load_weights(directory / str(step) / "ema", abstract_generation(target or self.config))
+        return checkpoints.load_weights(directory / str(step) / "ema", abstract_trained(target or self.config))
+
+    def params(self) -> Params:
+        """Reads the whole model's float32 weights: the VLM's, and over them the average of what was trained."""
+        return functional.merge({"vlm": self.pretrained_vlm()}, self.trained())
+
+    def vlm(self) -> Params:
+        """Reads the weights that read and answer: in Couple the first stage's, in Blend those that both stages made."""
+        if self.config.model_config.shares_layers:
+            return self.params()["vlm"]
+        return self.pretrained_vlm()
 
 
 def inference_weights(config: Config, params: Params) -> Params:
-    """Casts weights to the dtype of the computation."""
-    return functional.cast_floats(params, config.dtype)
+    """Casts weights to the dtype of the computation and gives each layer a tree of its own."""
+    return latte_flow.unstack(functional.cast_floats(params, config.dtype))

@@ -1,0 +1,58 @@
+"""Ablations on the digits: variants of one base config, each a few config lines, trained from one pretrained VLM.
+
+`configs/ablations.py` is the paper's comparison: number of groups, and residual attention on and off.
+`configs/ablations.py:switches` has every other switch, one at a time, and both of the paper's variants.
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+PAPER = {
+    "k4": {"model.num_groups": 4},
+    "k4_no_residual": {"model.num_groups": 4, "model.residual_attention": "none"},
+    "k2": {"model.num_groups": 2},
+    "k2_no_residual": {"model.num_groups": 2, "model.residual_attention": "none"},
+    "k1": {"model.num_groups": 1},  # the paper's Vanilla
+    "k1_no_residual": {"model.num_groups": 1, "model.residual_attention": "none"},
+}
+
+SWITCHES = {
+    "base": {},
+    "blend": {"model.variant": "blend"},
+    "residual_on_logits": {"model.residual_attention": "logits"},
+    "gate_per_layer": {"model.residual_gate": "layer"},
+    "random_replicas": {"model.replica_init": "random"},
+    "more_layers_late": {"model.group_sizes": (1, 1, 3, 3)},
+    "short_first_interval": {"model.interval_edges": (0.0, 0.1, 0.4, 0.7, 1.0)},
+    "logit_normal": {"train.density": "logit_normal"},
+    "shift_to_noise": {"train.density": "shifted", "train.density_shift": 0.5, "eval.shift": 0.5},
+    "not_stratified": {"train.stratified": False},
+    "guidance_interval": {"eval.guidance_interval": (0.2, 0.9)},
+    "heun": {"eval.solver": "heun", "eval.sample_steps": 20},
+}
+
+
+def get_config(variants: str = "paper") -> ConfigDict:
+    config = ConfigDict()
+    config.seeds = (0, 1, 2)
+    config.variants = tuple({"paper": PAPER, "switches": SWITCHES}[variants].items())  # pairs of name and overrides
+    config.sample_steps = (5, 10, 20, 40)  # the finished runs are scored and timed at each
+
+    config.base = _digits()
+    config.base.train.steps = 480
+    config.base.eval.every = 120
+    config.base.eval.scored_images = 300
+    config.base.eval.images_per_prompt = 4
+    config.base.eval.sample_steps = 20
+    config.base.eval.final_images = 500
+    config.base.checkpoint.every = 240
+    return config
+
+
+def _digits() -> ConfigDict:
+    spec = importlib.util.spec_from_file_location("digits", pathlib.Path(__file__).with_name("digits.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()

@@ -1,0 +1,127 @@
+"""Comparing the runs of a sweep: one table, as CSV and as Markdown, and the plots beside it.
+
+Everything is read from what the runs have written: `results.json`, `metrics.jsonl`, and the sweep's `sampling.json`.
+Figures are means over seeds, with the sample standard deviation where there are several.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+
+from lattejax.files import write_whole, write_with
+from lattejax.training.metrics import read_records
+from lattejax.weights.runs import Run
+
+# What the table shows, and how it is written.
+COLUMNS = (
+    ("held_out_loss", "{:.4f}"),
+    ("generated_accuracy_guidance_1", "{:.3f}"),
+    ("generated_accuracy_guidance_2", "{:.3f}"),
+    ("frechet_guidance_1", "{:.3f}"),
+    ("frechet_guidance_2", "{:.3f}"),
+    ("answer_accuracy", "{:.3f}"),
+)
+TRAINING_SCORES = ("held_out_loss", "generated_accuracy", "frechet")
+
+
+def write_comparison(directory: epath.Path, runs: dict[tuple[str, int], Run]) -> str:
+    """Writes the table and the plots of finished runs (by variant and seed); returns the table as Markdown."""
+    variants = list(dict.fromkeys(name for name, _ in runs))
+    evaluations = {key: _evaluations(run) for key, run in runs.items()}
+    sampling = json.loads((directory / "sampling.json").read_text())
+    rows = []
+    for variant in variants:
+        own = [key for key in runs if key[0] == variant]
+        scores = [json.loads(runs[key].workdir.results.read_text()) | evaluations[key][-1] for key in own]
+        rows.append({"variant": variant, "seeds": len(own)})
+        for name, _ in COLUMNS:
+            values = [score[name] for score in scores]
+            rows[-1] |= {name: np.mean(values), f"{name}_std": np.std(values, ddof=1) if len(values) > 1 else np.nan}
+    write_whole(directory / "table.csv", _csv(rows).encode())
+    table = _markdown(rows)
+    write_whole(directory / "table.md", table.encode())
+    figures = {
+        "score_by_training_steps": _by_training_steps(variants, evaluations),
+        "score_by_sampling_time": _by_sampling_time(variants, sampling),
+        "loss_by_group": _by_group(variants, evaluations, runs),
+    }
+    for name, figure in figures.items():
+        write_with(directory / f"{name}.png", lambda file, figure=figure: figure.savefig(file, format="png", dpi=120))
+    return table
+
+
+def _evaluations(run: Run) -> list[dict[str, Any]]:
+    """The second stage's evaluations, in order."""
+    return [record for record in read_records(run.workdir.metrics) if "held_out_loss" in record]
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _markdown(rows: Sequence[dict[str, Any]]) -> str:
+    def cell(row: dict[str, Any], name: str, form: str) -> str:
+        spread = row[f"{name}_std"]
+        return form.format(row[name]) + ("" if np.isnan(spread) else " ± " + form.format(spread))
+
+    names = [name.replace("_", " ") for name, _ in COLUMNS]
+    lines = [f"| variant | seeds | {' | '.join(names)} |", "| --- " * (len(names) + 2) + "|"]
+    for row in rows:
+        cells = [row["variant"], str(row["seeds"]), *(cell(row, *column) for column in COLUMNS)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _by_training_steps(variants: Sequence[str], evaluations: dict) -> Figure:
+    """Scores while training, the mean over seeds and the range of them."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    # Runs that score no images while they train have the loss alone.
+    known = [name for name in TRAINING_SCORES if all(name in record for own in evaluations.values() for record in own)]
+    for axes, score in zip(figure.subplots(1, len(known), squeeze=False)[0], known, strict=True):
+        for variant in variants:
+            curves = [own for (name, _), own in evaluations.items() if name == variant]
+            steps = [record["step"] for record in curves[0]]
+            values = np.array([[record[score] for record in curve] for curve in curves])
+            (line,) = axes.plot(steps, values.mean(axis=0), marker="o", markersize=3, label=variant)
+            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.15, color=line.get_color())
+        axes.set(xlabel="training steps", title=score.replace("_", " "))
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _by_sampling_time(variants: Sequence[str], sampling: Sequence[dict[str, Any]]) -> Figure:
+    """Scores of one run of each variant by what an image costs, a mark for each number of steps."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, score in zip(figure.subplots(1, 2), ("generated_accuracy", "frechet"), strict=True):
+        for variant in variants:
+            own = sorted((r for r in sampling if r["variant"] == variant), key=lambda record: record["steps"])
+            milliseconds = [1000 * record["seconds_per_image"] for record in own]
+            axes.plot(milliseconds, [record[score] for record in own], marker="o", markersize=4, label=variant)
+        steps = ", ".join(str(record["steps"]) for record in own)
+        axes.set(xlabel=f"milliseconds an image ({steps} steps)", title=score.replace("_", " "), xscale="log")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _by_group(variants: Sequence[str], evaluations: dict, runs: dict[tuple[str, int], Run]) -> Figure:
+    """The last held-out loss of each group over the interval of flow time that it owns."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, variant in enumerate(variants):
+        own = [key for key in runs if key[0] == variant]
+        edges = runs[own[0]].config.model_config.generation.intervals.edges
+        losses = np.mean([evaluations[key][-1]["held_out_loss_per_group"] for key in own], axis=0)
+        axes.stairs(losses, edges, baseline=None, color=f"C{i}", label=variant)
+    axes.set(xlabel="flow time (0: noise)", title="held-out loss of the group that owns it")
+    axes.legend(fontsize="small")
+    return figure

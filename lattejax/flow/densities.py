@@ -1,0 +1,57 @@
+"""Densities of flow time: how often training visits each t, and how sampling spaces its steps.
+
+A density gives its cumulative distribution, on the host in float64, and the inverse of it, in JAX: what the stratified
+draw of `flow.intervals` needs. Noise stands at t = 0.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.special import ndtr
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Every t alike."""
+
+    def cumulative(self, t: np.ndarray) -> np.ndarray:
+        return np.asarray(t, np.float64)
+
+    def quantile(self, u: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+        return u
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitNormal:
+    """logit(t) is normal (Esser et al., arXiv 2403.03206): with mean 0 most often in the middle."""
+
+    mean: float
+    std: float
+
+    def cumulative(self, t: np.ndarray) -> np.ndarray:
+        t = np.asarray(t, np.float64)
+        with np.errstate(divide="ignore"):
+            return ndtr((np.log(t) - np.log1p(-t) - self.mean) / self.std)
+
+    def quantile(self, u: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+        return jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifted:
+    """t = s·u / (1 + (s − 1)·u) of a uniform u: s below 1 leans towards noise. s = 1/3 is SD3's shift of 3."""
+
+    shift: float
+
+    def cumulative(self, t: np.ndarray) -> np.ndarray:
+        t = np.asarray(t, np.float64)
+        return t / (self.shift - (self.shift - 1) * t)
+
+    def quantile(self, u: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+
+Density = Uniform | LogitNormal | Shifted
+UNIFORM = Uniform()

@@ -1,0 +1,63 @@
+"""A sampling call's steps: who takes each, and how.
+
+LaTtE-Flow (arXiv 2506.06952): a step runs wholly in the group that owns its start.
+"""
+
+import dataclasses
+import itertools
+from typing import NamedTuple
+
+from lattejax.flow.intervals import Intervals
+from lattejax.flow.solvers import SOLVERS, Steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the flow is integrated."""
+
+    num_steps: int = 40
+    guidance: float = 2.0  # the scale; 1 is none
+    # Only steps that start at a flow time in [low, high) are guided (Kynkäänniemi et al., arXiv 2404.07724).
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    solver: str = "euler"
+    shift: float = 1.0  # of the step times, see `flow.densities.Shifted`
+
+    def __post_init__(self):
+        low, high = self.guidance_interval
+        for name, good, expected in (
+            ("num_steps", self.num_steps > 0, "positive"),
+            ("guidance_interval", 0 <= low <= high <= 1, "two rising flow times from 0 to 1"),
+            ("solver", self.solver in SOLVERS, f"one of {list(SOLVERS)}"),
+            ("shift", self.shift > 0, "positive"),
+        ):
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
+
+
+class Segment(NamedTuple):
+    """Consecutive steps that one group takes in one way: what one compiled loop does."""
+
+    group: int
+    guided: bool
+    solver: str
+    steps: Steps
+
+
+def plan_segments(intervals: Intervals, sampling: Sampling) -> tuple[Segment, ...]:
+    """Deals a sampling call's steps out to the groups.
+
+    A step runs wholly in the group that owns its start. Where Heun's second stage falls beyond that group's interval,
+    whose end counts as inside, it is dropped: the step is Euler's.
+    """
+    low, high = sampling.guidance_interval
+
+    def segment(group: int, step: tuple[float, float]) -> Segment:
+        start, end = step
+        guided = sampling.guidance != 1 and low <= start < high
+        inside = end <= intervals.edges[group + 1]
+        return Segment(group, guided, sampling.solver if inside else "euler", (step,))
+
+    schedule = intervals.schedule(sampling.num_steps, sampling.shift)
+    singles = [segment(group, step) for group, steps in enumerate(schedule) for step in steps]
+    alike = itertools.groupby(singles, key=lambda single: single[:3])
+    return tuple(Segment(*kind, tuple(single.steps[0] for single in run)) for kind, run in alike)

@@ -1,0 +1,95 @@
+"""LaTtE-Flow whole: a VLM that reads, a generation pathway that draws, and how the two are joined.
+
+LaTtE-Flow (arXiv 2506.06952) names two variants. What differs between them is in this file, in `VARIANTS` and
+`pathway`; all else is the same code.
+
+- Couple: the VLM is frozen. Each generation layer has a trained replica of the VLM layer at its depth. Prompts never
+  see image tokens, so their contexts depend on nothing that is trained, and are made once.
+- Blend: image tokens pass through the VLM's own layers, which are trained on flow matching and on language modelling
+  together; flow matching reaches them through the contexts too. Only the conditioning (modulation, norms, gates) and
+  both ends are generation's own. The text's path is the VLM's, unchanged. What exactly is shared the paper leaves open;
+  we chose the layers of the language model, and leave its vocabulary and the vision tower as they are.
+
+The pathway sees a prompt through the VLM's keys and values, layer by layer: the ordinary KV cache.
+
+Parameters are one tree: `vlm/text`, `vlm/vision`, `embedding`, `time`, `experts`, `head`.
+"""
+
+import dataclasses
+
+import jax
+
+from lattejax.models import functional, generation, qwen2_vl
+from lattejax.models.functional import Params
+from lattejax.models.generation import Context, GenerationConfig
+from lattejax.models.qwen2_vl import Prompts, VLMConfig
+
+# For each variant, what its second stage of training changes: patterns that a parameter's path starts with.
+VARIANTS = {
+    "couple": ("embedding/", "time/", "experts/", "head/"),
+    "blend": ("embedding/", "time/", "experts/", "head/", "vlm/text/layers/"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    vlm: VLMConfig
+    generation: GenerationConfig
+    variant: str = "couple"
+
+    def __post_init__(self):
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant={self.variant!r} is unknown; use one of {list(VARIANTS)}")
+        if self.shares_layers and self.generation.replica_init != "vlm":
+            raise ValueError(
+                f"replica_init={self.generation.replica_init!r} needs replicas, and variant={self.variant!r} has none; "
+                "use 'vlm'"
+            )
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether image tokens pass through the VLM's own layers."""
+        return self.variant == "blend"
+
+
+def init(config: ModelConfig, vlm: Params, key: jax.Array) -> Params:
+    """Returns all parameters, stacked: those of `vlm`, and a fresh generation pathway."""
+    layers = None if config.shares_layers else vlm["text"]["layers"]
+    return {"vlm": vlm, **generation.init(config.generation, layers, key)}
+
+
+def pathway(config: ModelConfig, params: Params) -> Params:
+    """Returns the generation pathway's weights, with a decoder in each layer: its own, or the VLM's.
+
+    `params` are stacked or have a list of layers; also a tree of gradients will do.
+    """
+    own = {name: params[name] for name in ("embedding", "time", "experts", "head")}
+    if not config.shares_layers:
+        return own
+    experts, shared = params["experts"], params["vlm"]["text"]["layers"]
+    if isinstance(experts, list):
+        together = [layer | {"decoder": decoder} for layer, decoder in zip(experts, shared, strict=True)]
+    else:
+        together = experts | {"decoder": shared}
+    return own | {"experts": together}
+
+
+def unstack(params: Params) -> Params:
+    """The same weights with a tree for each layer (see `functional.unstack`); parts may be missing."""
+    unstacked = dict(params)
+    if "vlm" in params:
+        unstacked["vlm"] = qwen2_vl.unstack(params["vlm"])
+    if "experts" in params:
+        unstacked["experts"] = functional.unstack(params["experts"])
+    return unstacked
+
+
+def split_trained(config: ModelConfig, params: Params) -> tuple[Params, Params]:
+    """Splits parameters into those that the second stage trains, and those that it leaves alone."""
+    return functional.partition(params, VARIANTS[config.variant])
+
+
+def read_prompts(config: ModelConfig, vlm: Params, prompts: Prompts, remat: str = "none") -> Context:
+    """Returns the prompts' contexts at all L layers: stacked, or as a list if the VLM's layers are one."""
+    _, layers = qwen2_vl.forward(config.vlm, vlm, prompts, remat)
+    return Context(layers, prompts.mask, qwen2_vl.next_positions(prompts))

@@ -1,0 +1,34 @@
+"""Trains and scores variants of a config one after another, and compares them:
+
+python -m lattejax.sweep --config=configs/ablations.py --workdir=runs/ablations
+
+Run the same command again to go on where an interrupted sweep was. Keys of the base config can be overridden:
+--config.base.train.steps=500.
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from lattejax import cli
+from lattejax.training.interrupt import Interrupted, InterruptGuard
+from lattejax.training.sweep import resolve_sweep, run_sweep
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The sweep: a file with get_config().")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the sweep keeps its runs, its table and its plots.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    sweep = resolve_sweep(CONFIG.value)
+    with InterruptGuard() as guard:
+        try:
+            print(run_sweep(sweep, WORKDIR.value, guard))
+        except Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            sys.exit(128 + interrupted.signum)
+
+
+if __name__ == "__main__":
+    cli.run(main, lambda arguments: cli.check_config_flags(arguments, section="base."))
