@@ -1,6 +1,7 @@
 """Ablations on the digits: variants of one base config, each a few config lines, trained from one pretrained VLM.
 
 `configs/ablations.py` is the paper's comparison: number of groups, and residual attention on and off.
+`configs/ablations.py:compute` gives the ends of that comparison each the other's training compute.
 `configs/ablations.py:switches` has every other switch, one at a time, and both of the paper's variants.
 """
 
@@ -16,6 +17,12 @@ PAPER = {
     "k2_no_residual": {"model.num_groups": 2, "model.residual_attention": "none"},
     "k1": {"model.num_groups": 1},  # the paper's Vanilla
     "k1_no_residual": {"model.num_groups": 1, "model.residual_attention": "none"},
+}
+
+# Why larger groups win here at equal steps: the two ends of the comparison at the other's training compute.
+COMPUTE = {
+    "k4_batch_x4": {"model.num_groups": 4, "train.batch_size": 480, "train.accumulation": 8},  # that of k1
+    "k1_steps_quarter": {"model.num_groups": 1, "train.steps": 120, "train.warmup_steps": 25},  # that of k4
 }
 
 SWITCHES = {
@@ -37,7 +44,10 @@ SWITCHES = {
 def get_config(variants: str = "paper") -> ConfigDict:
     config = ConfigDict()
     config.seeds = (0, 1, 2)
-    config.variants = tuple({"paper": PAPER, "switches": SWITCHES}[variants].items())  # pairs of name and overrides
+    named = {"paper": PAPER, "compute": COMPUTE, "switches": SWITCHES}[variants]
+    config.variants = tuple(named.items())  # pairs of a name and its overrides
+        {"paper": PAPER, "compute": COMPUTE, "switches": SWITCHES}[variants].items()
+    )  # pairs of name and overrides
     config.sample_steps = (5, 10, 20, 40)  # the finished runs are scored and timed at each
 
     config.base = _digits()

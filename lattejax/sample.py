@@ -35,15 +35,22 @@ NPZ = flags.DEFINE_bool("npz", False, "Also write arr_0, uint8 [prompts * num, h
 flags.mark_flags_as_required(["workdir", "prompt"])
 
 
+def read_sampling() -> Sampling:
+    try:
+        low, high = map(float, GUIDANCE_INTERVAL.value)
+    except ValueError as error:
+        raise UserError(f"--guidance_interval={','.join(GUIDANCE_INTERVAL.value)} must be two numbers") from error
+    try:
+        return Sampling(STEPS.value, GUIDANCE.value, (low, high), SOLVER.value, SHIFT.value)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+
+
 def main() -> None:
     out = epath.Path(OUT.value)
     if out.suffix != ".png":
         raise UserError(f"--out={out} must end in .png")
-    try:
-        interval = tuple(float(end) for end in GUIDANCE_INTERVAL.value)
-        sampling = Sampling(STEPS.value, GUIDANCE.value, interval, SOLVER.value, SHIFT.value)
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
+    sampling = read_sampling()
     run = Run.open(WORKDIR.value)
     images = [run.encoder.read_image(open_image(path)) for path in IMAGE.value]
     prompts = [run.encoder.drawing(prompt, images) for prompt in PROMPT.value]

@@ -44,31 +44,37 @@ TINY = {
     "train.warmup_steps": 2,
     "train.learning_rate": 2e-3,
     "train.unroll": False,
+    "train.answer_batch_size": 4,
     "eval.every": 6,
     "eval.examples": 8,
     "eval.images_per_prompt": 1,
     "eval.sample_steps": 3,
     "eval.batch_size": 16,
+    "eval.scored_images": 20,
     "eval.final_images": 20,
     "checkpoint.every": 4,
 }
 
 
-def config_file(name: str) -> ConfigDict:
-    """Reads configs/<name>.py."""
+def config_file(name: str, *arguments: str) -> ConfigDict:
+    """Reads configs/<name>.py, or configs/<name>.py:<argument>."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(*arguments)
 
 
-def tiny_config(**overrides: Any) -> Config:
+def tiny_dict(**overrides: Any) -> ConfigDict:
     """The digits config, tiny, with overrides by dotted key (double underscores for dots)."""
     config = config_file("digits")
     for key, value in (TINY | {key.replace("__", "."): value for key, value in overrides.items()}).items():
         *sections, name = key.split(".")
         functools.reduce(lambda section, part: section[part], sections, config)[name] = value
-    return configuration.resolve(config)
+    return config
+
+
+def tiny_config(**overrides: Any) -> Config:
+    return configuration.resolve(tiny_dict(**overrides))
 
 
 def tiny_flags(**overrides: Any) -> list[str]:

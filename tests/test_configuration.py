@@ -34,7 +34,20 @@ def changed(section: str, name: str, value: object):
         (changed("eval", "prompts", "a"), r"config\.eval\.prompts='a' must be a tuple"),
         (changed("", "train", 3), r"config\.train=3 must be a section"),
         (changed("", "dtype", "float16"), r"dtype='float16' must be one of \['float32', 'bfloat16'\]"),
-        (changed("model", "variant", "blended"), r"config\.model\.variant='blended' must be one of \['couple'\]"),
+        (changed("model", "variant", "blended"), r"variant='blended' is unknown; use one of \['couple', 'blend'\]"),
+        (changed("model", "group_sizes", (2, 2, 2, 1)), r"group_sizes=\(2, 2, 2, 1\) must be .* 8 layers .* not to 7"),
+        (
+            changed("model", "group_sizes", (2.0, 2, 2, 2)),
+            r"config\.model\.group_sizes=2\.0 is of type float; expected int",
+        ),
+        (changed("model", "interval_edges", (0.0, 0.2, 0.4, 0.6, 0.9)), "must rise from 0 to 1"),
+        (changed("train", "density", "beta"), r"config\.train\.density='beta' must be one of"),
+        (changed("train", "density_shift", 0.0), r"config\.train\.density_shift=0\.0 must be positive"),
+        (changed("train", "answer_batch_size", 0), r"config\.train\.answer_batch_size=0 must be positive"),
+        (changed("eval", "solver", "rk4"), r"config\.eval\.solver='rk4' must be one of"),
+        (changed("eval", "guidance_interval", (0.9, 0.1)), r"config\.eval\.guidance_interval"),
+        (changed("eval", "final_images", 15), r"config\.eval\.final_images=15 must be a multiple"),
+        (changed("data", "prompts", "pictures"), r"set train\.share_contexts=False"),
         (changed("model", "num_groups", 3), "num_groups=3 does not divide the 8 layers .* use one of"),
         (changed("model", "residual_attention", "yes"), "residual_attention='yes' is unknown; use one of"),
         (changed("model", "patch_size", 3), r"patch_size=3 does not divide latents of shape \(8, 8, 1\)"),
@@ -51,6 +64,19 @@ def changed(section: str, name: str, value: object):
 def test_bad_values_are_refused_by_name(config, message):
     with pytest.raises(UserError, match=message):
         configuration.resolve(config)
+
+
+def test_blends_questions_are_cut_into_micro_batches_too():
+    config = changed("model", "variant", "blend")
+    config["train"]["answer_batch_size"] = 25
+    with pytest.raises(UserError, match=r"train\.answer_batch_size=25 must be a multiple of train\.accumulation \(2\)"):
+        configuration.resolve(config)
+
+
+def test_a_batch_that_is_not_stratified_need_not_fall_into_groups():
+    config = changed("train", "batch_size", 122)
+    config["train"]["stratified"] = False
+    configuration.resolve(config)
 
 
 def test_a_missing_key_is_named():

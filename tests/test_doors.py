@@ -17,7 +17,9 @@ from tests.helpers import ROOT, encoder_for, run_door, tiny_config, tiny_flags
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
-    stages.train(tiny_config(train__steps=1, pretrain__steps=1), path, InterruptGuard())
+    # A rate so high that two steps make a pathway whose velocities are far from its zero start.
+    config = tiny_config(pretrain__steps=1, train__steps=2, train__learning_rate=0.05, train__ema_decay=0.0)
+    stages.train(config, path, InterruptGuard())
     return path
 
 
@@ -42,6 +44,20 @@ def test_sample_draws_every_prompt_in_order(workdir, tmp_path):
     first, fourth = (images[i].repeat(zoom, 0).repeat(zoom, 1) for i in (0, 3))
     assert np.array_equal(grid[22:86, 4:68], first), "the first prompt's first image, under its label"
     assert np.array_equal(grid[108:172, 4:68], fourth), "the second prompt's"
+
+
+def test_sample_takes_every_setting_and_an_image_to_look_at(workdir, digit, tmp_path):
+    """Each setting changes what is drawn, from the same noise."""
+    settings = ["--guidance=2", "--solver=heun", "--shift=0.3", "--guidance_interval=0.4,0.6", f"--image={digit}"]
+    drawn = []
+    for i, setting in enumerate(settings):
+        out = tmp_path / f"{i}.npz"
+        common = [f"--workdir={workdir}", "--prompt=a handwritten two", "--num=1", "--steps=4", "--npz"]
+        done = run_door("sample", *common, setting, f"--out={out.with_suffix('.png')}")
+        assert done.returncode == 0, done.stderr
+        assert ("steps per group: [3, 1]" in done.stdout) == (setting == "--shift=0.3")
+        drawn.append(np.load(out)["arr_0"].tobytes())
+    assert len(set(drawn)) == len(settings)
 
 
 def test_chat_answers(workdir, digit):
@@ -71,6 +87,10 @@ BAD_INPUT = {
     "no prompt": (SAMPLE, "--prompt"),
     "no run": (["sample", "--workdir={tmp}/nowhere", "--prompt=a"], "no config.json"),
     "no steps": ([*SAMPLE, "--prompt=a", "--steps=0"], "steps"),
+    "guidance interval that falls": ([*SAMPLE, "--prompt=a", "--guidance_interval=0.9,0.1"], "guidance_interval"),
+    "guidance interval of words": ([*SAMPLE, "--prompt=a", "--guidance_interval=low,high"], "guidance_interval"),
+    "unknown solver": ([*SAMPLE, "--prompt=a", "--solver=rk4"], "solver"),
+    "missing image to look at": ([*SAMPLE, "--prompt=a", "--image=nothing.png"], "nothing.png"),
     "output that is no PNG": ([*SAMPLE, "--prompt=a", "--out=grid.jpeg"], ".png"),
     "missing image": ([*CHAT, "--image=nothing.png"], "nothing.png"),
     "image that is none": ([*CHAT, "--image={tmp}/text.png"], "text.png"),

@@ -50,7 +50,7 @@ class Shifted:
         return t / (self.shift - (self.shift - 1) * t)
 
     def quantile(self, u: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-        return self.shift * u / (1 + (self.shift - 1) * u)
+        return self.shift * u / (self.shift * u + (1 - u))  # exactly 0 and 1 at both ends
 
 
 Density = Uniform | LogitNormal | Shifted

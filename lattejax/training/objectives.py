@@ -77,7 +77,7 @@ class FlowLoss:
     A row's flow time, noise and prompt dropout are functions of its key. Stratified, rows fall to the groups in
     contiguous blocks of one size, each draws its t from the density restricted to its group's interval, and the loss is
     Σ P_k·loss_k, P_k being the group's share of the density. Otherwise t comes from the whole density, every group runs
-    every row, and only the owner's result counts: the same loss on average, noisier and K times as dear.
+    every row, and only the owner's result counts: the same loss on average, K times as dear.
     """
 
     config: ModelConfig

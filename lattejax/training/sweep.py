@@ -62,7 +62,7 @@ def resolve_sweep(config: ConfigDict) -> Sweep:
     variants = {name: _override(values["base"], name, overrides) for name, overrides in values["variants"]}
     vlm = abstract_params(base)["vlm"]
     for name, variant in variants.items():
-        checkpoints.check_shapes(vlm, abstract_params(variant)["vlm"], f"the base config's VLM and variant {name}")
+        checkpoints.check_shapes(vlm, abstract_params(variant)["vlm"], f"variant {name}: the base config's VLM weights")
     return Sweep(base, variants, tuple(values["seeds"]), tuple(values["sample_steps"]))
 
 

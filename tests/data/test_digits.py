@@ -3,6 +3,7 @@
 import collections
 
 import numpy as np
+from PIL import Image
 
 from lattejax.data import digits
 from lattejax.data.pipeline import training_batches
@@ -30,10 +31,24 @@ def test_answers_are_true():
 
 def test_latents_decode_to_the_pictures():
     autoencoder = PixelAutoencoder(8)
-    source = digits.CaptionedImages("test", autoencoder)
+    source = digits.Drawings("test", autoencoder, encoder_for(tiny_config()), "captions")
     pixels = np.clip(127.5 * np.asarray(autoencoder.decode(source.latents)) + 128, 0, 255).astype(np.uint8)
     np.testing.assert_array_equal(pixels, digits.load("test").images)
-    assert source.captions[source[5]["caption"]] == f"a handwritten {digits.WORDS[source.labels[5]]}"
+    assert digits.CAPTIONS[source[5]["caption"]] == f"a handwritten {digits.WORDS[source.labels[5]]}"
+
+
+def test_picture_prompts_show_another_picture_of_the_same_digit():
+    """Every picture of the split is shown once, none with itself."""
+    encoder = encoder_for(tiny_config())
+    source = digits.Drawings("test", PixelAutoencoder(8), encoder, "pictures")
+    others = source._others()
+    assert sorted(others) == list(range(len(source))) and np.all(others != np.arange(len(source)))
+    np.testing.assert_array_equal(source.labels[others], source.labels)
+    shown = encoder.read_image(Image.fromarray(digits.load("test").images[others[7]]))
+    np.testing.assert_array_equal(source[7]["prompt"].images[0].patches, shown.patches)
+    assert digits.REQUEST in encoder.tokenizer.decode(source[7]["prompt"].input_ids)
+    firsts = [np.flatnonzero(source.labels == label)[0] for label in range(10)]
+    assert source.one_of_each() == [source.prompts[first] for first in firsts]
 
 
 class Numbers:

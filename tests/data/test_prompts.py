@@ -25,7 +25,21 @@ def picture(height: int, width: int) -> Image.Image:
 def test_a_prompt_to_draw_is_the_whole_template_up_to_the_image():
     asked = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
     assert text(ENCODER.drawing("a handwritten seven").input_ids) == SYSTEM + asked.format("a handwritten seven")
-    assert text(ENCODER.drawing("").input_ids) == SYSTEM + asked.format("")
+    assert text(ENCODER.unconditional().input_ids) == SYSTEM + asked.format("")
+
+
+def test_a_prompt_to_draw_may_show_images_first():
+    image = ENCODER.read_image(picture(8, 8))
+    prompt = ENCODER.drawing("another one", [image, image])
+    shown = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
+    assert f"user\n{shown}{shown}another one<|im_end|>" in text(prompt.input_ids)
+    assert text(prompt.input_ids).endswith("assistant\n<|vision_start|>") and prompt.images == (image, image)
+
+
+@pytest.mark.parametrize("caption", ["", "  \n"])
+def test_empty_prompts_are_refused(caption):
+    with pytest.raises(UserError, match="prompt is empty"):
+        ENCODER.drawing(caption)
 
 
 def test_a_question_has_its_images_first_one_pad_for_each_merged_patch():

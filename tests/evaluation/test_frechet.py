@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 
 from lattejax.data import digits
-from lattejax.evaluation.digits import generation_scores
+from lattejax.evaluation.digits import DigitReader, frechet_train_test
 from lattejax.evaluation.frechet import frechet_distance
 
 
@@ -38,10 +38,10 @@ def test_real_digits_are_read_as_asked_and_noise_is_not():
     """What the score gives for real test pictures, in order and shifted by one class, and for noise."""
     test = digits.load("test")
     real = np.concatenate([test.images[test.labels == digit][:30] for digit in range(10)])
-    scores = generation_scores(lambda guidance: real if guidance == 1 else np.roll(real, 30, axis=0), 30)
-    assert scores["generated_accuracy_guidance_1"] > 0.97 and scores["generated_accuracy_guidance_2"] < 0.03
-    assert scores["frechet_guidance_1"] == pytest.approx(scores["frechet_guidance_2"])
+    reader = DigitReader()
+    right, wrong = reader.score(real), reader.score(np.roll(real, 30, axis=0))
+    assert right["generated_accuracy"] > 0.97 and wrong["generated_accuracy"] < 0.03
+    assert right["frechet"] == pytest.approx(wrong["frechet"])
     noise = np.random.default_rng(0).integers(0, 256, real.shape).astype(np.uint8)
-    noisy = generation_scores(lambda guidance: noise, 30)
-    assert noisy["frechet_guidance_1"] > 10 * scores["frechet_guidance_1"]
-    assert scores["frechet_train_test"] < 0.2
+    assert reader.score(noise)["frechet"] > 10 * right["frechet"]
+    assert frechet_train_test() < 0.2

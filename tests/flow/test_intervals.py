@@ -33,6 +33,21 @@ def test_forty_steps_fall_in_tens_to_four_groups():
     assert [len(group) for group in Intervals.equal(4).schedule(40)] == [10, 10, 10, 10]
 
 
+@pytest.mark.parametrize("edges", [(0.0,), (0.0, 0.5), (0.2, 1.0), (0.0, 0.6, 0.4, 1.0), (0.0, 0.5, 0.5, 1.0)])
+def test_edges_that_do_not_rise_from_0_to_1_are_refused(edges):
+    with pytest.raises(ValueError, match="must rise from 0 to 1"):
+        Intervals(edges)
+
+
+def test_owners_in_a_compiled_step_are_those_of_the_host():
+    """On float32 numbers at and beside edges that float32 rounds up and down."""
+    intervals = Intervals((0.0, 0.1, 1 / 3, 0.7, 1.0))
+    near = np.float32(intervals.edges)
+    t = np.concatenate([near, np.nextafter(near, np.float32(-1)), np.nextafter(near, np.float32(2))])
+    t = t[(t >= 0) & (t <= 1)]
+    np.testing.assert_array_equal(jax.jit(intervals.owners)(t), intervals.group_of(t.astype(np.float64)))
+
+
 def test_uneven_intervals_own_their_share_of_steps():
     assert [len(group) for group in Intervals((0.0, 0.1, 0.5, 1.0)).schedule(10)] == [1, 4, 5]
 
@@ -62,7 +77,7 @@ def test_stratified_weighted_mean_is_unbiased_and_less_noisy_than_plain_draws(ed
 
     exact = (np.exp(3) - 1) / 3 + np.sin(20) / 20
     u = jax.random.uniform(jax.random.key(0), (batches, groups, rows // groups))
-    stratified = jax.vmap(lambda u: jnp.mean(f(intervals.draw(u)).mean(axis=1) * intervals.weights()))(u)
+    stratified = jax.vmap(lambda u: jnp.sum(f(intervals.draw(u)).mean(axis=1) * intervals.masses()))(u)
     plain = f(jax.random.uniform(jax.random.key(1), (batches, rows))).mean(axis=1)
     assert abs(stratified.mean() - exact) < 4 * stratified.std() / np.sqrt(batches)
     assert stratified.std() < plain.std()

@@ -1,11 +1,12 @@
 """Paths, guidance and the solver against closed forms."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lattejax.flow.path import guide, interpolate, target_velocity
-from lattejax.flow.solvers import euler
+from lattejax.flow.solvers import euler, heun
 
 
 def test_path_runs_from_noise_to_latents_at_constant_velocity():
@@ -34,9 +35,23 @@ def test_euler_equals_its_closed_form_on_a_linear_flow(steps):
     assert euler(lambda x, t: a * x + b * t, x, tuple(times)).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_euler_converges_to_the_solution_at_first_order():
+@pytest.mark.parametrize("solver, order", [(euler, 1), (heun, 2)])
+def test_solvers_converge_at_their_order(solver, order):
+    """dx/dt = −x, from 1 to 1/e; in float64, where Heun's error is not yet rounding."""
+
     def error(steps):
         times = tuple((i / steps, (i + 1) / steps) for i in range(steps))
-        return abs(euler(lambda x, t: -x, jnp.ones((1, 1, 1, 1)), times).item() - np.exp(-1))
+        with jax.enable_x64(True):
+            return abs(solver(lambda x, t: -x, jnp.ones((1, 1, 1, 1)), times).item() - np.exp(-1))
 
-    assert error(50) / error(100) == pytest.approx(2, rel=0.05)
+    assert error(50) / error(100) == pytest.approx(2**order, rel=0.05)
+
+
+def test_heun_equals_its_formula_on_uneven_steps():
+    x, expected = jnp.full((1, 1, 1, 1), 0.7), 0.7
+    for start, end in ((0.0, 0.1), (0.1, 0.4), (0.4, 1.0)):
+        first = -1.5 * expected + 2 * start
+        second = -1.5 * (expected + (end - start) * first) + 2 * end
+        expected += (end - start) * (first + second) / 2
+    steps = ((0.0, 0.1), (0.1, 0.4), (0.4, 1.0))
+    assert heun(lambda x, t: -1.5 * x + 2 * t, x, steps).item() == pytest.approx(expected, rel=1e-5)

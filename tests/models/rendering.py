@@ -37,43 +37,84 @@ def time_embedding(params, t):
     return linear(silu(linear(sinusoids, params["fc1"])), params["fc2"])
 
 
-def layer(params, text, h, c, positions, context_k, context_v, previous, residual):
-    """One generation layer; contexts are [T, G, d], unpadded. Returns h and the map [H, N, N]."""
+def project(attention, text, x, positions):
+    """Returns rotated queries [N, H, d], rotated keys and values [N, G, d]."""
+    parts = [linear(x, attention[name]).reshape(len(x), -1, text.head_dim) for name in ("q_proj", "k_proj", "v_proj")]
+    for part in parts[:2]:
+        for n, position in enumerate(positions):
+            for head in range(part.shape[1]):
+                part[n, head] = rotated(part[n, head], position, text.mrope_section, text.rope_theta)
+    return parts
+
+
+def softmax(scores):
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def feed_forward(x, mlp):
+    return linear(silu(linear(x, mlp["gate_proj"])) * linear(x, mlp["up_proj"]), mlp["down_proj"])
+
+
+def read(params, text, input_ids):
+    """One unpadded prompt of text through the language model; returns each layer's keys and values [T, G, d]."""
+    h, count = params["vocabulary"]["embedding"][input_ids], len(input_ids)
+    positions = [(i, i, i) for i in range(count)]
+    contexts, eps = [], text.rms_norm_eps
+    for i in range(text.num_layers):
+        decoder = take(params["layers"], i)
+        q, k, v = project(decoder["attention"], text, rms(h, decoder["input_norm"]["scale"], eps), positions)
+        contexts.append((k, v))
+        mixed = np.empty_like(q)
+        for head in range(text.num_heads):
+            group = head // (text.num_heads // text.num_kv_heads)
+            scores = q[:, head] @ k[:, group].T / np.sqrt(text.head_dim)
+            scores[np.triu_indices(count, 1)] = -np.inf
+            mixed[:, head] = softmax(scores) @ v[:, group]
+        h = h + mixed.reshape(count, -1) @ decoder["attention"]["o_proj"]["kernel"]
+        h = h + feed_forward(rms(h, decoder["post_attention_norm"]["scale"], eps), decoder["mlp"])
+    return contexts
+
+
+def take(stacked, i):
+    """Layer i of a nested dict of stacked arrays."""
+    return {name: take(leaf, i) if isinstance(leaf, dict) else leaf[i] for name, leaf in stacked.items()}
+
+
+def layer(params, decoder, text, h, c, positions, context_k, context_v, previous, residual):
+    """One generation layer, `decoder` being the weights that it has of a VLM layer; contexts are [T, G, d], unpadded.
+
+    Returns h, and the map or its logits [H, N, N].
+    """
     heads, groups, d, eps = text.num_heads, text.num_kv_heads, text.head_dim, text.rms_norm_eps
-    decoder, attention, mlp = params["decoder"], params["decoder"]["attention"], params["decoder"]["mlp"]
     a_scale, m_scale, scale, shift = np.split(linear(silu(c), params["modulation"]), 4)
 
-    x = rms(h, decoder["input_norm"]["scale"], eps)
-    q = linear(x, attention["q_proj"]).reshape(-1, heads, d)
-    k = linear(x, attention["k_proj"]).reshape(-1, groups, d)
-    v = linear(x, attention["v_proj"]).reshape(-1, groups, d)
-    count = len(h)
-    maps, mixed = np.empty((heads, count, count)), np.empty((count, heads, d))
+    q, k, v = project(decoder["attention"], text, rms(h, decoder["input_norm"]["scale"], eps), positions)
+    count, tokens = len(h), len(context_k)
+    carried, mixed = np.empty((heads, count, count)), np.empty((count, heads, d))
     for head in range(heads):
         group = head // (heads // groups)
-        keys = [rotated(k[n, group], positions[n], text.mrope_section, text.rope_theta) for n in range(count)]
-        keys = np.concatenate([context_k[:, group], np.array(keys)])
-        values = np.concatenate([context_v[:, group], v[:, group]])
-        queries = [rotated(q[n, head], positions[n], text.mrope_section, text.rope_theta) for n in range(count)]
-        scores = np.array(queries) @ keys.T / np.sqrt(d)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        tokens = len(context_k)
+        keys, values = (np.concatenate([a[:, group], b[:, group]]) for a, b in ((context_k, k), (context_v, v)))
+        scores = q[:, head] @ keys.T / np.sqrt(d)
+        if residual != "none":
+            gates = np.tanh(linear(c, params["residual_gate"]))
+            gate = gates[head] if len(gates) > 1 else gates[0]
+        if previous is not None and residual == "logits":
+            scores[:, tokens:] += gate * previous[head]
+        weights = softmax(scores)
         if previous is not None and residual == "probabilities":
-            gate = np.tanh(linear(c, params["residual_gate"])[head])
             weights[:, tokens:] += gate * previous[head]
-        maps[head] = weights[:, tokens:]
+        carried[head] = (scores if residual == "logits" else weights)[:, tokens:]
         mixed[:, head] = weights @ values
-    out = mixed.reshape(count, -1) @ attention["o_proj"]["kernel"]
+    out = mixed.reshape(count, -1) @ decoder["attention"]["o_proj"]["kernel"]
     h = h + (1 + a_scale) * rms(out, params["attention_norm"]["scale"], eps)
 
     x = rms(h, decoder["post_attention_norm"]["scale"], eps) * (1 + scale) + shift
-    out = linear(silu(linear(x, mlp["gate_proj"])) * linear(x, mlp["up_proj"]), mlp["down_proj"])
-    return h + (1 + m_scale) * rms(out, params["mlp_norm"]["scale"], eps), maps
+    return h + (1 + m_scale) * rms(feed_forward(x, decoder["mlp"]), params["mlp_norm"]["scale"], eps), carried
 
 
-def velocity(params, config, layers, x_t, t, contexts, start):
-    """One image through one group: `layers` and `contexts` have an entry for each of its M layers."""
+def velocity(params, config, layers, decoders, x_t, t, contexts, start):
+    """One image through one group: `layers`, `decoders` and `contexts` have an entry for each of its M layers."""
     text, patch = config.text, config.patch_size
     height, width, channels = x_t.shape
     tokens, positions = [], []
@@ -84,8 +125,10 @@ def velocity(params, config, layers, x_t, t, contexts, start):
     c = time_embedding(params["time"], t)
     h = linear(np.array(tokens), params["embedding"]["proj"])
     previous = None
-    for weights, (context_k, context_v) in zip(layers, contexts, strict=True):
-        h, previous = layer(weights, text, h, c, positions, context_k, context_v, previous, config.residual_attention)
+    for weights, decoder, (context_k, context_v) in zip(layers, decoders, contexts, strict=True):
+        h, previous = layer(
+            weights, decoder, text, h, c, positions, context_k, context_v, previous, config.residual_attention
+        )
     scale, shift = np.split(linear(silu(c), params["head"]["modulation"]), 2)
     out = linear(
         rms(h, params["head"]["norm"]["scale"], text.rms_norm_eps) * (1 + scale) + shift, params["head"]["proj"]

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lattejax.models import couple, functional, generation, qwen2_vl
-from lattejax.models.couple import ModelConfig
+from lattejax.models import functional, generation, latte_flow, qwen2_vl
 from lattejax.models.generation import GenerationConfig
+from lattejax.models.latte_flow import ModelConfig
 from lattejax.models.qwen2_vl import Prompts, VLMConfig
 from lattejax.models.rotary import token_positions
 from lattejax.models.text import TextConfig
 from lattejax.models.vision import VisionConfig
-from tests.helpers import randomize
+from tests.helpers import assert_same_bits, randomize
 from tests.models import rendering
 
 TEXT = TextConfig(
@@ -28,16 +28,17 @@ TEXT = TextConfig(
 
 
 group_velocities = jax.jit(generation.group_velocities, static_argnames=("config", "remat", "unroll"))
-read_prompts = jax.jit(couple.read_prompts, static_argnames="config")
+read_prompts = jax.jit(latte_flow.read_prompts, static_argnames="config")
 
 
-def model(num_groups: int, residual: str, **overrides) -> ModelConfig:
+def model(
+    num_groups: int, residual: str = "probabilities", variant: str = "couple", pathway: dict | None = None, **overrides
+) -> ModelConfig:
+    """`overrides` are the language model's geometry, `pathway` the generation pathway's."""
     text = TextConfig(**vars(TEXT) | overrides)
     vision = VisionConfig(depth=1, embed_dim=8, num_heads=1, patch_size=2, hidden_size=text.hidden_size)
-    return ModelConfig(
-        VLMConfig(text, vision),
-        GenerationConfig(text, (4, 6, 3), num_groups=num_groups, residual_attention=residual, patch_size=2),
-    )
+    settings = dict(num_groups=num_groups, residual_attention=residual, patch_size=2) | (pathway or {})
+    return ModelConfig(VLMConfig(text, vision), GenerationConfig(text, (4, 6, 3), **settings), variant)
 
 
 def prompts_of_lengths(lengths: list[int], seed: int = 0) -> Prompts:
@@ -50,153 +51,234 @@ def prompts_of_lengths(lengths: list[int], seed: int = 0) -> Prompts:
 
 def weights(config: ModelConfig):
     vlm = randomize(qwen2_vl.init(config.vlm, jax.random.key(0)), 1)
-    return vlm, randomize(couple.init_generation(config, vlm, jax.random.key(1)), 2)
+    return {"vlm": vlm} | {
+        name: randomize(part, seed)
+        for seed, (name, part) in enumerate(latte_flow.init(config, vlm, jax.random.key(1)).items())
+        if name != "vlm"
+    }
 
 
 def float64(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
-@pytest.mark.parametrize("num_groups", [1, 2, 4])
-@pytest.mark.parametrize("residual", ["probabilities", "none"])
-@pytest.mark.parametrize("kv_heads", [2, 6])
-def test_every_group_equals_the_plain_rendering(num_groups, residual, kv_heads):
-    """In float64, on padded prompts of three lengths: to 1e-10, some thousands of roundings of 1e-16."""
-    with jax.enable_x64(True):
-        config = model(num_groups, residual, num_kv_heads=kv_heads)
-        vlm, params = (float64(tree) for tree in weights(config))
-        lengths = [5, 9, 1]
-        table = read_prompts(config, vlm, prompts_of_lengths(lengths))
-        rng = np.random.default_rng(3)
-        x_t = rng.standard_normal((num_groups, 3, 4, 6, 3))
-        t = rng.uniform(size=(num_groups, 3))
-        index = np.tile(np.arange(3), (num_groups, 1))
-        contexts = couple.share_contexts(config, table, index)
-        ours = group_velocities(config.generation, params, contexts, x_t, t)
-        experts = float64(functional.unstack(params["experts"]))
+CASES = {
+    "one group": model(1),
+    "two groups": model(2),
+    "a group a layer": model(4),
+    "no residual attention": model(2, "none"),
+    "on logits": model(2, "logits"),
+    "one gate a layer": model(2, pathway={"residual_gate": "layer"}),
+    "one gate a layer, on logits": model(1, "logits", pathway={"residual_gate": "layer"}),
+    "a head for each query": model(2, num_kv_heads=6),
+    "one layer and three": model(2, pathway={"group_sizes": (1, 3)}),
+    "three uneven groups": model(3, pathway={"group_sizes": (2, 1, 1), "interval_edges": (0.0, 0.2, 0.3, 1.0)}),
+    "blend": model(2, variant="blend"),
+    "blend, one group, on logits": model(1, "logits", variant="blend"),
+    "blend, uneven, a head for each query": model(2, variant="blend", num_kv_heads=6, pathway={"group_sizes": (3, 1)}),
+    "7 of 28 layers": model(7, num_layers=28),
+    "14 of 28 layers": model(14, num_layers=28),
+}
 
-    per_group = config.generation.layers_per_group
-    for group in range(num_groups):
-        for row, length in enumerate(lengths):
-            layers = range(group * per_group, (group + 1) * per_group)
-            contexts = [
-                (np.asarray(table.layers.keys[i, row, :length]), np.asarray(table.layers.values[i, row, :length]))
-                for i in layers
-            ]
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_group_equals_the_plain_rendering(case):
+    """On padded prompts of three lengths. The pathway in float64 to 1e-9 of values near 1, since thousands of roundings
+    of 1e-16 pass through up to 28 layers; the contexts to 1e-4, since the text's softmax is JAX's, in float32."""
+    config = CASES[case]
+    groups = config.generation.num_groups
+    with jax.enable_x64(True):
+        params = float64(weights(config))
+        lengths = [5, 9, 1]
+        prompts = prompts_of_lengths(lengths)
+        table = read_prompts(config, params["vlm"], prompts)
+        rng = np.random.default_rng(3)
+        x_t = rng.standard_normal((groups, 3, 4, 6, 3))
+        t = rng.uniform(size=(groups, 3))
+        rows = np.tile(np.arange(3), (groups, 1))
+        ours = group_velocities(config.generation, latte_flow.pathway(config, params), table, rows, x_t, t)
+
+    text, layers = config.vlm.text, range(config.vlm.text.num_layers)
+    experts = [rendering.take(params["experts"], i) for i in layers]
+    shared = params["vlm"]["text"]["layers"] if config.variant == "blend" else params["experts"]["decoder"]
+    decoders = [rendering.take(shared, i) for i in layers]
+    for row, length in enumerate(lengths):
+        contexts = [tuple(np.asarray(x[i, row, :length]) for x in table.layers) for i in layers]
+        plain = rendering.read(params["vlm"]["text"], text, prompts.input_ids[row, :length])
+        np.testing.assert_allclose(contexts, plain, rtol=1e-4, atol=1e-4)
+        for group, own in enumerate(config.generation.layers_of):
             expected = rendering.velocity(
                 params,
                 config.generation,
-                [experts[i] for i in layers],
+                experts[own],
+                decoders[own],
                 x_t[group, row],
                 t[group, row],
-                contexts,
+                contexts[own],
                 length,
             )
-            np.testing.assert_allclose(ours[group, row], expected, rtol=1e-10, atol=1e-10)
+            np.testing.assert_allclose(ours[group, row], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_residual_attention_changes_the_velocity():
-    """So that the comparison above would notice its absence."""
-    plain, residual = (velocities(model(2, kind), unroll=False) for kind in ("none", "probabilities"))
-    assert np.abs(plain - residual).max() > 1e-3
+@pytest.mark.parametrize("other", [model(2, "none"), model(2, "logits"), model(2, pathway={"residual_gate": "layer"})])
+def test_each_kind_of_residual_attention_has_a_velocity_of_its_own(other):
+    """So that the comparison above would notice one in the place of another."""
+    assert np.abs(velocities(model(2)) - velocities(other)).max() > 1e-3
 
 
 def velocities(config: ModelConfig, **kwargs):
-    vlm, params = weights(model(config.generation.num_groups, "probabilities"))
-    if config.generation.residual_attention == "none":
-        params["experts"] = {name: leaf for name, leaf in params["experts"].items() if name != "residual_gate"}
-    table = read_prompts(config, vlm, prompts_of_lengths([5, 9]))
+    """On the weights of gates by head, cut down where there are fewer gates."""
+    params = weights(model(config.generation.num_groups))
+    gates = config.generation.layer.num_gates
+    experts = dict(params["experts"])
+    experts["residual_gate"] = jax.tree.map(lambda x: x[..., :gates], experts["residual_gate"])
+    if not gates:
+        del experts["residual_gate"]
+    pathway = latte_flow.pathway(config, params | {"experts": experts})
+    table = read_prompts(config, params["vlm"], prompts_of_lengths([5, 9]))
     groups = config.generation.num_groups
     rng = np.random.default_rng(0)
     x_t, t = (
         rng.standard_normal((groups, 2, 4, 6, 3)).astype(np.float32),
         rng.uniform(size=(groups, 2)).astype(np.float32),
     )
-    contexts = couple.share_contexts(config, table, jnp.tile(jnp.arange(2), (groups, 1)))
-    return group_velocities(config.generation, params, contexts, x_t, t, **kwargs)
+    return group_velocities(config.generation, pathway, table, jnp.tile(jnp.arange(2), (groups, 1)), x_t, t, **kwargs)
 
 
 @pytest.mark.parametrize(
     "form", [{"unroll": True}, {"remat": "dots"}, {"remat": "full"}, {"unroll": True, "remat": "full"}]
 )
 def test_scanned_unrolled_and_rematerialised_layers_agree(form):
-    config = model(2, "probabilities")
+    config = model(2)
     np.testing.assert_allclose(velocities(config), velocities(config, **form), rtol=1e-4, atol=1e-5)
 
 
-def test_sampling_form_equals_training_form():
-    """A group's layers as a list, as sampling has them, against the scanned stack of training."""
-    config = model(2, "probabilities")
-    vlm, params = weights(config)
-    prompts = prompts_of_lengths([5, 9])
-    stacked = read_prompts(config, vlm, prompts)
-    listed = read_prompts(config, qwen2_vl.unstack(vlm), prompts)
+def group_velocity(config: ModelConfig, params, prompts: Prompts, group: int, x_t, t):
+    """The form for sampling: one group's layers as a list."""
+    params = latte_flow.unstack(params)
+    context = read_prompts(config, params["vlm"], prompts)
+    pathway = latte_flow.pathway(config, params)
+    experts, layers = (
+        generation.group_layers(config.generation, of_all, group) for of_all in (pathway["experts"], context.layers)
+    )
+    return generation.velocity(
+        config.generation, pathway | {"experts": experts}, context._replace(layers=layers), x_t, t
+    )
+
+
+@pytest.mark.parametrize(
+    "config", [model(2), model(2, variant="blend"), model(2, pathway={"group_sizes": (1, 3)})], ids=repr
+)
+def test_sampling_form_equals_training_form(config):
+    params, prompts = weights(config), prompts_of_lengths([5, 9])
     x_t = np.random.default_rng(0).standard_normal((2, 4, 6, 3)).astype(np.float32)
-    t = np.array([0.1, 0.7], np.float32)
-    rows = np.arange(2)
-    contexts = couple.share_contexts(config, stacked, np.tile(rows, (2, 1)))
-    expected = group_velocities(config.generation, params, contexts, np.stack([x_t, x_t]), np.stack([t, t]))
-    experts = functional.unstack(params["experts"])
+    t, rows = np.array([0.1, 0.7], np.float32), np.arange(2)
+    table, pathway = read_prompts(config, params["vlm"], prompts), latte_flow.pathway(config, params)
+    stacks = (np.stack([x, x]) for x in (rows, x_t, t))
+    expected = group_velocities(config.generation, pathway, table, *stacks)
     for group in range(2):
-        own = params | {"experts": generation.group_layers(config.generation, experts, group)}
-        context = couple.group_context(config, listed, group, rows)
-        ours = generation.velocity(config.generation, own, context, x_t, t)
+        ours = group_velocity(config, params, prompts, group, x_t, t)
         np.testing.assert_allclose(ours, expected[group], rtol=1e-4, atol=1e-5)
 
 
 def test_padding_does_not_change_a_velocity():
-    config = model(2, "probabilities")
-    vlm, params = weights(config)
-    experts = functional.unstack(params["experts"])[:2]
-    x_t = np.random.default_rng(0).standard_normal((1, 4, 6, 3)).astype(np.float32)
-
-    def at(prompts, rows):
-        table = read_prompts(config, qwen2_vl.unstack(vlm), prompts)
-        context = couple.group_context(config, table, 0, rows)
-        return generation.velocity(config.generation, params | {"experts": experts}, context, x_t, jnp.array([0.2]))
-
+    config = model(2)
+    params = weights(config)
+    x_t = np.random.default_rng(0).standard_normal((2, 4, 6, 3)).astype(np.float32)
     padded = prompts_of_lengths([5, 9])
     alone = jax.tree.map(lambda x: x[:1, ..., :5], padded)
-    np.testing.assert_allclose(at(padded, np.array([0])), at(alone, np.array([0])), rtol=1e-5, atol=1e-6)
+    t = jnp.array([0.2])
+    np.testing.assert_allclose(
+        group_velocity(config, params, padded, 0, x_t, t)[:1],
+        group_velocity(config, params, alone, 0, x_t[:1], t),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
-def test_untrained_pathway_starts_at_zero_velocity_from_the_vlms_weights():
-    config = model(2, "probabilities")
+@pytest.mark.parametrize("variant", latte_flow.VARIANTS)
+def test_untrained_pathway_starts_at_zero_velocity_from_the_vlms_weights(variant):
+    config = model(2, variant=variant)
     vlm = qwen2_vl.init(config.vlm, jax.random.key(0))
-    params = couple.init_generation(config, vlm, jax.random.key(1))
-    for replica, original in zip(
-        jax.tree.leaves(params["experts"]["decoder"]), jax.tree.leaves(vlm["text"]["layers"]), strict=True
-    ):
-        np.testing.assert_array_equal(replica, original)
+    params = latte_flow.init(config, vlm, jax.random.key(1))
+    pathway = latte_flow.pathway(config, params)
+    assert ("decoder" in params["experts"]) == (variant == "couple"), "Blend has no replicas"
+    assert_same_bits(pathway["experts"]["decoder"], vlm["text"]["layers"])
     table = read_prompts(config, vlm, prompts_of_lengths([5]))
-    contexts = couple.share_contexts(config, table, np.zeros((2, 1), int))
-    x_t = np.ones((2, 1, 4, 6, 3), np.float32)
-    assert not np.any(group_velocities(config.generation, params, contexts, x_t, np.zeros((2, 1), np.float32)))
+    x_t, t = np.ones((2, 1, 4, 6, 3), np.float32), np.zeros((2, 1), np.float32)
+    assert not np.any(group_velocities(config.generation, pathway, table, np.zeros((2, 1), int), x_t, t))
+
+
+def test_random_replicas_have_the_vlms_shapes_and_not_its_weights():
+    config = model(2, pathway={"replica_init": "random"})
+    vlm = qwen2_vl.init(config.vlm, jax.random.key(0))
+    replicas = latte_flow.init(config, vlm, jax.random.key(1))["experts"]["decoder"]
+    for replica, original in zip(jax.tree.leaves(replicas), jax.tree.leaves(vlm["text"]["layers"]), strict=True):
+        assert replica.shape == original.shape
+        flat = np.asarray(original).std() == 0  # norms and biases start at one number wherever they start
+        assert flat or np.abs(replica - original).max() > 0.01
+
+
+def test_blends_text_logits_are_the_vlms_bit_for_bit():
+    """Through the very function that trains and evaluates Blend: parameters split in two and put together again."""
+    config = model(2, variant="blend")
+    vlm = randomize(qwen2_vl.init(config.vlm, jax.random.key(0)), 1)
+    trained, fixed = latte_flow.split_trained(config, latte_flow.init(config, vlm, jax.random.key(1)))
+    assert set(trained["vlm"]["text"]) == {"layers"} and set(fixed["vlm"]) == {"text", "vision"}
+    prompts = prompts_of_lengths([5, 9, 1])
+
+    @jax.jit
+    def logits(vlm):
+        return qwen2_vl.logits(config.vlm, vlm, qwen2_vl.forward(config.vlm, vlm, prompts)[0])
+
+    assert_same_bits(logits(functional.merge(fixed, trained)["vlm"]), logits(vlm))
+
+
+def test_couple_trains_nothing_of_the_vlm():
+    config = model(2)
+    trained, fixed = latte_flow.split_trained(config, weights(config))
+    assert set(trained) == {"embedding", "time", "experts", "head"} and set(fixed) == {"vlm"}
 
 
 def test_one_step_costs_a_kth_of_vanillas_and_takes_no_vlm_weights():
     """The step of one group, compiled with its layers unrolled, against the same model with K = 1; within 10 %."""
     flops = {}
     for groups in (1, 4):
-        config = model(groups, "probabilities", hidden_size=96, intermediate_size=256, mrope_section=(3, 2, 3))
-        vlm, params = weights(config)
-        table = read_prompts(config, qwen2_vl.unstack(vlm), prompts_of_lengths([16] * 4))
-        context = couple.group_context(config, table, 0, np.arange(4))
-        experts = generation.group_layers(config.generation, functional.unstack(params["experts"]), 0)
-        own = params | {"experts": experts}
+        config = model(groups, hidden_size=96, intermediate_size=256, mrope_section=(3, 2, 3))
+        params = latte_flow.unstack(weights(config))
+        context = read_prompts(config, params["vlm"], prompts_of_lengths([16] * 4))
+        context = context._replace(layers=generation.group_layers(config.generation, context.layers, 0))
+        pathway = latte_flow.pathway(config, params)
+        own = pathway | {"experts": generation.group_layers(config.generation, pathway["experts"], 0)}
         x_t, t = jnp.ones((4, 4, 6, 3)), jnp.array([0.1])
         step = jax.jit(lambda own, context, x_t, t, g=config.generation: generation.velocity(g, own, context, x_t, t))
         compiled = step.lower(own, context, x_t, t).compile()
         flops[groups] = compiled.cost_analysis()["flops"]
-        own_inputs = jax.tree.leaves((own, context, x_t, t))
-        assert len(jax.tree.leaves(compiled.in_avals)) == len(own_inputs)
-        vlm_leaves = {id(leaf) for leaf in jax.tree.leaves(vlm)}
-        assert not vlm_leaves & {id(leaf) for leaf in own_inputs}
-        assert set(own) == {"embedding", "time", "experts", "head"} and len(experts) == 4 // groups
+        assert set(own) == {"embedding", "time", "experts", "head"} and len(own["experts"]) == 4 // groups
+        vlm_leaves = {id(leaf) for leaf in jax.tree.leaves(params["vlm"])}
+        assert not vlm_leaves & {id(leaf) for leaf in jax.tree.leaves((own, context, x_t, t))}
     assert flops[4] == pytest.approx(flops[1] / 4, rel=0.1)
 
 
-@pytest.mark.parametrize("groups", [3, 0, 5])
-def test_groups_that_do_not_divide_the_layers_are_refused(groups):
-    with pytest.raises(ValueError, match="does not divide the 4 layers"):
-        model(groups, "probabilities")
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(num_groups=3), "num_groups=3 does not divide the 4 layers"),
+        (dict(num_groups=0), "num_groups=0 does not divide"),
+        (dict(num_groups=2, pathway={"group_sizes": (1, 2)}), r"group_sizes=\(1, 2\) must be .* not to 3"),
+        (dict(num_groups=2, pathway={"group_sizes": (1, 2, 1)}), "2 positive numbers"),
+        (dict(num_groups=2, pathway={"group_sizes": (4, 0)}), "positive numbers"),
+        (dict(num_groups=2, pathway={"interval_edges": (0.0, 0.5, 0.9)}), "must rise from 0 to 1"),
+        (dict(num_groups=2, pathway={"interval_edges": (0.1, 0.5, 1.0)}), "must rise from 0 to 1"),
+        (dict(num_groups=2, pathway={"interval_edges": (0.0, 0.5, 0.5, 1.0)}), "must rise from 0 to 1"),
+        (dict(num_groups=2, pathway={"interval_edges": (0.0, 1.0)}), "1 intervals; num_groups=2 needs 3 edges"),
+        (dict(num_groups=2, residual="maps"), "residual_attention='maps' is unknown"),
+        (dict(num_groups=2, pathway={"residual_gate": "token"}), "residual_gate='token' is unknown"),
+        (dict(num_groups=2, pathway={"replica_init": "zeros"}), "replica_init='zeros' is unknown"),
+        (dict(num_groups=2, variant="mixed"), r"variant='mixed' is unknown; use one of \['couple', 'blend'\]"),
+        (dict(num_groups=2, variant="blend", pathway={"replica_init": "random"}), "variant='blend' has none"),
+    ],
+)
+def test_a_geometry_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(**arguments)

@@ -1,6 +1,7 @@
 """Whole runs, tiny: what is written, what stays untouched, and what survives a kill."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from lattejax.training.interrupt import Interrupted, InterruptGuard
 from lattejax.training.loop import run_stage
 from lattejax.training.step import init_state
 from lattejax.weights.checkpoints import Checkpoints
-from lattejax.weights.runs import Run, abstract_generation, abstract_vlm
+from lattejax.weights.runs import Run, abstract_params, abstract_trained
 from tests.helpers import ROOT, assert_same_bits, door_command, tiny_config, tiny_flags
 
 STAGE_KEYS = {
@@ -38,7 +39,7 @@ STAGE_KEYS = {
 def final_arrays(path) -> dict:
     """The last training checkpoint: weights, average and optimizer state."""
     run = Run.open(path)
-    state = jax.eval_shape(lambda params: init_state(run.config.train, params), abstract_generation(run.config))
+    state = jax.eval_shape(lambda params: init_state(run.config.train, params), abstract_trained(run.config))
     checkpoints = Checkpoints(run.workdir.checkpoints("train"))
     assert checkpoints.latest_step == run.config.train.steps
     return checkpoints.restore(checkpoints.latest_step, params=state.params, ema=state.ema, optimizer=state.optimizer)
@@ -146,19 +147,8 @@ def logged(path, stage: str, step: int) -> bool:
 
 def test_a_signal_saves_the_step_under_way(finished, tmp_path):
     """The state after the interrupted step is saved, and going on from it ends where the whole run ends."""
-    guard, steps = InterruptGuard(), []
-
-    def watched(plan, *args):
-        batches = CountedBatches(plan.batches, lambda: signal_at(plan.name, "train", 7))
-        return run_stage(dataclasses.replace(plan, batches=batches), *args)
-
-    def signal_at(name, stage, count):
-        steps.append(name)
-        if name == stage and steps.count(stage) == count:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch, guard:
-        patch.setattr(stages, "run_stage", watched)
+    with pytest.MonkeyPatch.context() as patch, InterruptGuard() as guard:
+        patch.setattr(stages, "run_stage", functools.partial(run_interrupted, before_step=7))
         with pytest.raises(Interrupted, match="SIGTERM"):
             stages.train(tiny_config(), tmp_path, guard)
     assert Checkpoints(Run.open(tmp_path).workdir.checkpoints("train")).latest_step == 7
@@ -166,14 +156,23 @@ def test_a_signal_saves_the_step_under_way(finished, tmp_path):
     assert_same_bits(final_arrays(tmp_path), final_arrays(finished[0]))
 
 
-class CountedBatches:
-    """Calls back before each batch."""
+def run_interrupted(plan, *args, before_step: int):
+    """Runs a stage; in the second one, a signal comes just before the given step."""
+    if plan.name == "train":
+        plan = dataclasses.replace(plan, batches=InterruptingBatches(plan.batches, before_step))
+    return run_stage(plan, *args)
 
-    def __init__(self, batches, callback):
-        self.batches, self.callback = batches, callback
+
+class InterruptingBatches:
+    """Batches, with a signal before the given one."""
+
+    def __init__(self, batches, at: int):
+        self.batches, self.left = batches, at
 
     def __next__(self):
-        self.callback()
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
         return next(self.batches)
 
     def __getattr__(self, name):
@@ -192,9 +191,9 @@ def test_init_from_takes_weights_and_tokenizer_with_a_fresh_optimizer(finished, 
     stages.train(config, tmp_path, InterruptGuard())
     new, old = Run.open(tmp_path), Run.open(whole)
     assert_same_bits(new.vlm(), old.vlm())
-    assert_same_bits(new.generation(), old.generation())
+    assert_same_bits(new.trained(), old.trained())
     assert new.encoder.tokenizer.get_vocab() == old.encoder.tokenizer.get_vocab()
-    state = jax.eval_shape(lambda params: init_state(config.train, params), abstract_generation(config))
+    state = jax.eval_shape(lambda params: init_state(config.train, params), abstract_trained(config))
     fresh = Checkpoints(new.workdir.checkpoints("train")).restore(0, optimizer=state.optimizer)["optimizer"]
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(fresh))
 
@@ -214,5 +213,55 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
 
 def test_abstract_weights_describe_the_real_ones(finished):
     run = Run.open(finished[0])
-    for abstract, real in [(abstract_vlm(run.config), run.vlm()), (abstract_generation(run.config), run.generation())]:
+    for abstract, real in [(abstract_params(run.config), run.params()), (abstract_trained(run.config), run.trained())]:
         assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
+
+
+# ---- Blend, and prompts with images
+
+
+def test_blend_trains_what_answers_and_goes_on_after_a_signal(finished, tmp_path):
+    """From the first run's VLM: both losses and the answers are in the metrics, the layers that answer move with their
+    average, the rest of the VLM does not, and an interrupted run ends where the whole one ends."""
+    settings = dict(model__variant="blend", pretrain__init_from=str(finished[0]), pretrain__steps=0)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    results = stages.train(tiny_config(**settings), whole, InterruptGuard())
+    assert set(results) == set(finished[1])
+    train = [line for line in records(whole) if line["stage"] == "train"]
+    assert all({"loss", "answer_loss", "loss_per_group"} <= set(line) for line in train if "learning_rate" in line)
+    assert [line["step"] for line in train if {"answer_accuracy", "held_out_loss"} <= set(line)] == [6, 12]
+
+    run = Run.open(whole)
+    before, after, average = run.pretrained_vlm(), run.vlm(), run.trained()["vlm"]["text"]["layers"]
+    assert_same_bits(after["text"]["layers"], average)
+    assert_same_bits(after["vision"], before["vision"])
+    assert_same_bits(after["text"]["vocabulary"], before["text"]["vocabulary"])
+    moved = jax.tree.map(lambda a, b: np.any(a != b), after["text"]["layers"], before["text"]["layers"])
+    assert all(jax.tree.leaves(moved))
+
+    with pytest.MonkeyPatch.context() as patch, InterruptGuard() as guard:
+        patch.setattr(stages, "run_stage", functools.partial(run_interrupted, before_step=7))
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            stages.train(tiny_config(**settings), cut, guard)
+    stages.train(tiny_config(**settings), cut, InterruptGuard())
+    ours, theirs = final_arrays(cut), final_arrays(whole)
+    assert ours.pop("progress") == theirs.pop("progress")
+    assert_same_bits(ours, theirs)
+    assert steady(records(cut)) == steady(records(whole))
+
+
+@pytest.mark.parametrize("variant", ["couple", "blend"])
+def test_prompts_that_show_pictures_train_and_score(finished, tmp_path, variant):
+    config = tiny_config(
+        model__variant=variant,
+        pretrain__init_from=str(finished[0]),
+        pretrain__steps=0,
+        train__steps=2,
+        train__share_contexts=False,
+        eval__every=0,
+        data__prompts="pictures",
+        data__prompt_length=36,
+    )
+    results = stages.train(config, tmp_path, InterruptGuard())
+    assert set(results) == set(finished[1])
+    assert Image.open(tmp_path / "samples" / "train_0000002.png").width > 64

@@ -1,0 +1,98 @@
+"""A sweep: what it refuses before it trains, what it repeats after a kill, and what its table says."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from lattejax.errors import UserError
+from lattejax.training import stages, sweep
+from lattejax.training.interrupt import Interrupted, InterruptGuard
+from lattejax.training.sweep import resolve_sweep, run_sweep
+from lattejax.weights.runs import Run
+from tests.helpers import assert_same_bits, config_file, run_door, tiny_dict
+
+TWO = (("base", {}), ("no_residual", {"model.residual_attention": "none"}))
+
+
+def sweep_config(**overrides) -> ConfigDict:
+    base = tiny_dict(train__steps=4, pretrain__steps=2, eval__every=2, checkpoint__every=2)
+    values = dict(base=base, seeds=(0, 1), variants=TWO, sample_steps=(2, 3)) | overrides
+    return ConfigDict(values)
+
+
+def test_a_killed_sweep_trains_no_finished_run_again_and_ends_with_the_comparison(tmp_path, monkeypatch):
+    trained, guard = [], InterruptGuard()
+
+    def recorded(config, path, guard):
+        trained.append(path.name)
+        if len(trained) == 2:
+            guard.signum = 15  # what the signal's handler sets
+        return stages.train(config, path, guard)
+
+    monkeypatch.setattr(sweep, "train", recorded)
+    plan = resolve_sweep(sweep_config())
+    with pytest.raises(Interrupted):
+        run_sweep(plan, tmp_path, guard)
+    assert trained == ["base_0", "no_residual_0"]
+    assert not (tmp_path / "table.csv").exists()
+    table = run_sweep(plan, tmp_path, InterruptGuard())
+    assert trained == ["base_0", "no_residual_0", "no_residual_0", "base_1", "no_residual_1"]
+
+    runs = {name: Run.open(tmp_path / "runs" / name) for name in ("base_0", "base_1", "no_residual_0", "no_residual_1")}
+    assert [run.config.seed for run in runs.values()] == [0, 1, 0, 1]
+    assert runs["no_residual_1"].config.model.residual_attention == "none"
+    for run in runs.values():
+        assert_same_bits(run.pretrained_vlm(), Run.open(tmp_path / "vlm").pretrained_vlm())
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [row["variant"] for row in rows] == ["base", "no_residual"] and {row["seeds"] for row in rows} == {"2"}
+    scores = [json.loads((tmp_path / "runs" / f"base_{seed}" / "results.json").read_text()) for seed in (0, 1)]
+    for name in ("frechet_guidance_2", "answer_accuracy"):
+        values = [score[name] for score in scores]
+        assert float(rows[0][name]) == pytest.approx(np.mean(values))
+        assert float(rows[0][f"{name}_std"]) == pytest.approx(np.std(values, ddof=1))
+    assert (tmp_path / "table.md").read_text() == table and "| base | 2 |" in table
+    sampling = json.loads((tmp_path / "sampling.json").read_text())
+    assert [(r["variant"], r["steps"]) for r in sampling] == [(name, n) for name, _ in TWO for n in (2, 3)]
+    assert all(r["seconds_per_image"] > 0 for r in sampling)
+    for plot in ("score_by_training_steps", "score_by_sampling_time", "loss_by_group"):
+        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
+
+    trained.clear()
+    assert run_sweep(plan, tmp_path, InterruptGuard()) == table and not trained, "a finished sweep has nothing to do"
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(variants=(("a", {"model.num_group": 2}),)), r"unknown config key model\.num_group; .*model\.num_groups"),
+        (dict(variants=(("a", {"model.num_groups": 3}),)), "variant a: .*num_groups=3 does not divide"),
+        (dict(variants=(("a", {"model.text.hidden_size": 64}),)), "variant a"),
+        (dict(variants=(("a", {}), ("a", {}))), "different names"),
+        (dict(variants=(("a/b", {}),)), "letters, digits and underscores"),
+        (dict(variants=()), "different names"),
+        (dict(seeds=(0, 0)), r"config\.seeds=\(0, 0\) must be different whole numbers"),
+        (dict(sample_steps=(0.5,)), r"config\.sample_steps"),
+        (dict(sample_step=(5,)), "this one has .*sample_step"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_as_a_whole(overrides, message):
+    with pytest.raises(UserError, match=message):
+        resolve_sweep(sweep_config(**overrides))
+
+
+@pytest.mark.parametrize("variants", ["paper", "compute", "switches"])
+def test_the_ablations_config_holds_together(variants):
+    plan = resolve_sweep(config_file("ablations", variants))
+    assert len(plan.seeds) == 3
+    if variants == "paper":
+        axes = {(run.model.num_groups, run.model.residual_attention) for run in plan.variants.values()}
+        assert axes == {(k, residual) for k in (1, 2, 4) for residual in ("none", "probabilities")}
+
+
+def test_the_door_refuses_bad_input_in_one_line(tmp_path):
+    for flag, named in (("--config.base.train.stepz=5", "train.steps"), ("--config.seeds=1,1", "different whole")):
+        done = run_door("sweep", "--config=configs/ablations.py", f"--workdir={tmp_path}", flag)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
