@@ -46,8 +46,6 @@ def get_config(variants: str = "paper") -> ConfigDict:
     config.seeds = (0, 1, 2)
     named = {"paper": PAPER, "compute": COMPUTE, "switches": SWITCHES}[variants]
     config.variants = tuple(named.items())  # pairs of a name and its overrides
-        {"paper": PAPER, "compute": COMPUTE, "switches": SWITCHES}[variants].items()
-    )  # pairs of name and overrides
     config.sample_steps = (5, 10, 20, 40)  # the finished runs are scored and timed at each
 
     config.base = _digits()
