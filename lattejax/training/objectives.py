@@ -96,7 +96,8 @@ class FlowLoss:
         u, noise, dropped = self.draw(keys["images"])
         contexts, prompts = self.read(params, frozen, batch["images"], dropped)
         rows = (prompts, batch["images"]["latents"], noise)
-        loss, per_group = (self.stratify if self.stratified else self.mask)(params, contexts, rows, u)
+        weigh = self.of_shares if self.stratified else self.of_owners
+        loss, per_group = weigh(params, contexts, rows, u)
         metrics = {"loss": loss, "loss_per_group": per_group}
         if "questions" in batch:
             answers = answer_loss(self.config.vlm, params["vlm"], batch["questions"], self.remat, self.unroll)
@@ -141,13 +142,15 @@ class FlowLoss:
             contexts = contexts._replace(layers=jax.tree.map(lambda *layers: jnp.stack(layers), *contexts.layers))
         return contexts
 
-    def stratify(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:
+    def of_shares(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:
+        """The loss, and each group's, if every group runs its share of the rows."""
         groups = self.config.generation.num_groups
         *rows, u = (x.reshape(groups, -1, *x.shape[1:]) for x in (*rows, u))
         per_group = self.losses(params, contexts, *rows, self.intervals.draw(u, self.density)).mean(axis=1)
         return jnp.sum(per_group * self.intervals.masses(self.density)), per_group
 
-    def mask(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:
+    def of_owners(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:
+        """The loss, and an unbiased estimate of each group's, if every group runs all rows and t says who counts."""
         t = self.density.quantile(u)
         everywhere = self.for_all_groups((*rows, t))
         owned = self.intervals.owners(t) == jnp.arange(self.config.generation.num_groups)[:, None]

@@ -4,6 +4,7 @@ Its directory:
 
 vlm/                  the run that pretrains the VLM
 runs/<variant>_<seed>/  a run each
+compilation_cache/    unless JAX has been told of another
 sampling.json         scores and times of the finished runs by number of sampling steps
 table.csv, table.md   the comparison, see `evaluation.comparison`
 *.png                 its plots
@@ -89,8 +90,8 @@ def run_sweep(sweep: Sweep, path: str | epath.Path, guard: InterruptGuard) -> st
       Interrupted: a signal came; everything is saved.
     """
     directory = Workdir.at(path).path
-    # Seeds of one variant compile the same programs.
-    jax.config.update("jax_compilation_cache_dir", str(directory / "compilation_cache"))
+    if jax.config.jax_compilation_cache_dir is None:  # seeds of one variant compile the same programs
+        jax.config.update("jax_compilation_cache_dir", str(directory / "compilation_cache"))
     pretrain(sweep.base, directory / "vlm", guard)
     runs = {}
     for seed in sweep.seeds:

@@ -247,7 +247,6 @@ def test_blend_trains_what_answers_and_goes_on_after_a_signal(finished, tmp_path
     ours, theirs = final_arrays(cut), final_arrays(whole)
     assert ours.pop("progress") == theirs.pop("progress")
     assert_same_bits(ours, theirs)
-    assert steady(records(cut)) == steady(records(whole))
 
 
 @pytest.mark.parametrize("variant", ["couple", "blend"])

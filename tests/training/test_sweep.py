@@ -18,7 +18,7 @@ TWO = (("base", {}), ("no_residual", {"model.residual_attention": "none"}))
 
 
 def sweep_config(**overrides) -> ConfigDict:
-    base = tiny_dict(train__steps=4, pretrain__steps=2, eval__every=2, checkpoint__every=2)
+    base = tiny_dict(train__steps=2, pretrain__steps=1, eval__every=1, checkpoint__every=1)
     values = dict(base=base, seeds=(0, 1), variants=TWO, sample_steps=(2, 3)) | overrides
     return ConfigDict(values)
 
