@@ -2,7 +2,7 @@
 
 `configs/ablations.py` is the paper's comparison: number of groups, and residual attention on and off.
 `configs/ablations.py:compute` gives the ends of that comparison each the other's training compute.
-`configs/ablations.py:switches` has every other switch, one at a time, and both of the paper's variants.
+`configs/ablations.py:switches` has every other switch, and both of the paper's variants.
 """
 
 import importlib.util
@@ -22,6 +22,7 @@ PAPER = {
 # Why larger groups win here at equal steps: the two ends of the comparison at the other's training compute.
 COMPUTE = {
     "k4_batch_x4": {"model.num_groups": 4, "train.batch_size": 480, "train.accumulation": 8},  # that of k1
+    "k1_batch_quarter": {"model.num_groups": 1, "train.batch_size": 30},  # that of k4
     "k1_steps_quarter": {"model.num_groups": 1, "train.steps": 120, "train.warmup_steps": 25},  # that of k4
 }
 
@@ -37,16 +38,19 @@ SWITCHES = {
     "shift_to_noise": {"train.density": "shifted", "train.density_shift": 0.5, "eval.shift": 0.5},
     "not_stratified": {"train.stratified": False},
     "guidance_interval": {"eval.guidance_interval": (0.2, 0.9)},
-    "heun": {"eval.solver": "heun", "eval.sample_steps": 20},
+    "heun": {"eval.solver": "heun", "eval.sample_steps": 10},  # two velocities a step
 }
 
 
 def get_config(variants: str = "paper") -> ConfigDict:
     config = ConfigDict()
     config.seeds = (0, 1, 2)
-    named = {"paper": PAPER, "compute": COMPUTE, "switches": SWITCHES}[variants]
+    lists = {"paper": PAPER, "compute": COMPUTE, "switches": SWITCHES}
+    if variants not in lists:
+        raise ValueError(f"configs/ablations.py:{variants} is unknown; use one of {', '.join(lists)}")
+    named = lists[variants]
     config.variants = tuple(named.items())  # pairs of a name and its overrides
-    config.sample_steps = (5, 10, 20, 40)  # the finished runs are scored and timed at each
+    config.sample_steps = (5, 10, 20, 40)  # a run of each variant is scored and timed at each
 
     config.base = _digits()
     config.base.train.steps = 480

@@ -24,7 +24,7 @@ def run(main: Callable[[], None], check: Callable[[list[str]], None] = lambda ar
             rest = flags.FLAGS(argv)
             if rest[1:]:
                 raise UserError(f"unexpected argument {rest[1]!r}; every argument is a --flag=value")
-        except (flags.Error, UserError) as error:
+        except (flags.Error, UserError, ValueError) as error:  # a config file's own complaint is a ValueError
             fail(error)
         return rest
 
@@ -43,10 +43,10 @@ def fail(error: Exception) -> None:
     sys.exit(2)
 
 
-def check_config_flags(arguments: list[str], section: str = "") -> None:
+def check_config_flags(arguments: list[str], section: str = "", others: tuple[str, ...] = ()) -> None:
     """Refuses a config file that is not there, and overrides of keys that no config has, before they are parsed.
 
-    `section` is where in the file a run's config stands ("base." in a sweep's).
+    A run's config stands in the file's `section` ("base." in a sweep's), and `others` are the keys beside it.
     """
     for argument in arguments:
         name, _, value = argument.lstrip("-").partition("=")
@@ -54,3 +54,5 @@ def check_config_flags(arguments: list[str], section: str = "") -> None:
             raise UserError(f"--config={value}: there is no such file")
         if name.startswith(f"config.{section}"):
             configuration.check_key(name.removeprefix(f"config.{section}"))
+        elif name.startswith("config.") and name.removeprefix("config.") not in others:
+            raise UserError(f"unknown config key {name.removeprefix('config.')}; use {section}… or {', '.join(others)}")

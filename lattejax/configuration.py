@@ -12,6 +12,7 @@ import types
 import typing
 from typing import Any
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -28,6 +29,7 @@ from lattejax.models.text import TextConfig
 from lattejax.models.vision import VisionConfig
 
 DTYPES = ("float32", "bfloat16")
+LEAST_MASS = 1e-5  # of the density of flow time, in a group's interval
 DECAYS = ("none", "cosine", "linear")
 PROMPTS = ("captions", "pictures")
 DENSITIES = ("uniform", "logit_normal", "shifted")
@@ -148,7 +150,7 @@ class GenerationStage(Stage):
 class Evaluation:
     every: int  # steps between evaluations; 0: only at the end of a stage
     examples: int  # held-out examples for the flow loss and the answers; 0: all of them
-    prompts: tuple[str, ...]  # of the sample grid
+    prompts: tuple[str, ...]  # of the sample grid, where data.prompts are captions
     images_per_prompt: int
     sample_steps: int
     guidance: float
@@ -166,7 +168,7 @@ class Evaluation:
         for name in ("scored_images", "final_images"):
             good = getattr(self, name) >= 0 and getattr(self, name) % 10 == 0
             _check(name, getattr(self, name), good, "a multiple of the 10 digits")
-        for name in ("images_per_prompt", "batch_size", "final_images"):
+        for name in ("images_per_prompt", "sample_steps", "batch_size", "final_images"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
         _ = self.sampling  # checks of its own
 
@@ -222,10 +224,16 @@ class Config:
             )
         if self.data.prompts == "pictures" and self.train.share_contexts:
             raise ValueError("data.prompts='pictures' makes every prompt its own; set train.share_contexts=False")
-        if self.train.init_from and not self.pretrain.init_from:
+        if self.train.init_from and (self.pretrain.init_from != self.train.init_from or self.pretrain.steps):
             raise ValueError(
                 f"train.init_from={self.train.init_from!r} needs the VLM that its generation pathway was trained "
-                "beside; set pretrain.init_from to the same run"
+                "beside; set pretrain.init_from to the same run, and pretrain.steps=0"
+            )
+        masses = self.model_config.generation.intervals.masses(self.train.flow_density)
+        if np.min(masses) < LEAST_MASS:
+            raise ValueError(
+                f"train.density={self.train.density!r} leaves a group next to nothing to train on: the groups' shares "
+                f"of the flow times are {np.round(masses, 6).tolist()}"
             )
 
     @property

@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, lambda arguments: cli.check_config_flags(arguments, section="base."))
+    cli.run(main, lambda arguments: cli.check_config_flags(arguments, "base.", ("seeds", "sample_steps")))

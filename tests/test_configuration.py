@@ -35,7 +35,7 @@ def changed(section: str, name: str, value: object):
         (changed("", "train", 3), r"config\.train=3 must be a section"),
         (changed("", "dtype", "float16"), r"dtype='float16' must be one of \['float32', 'bfloat16'\]"),
         (changed("model", "variant", "blended"), r"variant='blended' is unknown; use one of \['couple', 'blend'\]"),
-        (changed("model", "group_sizes", (2, 2, 2, 1)), r"group_sizes=\(2, 2, 2, 1\) must be .* 8 layers .* not to 7"),
+        (changed("model", "group_sizes", (2, 2, 2, 1)), r"group_sizes=\(2, 2, 2, 1\) sum to 7, not to the 8 layers"),
         (
             changed("model", "group_sizes", (2.0, 2, 2, 2)),
             r"config\.model\.group_sizes=2\.0 is of type float; expected int",
@@ -44,6 +44,7 @@ def changed(section: str, name: str, value: object):
         (changed("train", "density", "beta"), r"config\.train\.density='beta' must be one of"),
         (changed("train", "density_shift", 0.0), r"config\.train\.density_shift=0\.0 must be positive"),
         (changed("train", "answer_batch_size", 0), r"config\.train\.answer_batch_size=0 must be positive"),
+        (changed("eval", "sample_steps", 0), r"config\.eval\.sample_steps=0 must be positive"),
         (changed("eval", "solver", "rk4"), r"config\.eval\.solver='rk4' must be one of"),
         (changed("eval", "guidance_interval", (0.9, 0.1)), r"config\.eval\.guidance_interval"),
         (changed("eval", "final_images", 15), r"config\.eval\.final_images=15 must be a multiple"),
@@ -77,6 +78,20 @@ def test_a_batch_that_is_not_stratified_need_not_fall_into_groups():
     config = changed("train", "batch_size", 122)
     config["train"]["stratified"] = False
     configuration.resolve(config)
+
+
+def test_a_density_that_starves_a_group_is_refused():
+    config = changed("train", "density", "logit_normal")
+    config["train"] |= {"density_mean": -10.0, "density_std": 0.5}
+    with pytest.raises(UserError, match=r"leaves a group next to nothing .*\[1\.0, 0\.0, 0\.0, 0\.0\]"):
+        configuration.resolve(config)
+
+
+def test_a_pathway_starts_beside_its_own_vlm_only():
+    config = changed("train", "init_from", "runs/a")
+    config["pretrain"] |= {"init_from": "runs/b", "steps": 0}
+    with pytest.raises(UserError, match=r"set pretrain\.init_from to the same run"):
+        configuration.resolve(config)
 
 
 def test_a_missing_key_is_named():

@@ -48,14 +48,14 @@ def test_sample_draws_every_prompt_in_order(workdir, tmp_path):
 
 def test_sample_takes_every_setting_and_an_image_to_look_at(workdir, digit, tmp_path):
     """Each setting changes what is drawn, from the same noise."""
-    settings = ["--guidance=2", "--solver=heun", "--shift=0.3", "--guidance_interval=0.4,0.6", f"--image={digit}"]
+    settings = ["--guidance=2", "--solver=heun", "--shift=0.5", "--guidance_interval=0.4,0.6", f"--image={digit}"]
     drawn = []
     for i, setting in enumerate(settings):
         out = tmp_path / f"{i}.npz"
         common = [f"--workdir={workdir}", "--prompt=a handwritten two", "--num=1", "--steps=4", "--npz"]
         done = run_door("sample", *common, setting, f"--out={out.with_suffix('.png')}")
         assert done.returncode == 0, done.stderr
-        assert ("steps per group: [3, 1]" in done.stdout) == (setting == "--shift=0.3")
+        assert ("steps per group: [3, 1]" in done.stdout) == (setting == "--shift=0.5")
         drawn.append(np.load(out)["arr_0"].tobytes())
     assert len(set(drawn)) == len(settings)
 

@@ -34,11 +34,14 @@ def write_comparison(directory: epath.Path, runs: dict[tuple[str, int], Run]) ->
     """Writes the table and the plots of finished runs (by variant and seed); returns the table as Markdown."""
     variants = list(dict.fromkeys(name for name, _ in runs))
     evaluations = {key: _evaluations(run) for key, run in runs.items()}
-    sampling = json.loads((directory / "sampling.json").read_text())
+    sampling = json.loads((directory / "sampling.json").read_text())["draws"]
     rows = []
     for variant in variants:
         own = [key for key in runs if key[0] == variant]
-        scores = [json.loads(runs[key].workdir.results.read_text()) | evaluations[key][-1] for key in own]
+        scores = [
+            json.loads(runs[key].workdir.results.read_text()) | {"held_out_loss": evaluations[key][-1]["held_out_loss"]}
+            for key in own
+        ]
         rows.append({"variant": variant, "seeds": len(own)})
         for name, _ in COLUMNS:
             values = [score[name] for score in scores]

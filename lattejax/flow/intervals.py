@@ -10,6 +10,7 @@ Axes: K group, b rows of one group.
 
 import dataclasses
 import itertools
+from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
@@ -88,11 +89,11 @@ class Intervals:
         """Deals `num_steps` steps out to the groups: a step belongs to the group that owns its start.
 
         The steps are equal for a shift of 1; else their times are moved by it (see `densities.Shifted`), and it is the
-        moved time, which the network sees, that finds its group.
+        moved time, which the network sees, that finds its group. Times are exact fractions, rounded once, so that one
+        that falls on an edge is that edge.
         """
-        times = [i / num_steps for i in range(num_steps + 1)]
-        if shift != 1:
-            times = [Shifted(shift).quantile(t) for t in times]
+        exact = Shifted(Fraction(shift).limit_denominator(10**8))
+        times = [float(exact.quantile(Fraction(i, num_steps))) for i in range(num_steps + 1)]
         steps: list[list[tuple[float, float]]] = [[] for _ in range(self.num_groups)]
         for start, end in itertools.pairwise(times):
             steps[int(self.group_of(start))].append((start, end))

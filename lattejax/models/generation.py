@@ -49,11 +49,14 @@ class GenerationConfig:
     def __post_init__(self):
         layers = self.text.num_layers
         if self.group_sizes:
-            good = len(self.group_sizes) == self.num_groups and min(self.group_sizes) > 0
-            if not good or sum(self.group_sizes) != layers:
+            if len(self.group_sizes) != self.num_groups or min(self.group_sizes) < 1:
                 raise ValueError(
-                    f"group_sizes={self.group_sizes} must be {self.num_groups} positive numbers (num_groups) that sum "
-                    f"to the {layers} layers of the language model, not to {sum(self.group_sizes)}"
+                    f"group_sizes={self.group_sizes} must be num_groups={self.num_groups} positive numbers"
+                )
+            if sum(self.group_sizes) != layers:
+                raise ValueError(
+                    f"group_sizes={self.group_sizes} sum to {sum(self.group_sizes)}, not to the {layers} layers of the "
+                    "language model"
                 )
         elif self.num_groups < 1 or layers % self.num_groups:
             fitting = [k for k in range(1, layers + 1) if layers % k == 0]

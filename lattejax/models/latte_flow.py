@@ -1,7 +1,8 @@
 """LaTtE-Flow whole: a VLM that reads, a generation pathway that draws, and how the two are joined.
 
-LaTtE-Flow (arXiv 2506.06952) names two variants. What differs between them is in this file, in `VARIANTS` and
-`pathway`; all else is the same code.
+LaTtE-Flow (arXiv 2506.06952) names two variants. How their weights differ is in this file: `VARIANTS`, `init` and
+`pathway`. Everything else asks `ModelConfig.shares_layers`: whether a second stream of batches trains answers, whether
+contexts can be made ahead, and which weights answer once that stage has begun.
 
 - Couple: the VLM is frozen. Each generation layer has a trained replica of the VLM layer at its depth. Prompts never
   see image tokens, so their contexts depend on nothing that is trained, and are made once.

@@ -1,4 +1,4 @@
-"""Drawing images: one context pass for all prompts, then K compiled loops, each over the steps of one group.
+"""Drawing images: one context pass for all prompts, then compiled loops, each over steps of one group.
 
 The noise of an image is a function of (seed, sample index) alone, so a set of images does not depend on how it is cut
 into batches.

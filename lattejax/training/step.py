@@ -53,7 +53,7 @@ def init_state(stage: Stage, params: Params) -> TrainState:
 
 def make_train_step(
     stage: Stage,
-    loss: Callable[[Params, Any, Any, Key[Array, "rows"]], tuple[Array, dict[str, Array]]],
+    loss: Callable[[Params, Any, Any, dict[str, Key[Array, "rows"]]], tuple[Array, dict[str, Array]]],
     *,
     blocks: Mapping[str, int] = MappingProxyType({}),
     gradient_metrics: Callable[[Params], dict[str, Array]] = lambda gradients: {},

@@ -5,7 +5,7 @@ Its directory:
 vlm/                  the run that pretrains the VLM
 runs/<variant>_<seed>/  a run each
 compilation_cache/    unless JAX has been told of another
-sampling.json         scores and times of the finished runs by number of sampling steps
+sampling.json         scores and times by number of sampling steps, of each variant's run with the first seed
 table.csv, table.md   the comparison, see `evaluation.comparison`
 *.png                 its plots
 """
@@ -15,6 +15,7 @@ import dataclasses
 import json
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,11 +29,12 @@ from lattejax.errors import UserError
 from lattejax.evaluation.comparison import write_comparison
 from lattejax.evaluation.digits import DigitReader
 from lattejax.files import write_whole
+from lattejax.sampling.images import ImageSampler
 from lattejax.training.interrupt import Interrupted, InterruptGuard
-from lattejax.training.plans import draw_digits
-from lattejax.training.stages import pretrain, train
+from lattejax.training.plans import drawings
+from lattejax.training.stages import check_fit, find_tokenizer, pretrain, train
 from lattejax.weights import checkpoints
-from lattejax.weights.runs import Run, Workdir, abstract_params, inference_weights
+from lattejax.weights.runs import Run, Workdir, abstract_params, inference_weights, prompt_encoder
 
 KEYS = ("base", "variants", "seeds", "sample_steps")
 
@@ -52,10 +54,10 @@ def resolve_sweep(config: ConfigDict) -> Sweep:
     values = config.to_dict()
     if set(values) != set(KEYS):
         raise UserError(f"a sweep's config has the keys {', '.join(KEYS)}; this one has {', '.join(values)}")
-    for name in ("seeds", "sample_steps"):
+    for name, least in (("seeds", 0), ("sample_steps", 1)):
         numbers = values[name]
-        if not numbers or len(set(numbers)) != len(numbers) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise UserError(f"config.{name}={numbers!r} must be different whole numbers")
+        if not numbers or len(set(numbers)) != len(numbers) or not all(type(n) is int and n >= least for n in numbers):
+            raise UserError(f"config.{name}={numbers!r} must be different whole numbers from {least} on")
     names = [name for name, _ in values["variants"]]
     if not names or len(set(names)) != len(names) or not all(re.fullmatch(r"\w+", name) for name in names):
         raise UserError(f"config.variants must have different names of letters, digits and underscores, not {names}")
@@ -64,6 +66,11 @@ def resolve_sweep(config: ConfigDict) -> Sweep:
     vlm = abstract_params(base)["vlm"]
     for name, variant in variants.items():
         checkpoints.check_shapes(vlm, abstract_params(variant)["vlm"], f"variant {name}: the base config's VLM weights")
+        batch, images = variant.eval.batch_size, variant.eval.final_images
+        if batch % 10 or images % batch:
+            raise UserError(f"variant {name}: eval.batch_size={batch} must be a multiple of 10 that divides {images}")
+        if not variant.train.steps:
+            raise UserError(f"variant {name}: train.steps=0 trains nothing that could be compared")
     return Sweep(base, variants, tuple(values["seeds"]), tuple(values["sample_steps"]))
 
 
@@ -71,6 +78,8 @@ def _override(base: dict[str, Any], name: str, overrides: dict[str, Any]) -> Con
     values = copy.deepcopy(base)
     for key, value in overrides.items():
         configuration.check_key(key)
+        if key == "seed" or key.startswith(("pretrain.", "tokenizer.")):
+            raise UserError(f"variant {name}: {key} is the same for all runs of a sweep; set it in config.base")
         *sections, last = key.split(".")
         section = values
         for part in sections:
@@ -87,11 +96,14 @@ def run_sweep(sweep: Sweep, path: str | epath.Path, guard: InterruptGuard) -> st
 
     Raises:
       UserError: a directory there belongs to another config.
-      Interrupted: a signal came; everything is saved.
+      Interrupted: a signal came; everything that is trained is saved.
     """
     directory = Workdir.at(path).path
     if jax.config.jax_compilation_cache_dir is None:  # seeds of one variant compile the same programs
         jax.config.update("jax_compilation_cache_dir", str(directory / "compilation_cache"))
+    tokenizer = find_tokenizer(sweep.base, Workdir(directory / "vlm"))
+    for variant in {variant.data: variant for variant in sweep.variants.values()}.values():
+        check_fit(variant, prompt_encoder(variant, tokenizer))
     pretrain(sweep.base, directory / "vlm", guard)
     runs = {}
     for seed in sweep.seeds:
@@ -116,42 +128,48 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
     """Draws from one run of each variant at each number of steps; writes scores, and seconds an image.
 
     The draws of all variants alternate, so that a machine whose speed drifts is as fast for one as for the other; a
-    draw's time is the median over its batches, context pass included and compilation not.
+    draw's time is the median over its batches, context pass included and compilation not. All of it is measured in one
+    go, and again if a run or a number of steps is another.
     """
-    done = json.loads(path.read_text()) if path.exists() else []
-    if {(record["variant"], record["steps"]) for record in done} == {
-        (name, steps) for name in runs for steps in sweep.sample_steps
-    }:
-        return
-    reader = DigitReader()
-    weights = {name: inference_weights(run.config, run.params()) for name, run in runs.items()}
     cells = [(name, steps) for name in runs for steps in sweep.sample_steps]
+    of = {name: json.loads(run.workdir.results.read_text()) for name, run in runs.items()}
+    done = json.loads(path.read_text()) if path.exists() else {"runs": {}, "draws": []}
+    if done["runs"] == of and [(draw["variant"], draw["steps"]) for draw in done["draws"]] == cells:
+        return
+    drawers = {name: _drawer(run) for name, run in runs.items()}
+    batches = {name: run.config.eval.final_images // run.config.eval.batch_size for name, run in runs.items()}
     images, seconds = ({cell: [] for cell in cells} for _ in range(2))
-
-    def draw(name: str, steps: int, batch: int) -> tuple[np.ndarray, float]:
-        run = runs[name]
-        config = dataclasses.replace(run.config, seed=batch)
-        sampling = dataclasses.replace(config.eval.sampling, num_steps=steps)
-        started = time.perf_counter()
-        drawn = draw_digits(config, run.encoder, weights[name], config.eval.batch_size, sampling)
-        return drawn, (time.perf_counter() - started) / len(drawn)
-
-    for name, steps in cells:
-        draw(name, steps, batch=0)  # compiles
-        if guard.signum is not None:
-            raise Interrupted(guard.signum)
-    for batch in range(-(-sweep.base.eval.final_images // sweep.base.eval.batch_size)):
-        for cell in cells:
-            drawn, per_image = draw(*cell, batch=batch)
-            images[cell].append(drawn)
-            seconds[cell].append(per_image)
+    for batch in range(-1, max(batches.values())):  # the first one compiles
+        for name, steps in cells:
+            if batch >= batches[name]:
+                continue
+            started = time.perf_counter()
+            drawn = drawers[name](steps, max(batch, 0))
+            if batch >= 0:
+                seconds[name, steps].append((time.perf_counter() - started) / len(drawn))
+                images[name, steps].append(drawn)
             if guard.signum is not None:
                 raise Interrupted(guard.signum)
-    records = []
+    reader, draws = DigitReader(), []
     for name, steps in cells:
         # Each batch has as many of each digit, zeros first: so must the whole have.
         drawn = np.stack(images[name, steps])
         by_digit = drawn.reshape(len(drawn), 10, -1, *drawn.shape[2:]).swapaxes(0, 1).reshape(-1, *drawn.shape[2:])
         timed = {"variant": name, "steps": steps, "seconds_per_image": float(np.median(seconds[name, steps]))}
-        records.append(timed | reader.score(by_digit))
-    write_whole(path, (json.dumps(records, indent=2) + "\n").encode())
+        draws.append(timed | reader.score(by_digit))
+    write_whole(path, (json.dumps({"runs": of, "draws": draws}, indent=2) + "\n").encode())
+
+
+def _drawer(run: Run) -> Callable[[int, int], np.ndarray]:
+    """Returns what draws one batch of digits, zeros first, given the number of steps and a seed."""
+    config = run.config
+    weights = inference_weights(config, run.params())
+    sampler = ImageSampler(config.model_config, config.autoencoder, run.encoder, weights)
+    prompts = drawings(config, run.encoder, "test").one_of_each()
+    size = config.eval.batch_size
+
+    def draw(steps: int, seed: int) -> np.ndarray:
+        sampling = dataclasses.replace(config.eval.sampling, num_steps=steps)
+        return sampler(prompts, sampling, images_per_prompt=size // len(prompts), batch_size=size, seed=seed)
+
+    return draw

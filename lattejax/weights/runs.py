@@ -2,7 +2,7 @@
 
 config.json           the resolved config
 tokenizer/            the tokenizer, as transformers writes it
-vlm/                  the VLM's weights, written once, when they are final
+vlm/                  the VLM's weights as the first stage ends with them, written once
 checkpoints/<stage>/  the stage's latest checkpoints
 metrics.jsonl         one JSON object a line; also in tensorboard/
 samples/              a grid of samples for each evaluation
@@ -110,27 +110,33 @@ class Run:
     def encoder(self) -> PromptEncoder:
         return prompt_encoder(self.config, tokenizers.load(self.workdir.tokenizer))
 
-    def pretrained_vlm(self, target: Config | None = None) -> Params:
-        """Reads the float32 weights that the first stage ended with, into another config's geometry if one is given."""
+    def pretrained_vlm(self) -> Params:
+        """Reads the float32 weights that the first stage ended with."""
         if not checkpoints.is_complete(self.workdir.vlm):
             raise UserError(f"{self.workdir.path} has no finished VLM yet; let its first stage of training end")
-        return checkpoints.load_weights(self.workdir.vlm, abstract_params(target or self.config)["vlm"])
+        return checkpoints.load_weights(self.workdir.vlm, abstract_params(self.config)["vlm"])
 
     def trained(self, target: Config | None = None) -> Params:
         """Reads the average of what the second stage trains, float32, from its latest checkpoint."""
-        directory = self.workdir.checkpoints("train")
-        step = Checkpoints(directory).latest_step if directory.exists() else None
-        if step is None:
+        if self.trained_step is None:
             raise UserError(f"{self.workdir.path} has no checkpoint of the generation pathway yet; train it first")
-        return checkpoints.load_weights(directory / str(step) / "ema", abstract_trained(target or self.config))
+        path = self.workdir.checkpoints("train") / str(self.trained_step) / "ema"
+        return checkpoints.load_weights(path, abstract_trained(target or self.config))
+
+    @property
+    def trained_step(self) -> int | None:
+        """The second stage's latest checkpoint, if it has one."""
+        directory = self.workdir.checkpoints("train")
+        return Checkpoints(directory).latest_step if directory.exists() else None
 
     def params(self) -> Params:
         """Reads the whole model's float32 weights: the VLM's, and over them the average of what was trained."""
-        return functional.merge({"vlm": self.pretrained_vlm()}, self.trained())
+        trained = self.trained()
+        return functional.merge({"vlm": self.pretrained_vlm()}, trained)
 
     def vlm(self) -> Params:
-        """Reads the weights that read and answer: in Couple the first stage's, in Blend those that both stages made."""
-        if self.config.model_config.shares_layers:
+        """Reads the weights that read and answer: the first stage's, in Blend as far as the second has trained them."""
+        if self.config.model_config.shares_layers and self.trained_step is not None:
             return self.params()["vlm"]
         return self.pretrained_vlm()
 

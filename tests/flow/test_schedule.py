@@ -1,5 +1,7 @@
 """Who takes each sampling step, guided or not, and by which rule."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,20 @@ def test_a_shift_deals_out_steps_by_the_time_that_the_network_sees():
     ends = [end for steps in schedule for _, end in steps]
     u = np.arange(1, 41) / 40
     np.testing.assert_allclose(ends, 0.3 * u / (1 - 0.7 * u))
+
+
+@pytest.mark.parametrize(
+    "shift, steps, groups", [(0.5, 3, 2), (0.5, 12, 2), (0.3, 40, 4), (1 / 3, 4, 2), (3.0, 100, 4)]
+)
+def test_a_shifted_time_that_falls_on_an_edge_is_that_edge(shift, steps, groups):
+    """By exact fractions: owners of every step, also where a float formula would be one rounding off."""
+    exact = Fraction(shift).limit_denominator(1000)
+    for i, (group, _, solver, _, _) in enumerate(
+        singles(Intervals.equal(groups), Sampling(steps, shift=shift, solver="heun"))
+    ):
+        start, end = (exact * u / (exact * u + 1 - u) for u in (Fraction(i, steps), Fraction(i + 1, steps)))
+        assert group == int(start * groups)
+        assert solver == ("heun" if end * groups <= group + 1 else "euler")
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_random_replicas_have_the_vlms_shapes_and_not_its_weights():
 
 
 def test_blends_text_logits_are_the_vlms_bit_for_bit():
-    """Through the very function that trains and evaluates Blend: parameters split in two and put together again."""
+    """Parameters split as for training, and put together again as each step and each evaluation does."""
     config = model(2, variant="blend")
     vlm = randomize(qwen2_vl.init(config.vlm, jax.random.key(0)), 1)
     trained, fixed = latte_flow.split_trained(config, latte_flow.init(config, vlm, jax.random.key(1)))
@@ -265,8 +265,11 @@ def test_one_step_costs_a_kth_of_vanillas_and_takes_no_vlm_weights():
     [
         (dict(num_groups=3), "num_groups=3 does not divide the 4 layers"),
         (dict(num_groups=0), "num_groups=0 does not divide"),
-        (dict(num_groups=2, pathway={"group_sizes": (1, 2)}), r"group_sizes=\(1, 2\) must be .* not to 3"),
-        (dict(num_groups=2, pathway={"group_sizes": (1, 2, 1)}), "2 positive numbers"),
+        (dict(num_groups=2, pathway={"group_sizes": (1, 2)}), r"group_sizes=\(1, 2\) sum to 3, not to the 4 layers"),
+        (
+            dict(num_groups=2, pathway={"group_sizes": (1, 2, 1)}),
+            "must be num_groups=2 positive",
+        ),
         (dict(num_groups=2, pathway={"group_sizes": (4, 0)}), "positive numbers"),
         (dict(num_groups=2, pathway={"interval_edges": (0.0, 0.5, 0.9)}), "must rise from 0 to 1"),
         (dict(num_groups=2, pathway={"interval_edges": (0.1, 0.5, 1.0)}), "must rise from 0 to 1"),

@@ -14,13 +14,21 @@ from lattejax.training.sweep import resolve_sweep, run_sweep
 from lattejax.weights.runs import Run
 from tests.helpers import assert_same_bits, config_file, run_door, tiny_dict
 
-TWO = (("base", {}), ("no_residual", {"model.residual_attention": "none"}))
+# The base of the sweep is Blend, whose pretrained VLM other runs start from before its layers are trained further.
+TWO = (("base", {}), ("no_residual", {"model.residual_attention": "none", "model.variant": "couple"}))
 
 
 def sweep_config(**overrides) -> ConfigDict:
-    base = tiny_dict(train__steps=2, pretrain__steps=1, eval__every=1, checkpoint__every=1)
+    base = tiny_dict(model__variant="blend", train__steps=2, pretrain__steps=1, eval__every=1, checkpoint__every=1)
     values = dict(base=base, seeds=(0, 1), variants=TWO, sample_steps=(2, 3)) | overrides
     return ConfigDict(values)
+
+
+def test_prompts_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path):
+    pictures = {"data.prompts": "pictures", "train.share_contexts": False}
+    with pytest.raises(UserError, match="more than the 24"):
+        run_sweep(resolve_sweep(sweep_config(variants=(*TWO, ("pictures", pictures)))), tmp_path, InterruptGuard())
+    assert not (tmp_path / "vlm").exists()
 
 
 def test_a_killed_sweep_trains_no_finished_run_again_and_ends_with_the_comparison(tmp_path, monkeypatch):
@@ -54,7 +62,7 @@ def test_a_killed_sweep_trains_no_finished_run_again_and_ends_with_the_compariso
         assert float(rows[0][name]) == pytest.approx(np.mean(values))
         assert float(rows[0][f"{name}_std"]) == pytest.approx(np.std(values, ddof=1))
     assert (tmp_path / "table.md").read_text() == table and "| base | 2 |" in table
-    sampling = json.loads((tmp_path / "sampling.json").read_text())
+    sampling = json.loads((tmp_path / "sampling.json").read_text())["draws"]
     assert [(r["variant"], r["steps"]) for r in sampling] == [(name, n) for name, _ in TWO for n in (2, 3)]
     assert all(r["seconds_per_image"] > 0 for r in sampling)
     for plot in ("score_by_training_steps", "score_by_sampling_time", "loss_by_group"):
@@ -73,6 +81,11 @@ def test_a_killed_sweep_trains_no_finished_run_again_and_ends_with_the_compariso
         (dict(variants=(("a", {}), ("a", {}))), "different names"),
         (dict(variants=(("a/b", {}),)), "letters, digits and underscores"),
         (dict(variants=()), "different names"),
+        (dict(variants=(("a", {"seed": 3}),)), "seed is the same for all runs"),
+        (dict(variants=(("a", {"pretrain.steps": 3}),)), r"pretrain\.steps is the same for all runs"),
+        (dict(variants=(("a", {"train.steps": 0}),)), r"train\.steps=0 trains nothing"),
+        (dict(variants=(("a", {"eval.batch_size": 16}),)), r"eval\.batch_size=16 must be a multiple of 10"),
+        (dict(sample_steps=(0,)), r"config\.sample_steps=\(0,\)"),
         (dict(seeds=(0, 0)), r"config\.seeds=\(0, 0\) must be different whole numbers"),
         (dict(sample_steps=(0.5,)), r"config\.sample_steps"),
         (dict(sample_step=(5,)), "this one has .*sample_step"),
@@ -92,7 +105,19 @@ def test_the_ablations_config_holds_together(variants):
         assert axes == {(k, residual) for k in (1, 2, 4) for residual in ("none", "probabilities")}
 
 
-def test_the_door_refuses_bad_input_in_one_line(tmp_path):
-    for flag, named in (("--config.base.train.stepz=5", "train.steps"), ("--config.seeds=1,1", "different whole")):
-        done = run_door("sweep", "--config=configs/ablations.py", f"--workdir={tmp_path}", flag)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
+BAD_FLAGS = {
+    "--config.base.train.stepz=5": "train.steps",
+    "--config.train.steps=5": "base.",
+    "--config.seeds=1,1": "different whole",
+}
+
+
+@pytest.mark.parametrize("flag", BAD_FLAGS)
+def test_the_door_refuses_bad_input_in_one_line(tmp_path, flag):
+    done = run_door("sweep", "--config=configs/ablations.py", f"--workdir={tmp_path}", flag)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and BAD_FLAGS[flag] in done.stderr, done.stderr
+
+
+def test_the_door_refuses_an_unknown_list_in_one_line(tmp_path):
+    done = run_door("sweep", "--config=configs/ablations.py:nothing", f"--workdir={tmp_path}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "paper" in done.stderr, done.stderr
