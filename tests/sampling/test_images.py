@@ -16,6 +16,7 @@ from lattejax.sampling.images import ImageSampler, draw_latents, sample_noise
 from tests.helpers import encoder_for, randomize, tiny_config
 
 CONFIGS = {variant: tiny_config(model__variant=variant) for variant in latte_flow.VARIANTS}
+CONFIGS["uneven"] = tiny_config(model__group_sizes=(1, 3), model__interval_edges=(0.0, 0.3, 1.0))
 CONFIG = CONFIGS["couple"]
 MODEL = CONFIG.model_config
 ENCODER = encoder_for(CONFIG)
@@ -66,7 +67,9 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize("case, variant", [*((case, "couple") for case in SAMPLINGS), ("all at once", "blend")])
+@pytest.mark.parametrize(
+    "case, variant", [*((case, "couple") for case in SAMPLINGS), ("all at once", "blend"), ("all at once", "uneven")]
+)
 def test_sampling_equals_a_plain_loop(case, variant):
     """Owner, guidance, solver and shift by hand, guidance from two separate passes. To 1e-4, in float32."""
     sampling, ours = SAMPLINGS[case], sampler(variant)
@@ -78,7 +81,7 @@ def test_sampling_equals_a_plain_loop(case, variant):
 
     @functools.partial(jax.jit, static_argnames="group")
     def velocity(x, t, group, prompt):
-        own = slice(2 * group, 2 * group + 2)
+        own = model.generation.layers_of[group]
         context = generation.pick(contexts._replace(layers=contexts.layers[own]), rows + prompt)
         pathway = ours.pathway | {"experts": ours.pathway["experts"][own]}
         return generation.velocity(model.generation, pathway, context, x, t[None])
@@ -87,14 +90,14 @@ def test_sampling_equals_a_plain_loop(case, variant):
         unconditional = velocity(x, np.float32(t), group, 1)
         return unconditional + scale * (velocity(x, np.float32(t), group, 0) - unconditional)
 
-    x, (low, high) = noise, sampling.guidance_interval
+    x, (low, high), (_, edge, _) = noise, sampling.guidance_interval, model.generation.intervals.edges
     times = [i / sampling.num_steps for i in range(sampling.num_steps + 1)]
     times = [sampling.shift * t / (1 + (sampling.shift - 1) * t) for t in times]
     for start, end in itertools.pairwise(times):
-        group, scale = int(start >= 0.5), sampling.guidance if low <= start < high else 1.0
+        group, scale = int(start >= edge), sampling.guidance if low <= start < high else 1.0
         first = guided(x, start, group, scale)
         step = x + (end - start) * first
-        if sampling.solver == "heun" and end <= (0.5, 1.0)[group] + 1e-9:
+        if sampling.solver == "heun" and end <= (edge, 1.0)[group] + 1e-9:
             step = x + (end - start) * (first + guided(step, end, group, scale)) / 2
         x = step
     np.testing.assert_allclose(drawn, x, rtol=1e-4, atol=1e-4)
