@@ -2,12 +2,12 @@
 
 Its directory:
 
-vlm/                  the run that pretrains the VLM
+vlm/                    the run that pretrains the VLM
 runs/<variant>_<seed>/  a run each
-compilation_cache/    unless JAX has been told of another
-sampling.json         scores and times by number of sampling steps, of each variant's run with the first seed
-table.csv, table.md   the comparison, see `evaluation.comparison`
-*.png                 its plots
+compilation_cache/      unless JAX has been told of another
+sampling.json           scores and times by number of sampling steps, of each variant's run with the first seed
+table.csv, table.md     the comparison, see `evaluation.comparison`
+*.png                   its plots
 """
 
 import copy
@@ -132,9 +132,9 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
     go, and again if a run or a number of steps is another.
     """
     cells = [(name, steps) for name in runs for steps in sweep.sample_steps]
-    of = {name: json.loads(run.workdir.results.read_text()) for name, run in runs.items()}
+    results = {name: json.loads(run.workdir.results.read_text()) for name, run in runs.items()}
     done = json.loads(path.read_text()) if path.exists() else {"runs": {}, "draws": []}
-    if done["runs"] == of and [(draw["variant"], draw["steps"]) for draw in done["draws"]] == cells:
+    if done["runs"] == results and [(draw["variant"], draw["steps"]) for draw in done["draws"]] == cells:
         return
     drawers = {name: _drawer(run) for name, run in runs.items()}
     batches = {name: run.config.eval.final_images // run.config.eval.batch_size for name, run in runs.items()}
@@ -157,7 +157,7 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
         by_digit = drawn.reshape(len(drawn), 10, -1, *drawn.shape[2:]).swapaxes(0, 1).reshape(-1, *drawn.shape[2:])
         timed = {"variant": name, "steps": steps, "seconds_per_image": float(np.median(seconds[name, steps]))}
         draws.append(timed | reader.score(by_digit))
-    write_whole(path, (json.dumps({"runs": of, "draws": draws}, indent=2) + "\n").encode())
+    write_whole(path, (json.dumps({"runs": results, "draws": draws}, indent=2) + "\n").encode())
 
 
 def _drawer(run: Run) -> Callable[[int, int], np.ndarray]:
