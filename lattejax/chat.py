@@ -1,31 +1,123 @@
-"""Answers a question about images, streaming the answer as it is decoded:
+"""Answers questions about images, streaming the answer as it is decoded:
 
+python -m lattejax.chat --weights=weights/qwen2_vl_2b --image=photo.jpg --question="What is in the picture?"
 python -m lattejax.chat --workdir=runs/digits --image=digit.png --question="Which digit is this?"
+
+--weights names what lattejax.convert has made of a checkpoint, --workdir a run. Without --question, a chat of many
+turns begins on a terminal, and otherwise the question is read from standard input.
 """
 
+import sys
+from collections.abc import Iterator
+
+import jax
 from absl import flags
 
 from lattejax import cli
-from lattejax.data.prompts import open_image
-from lattejax.sampling.answers import stream_text
+from lattejax.configuration import DTYPES
+from lattejax.data.prompts import ReadableImage, Turn, open_image
+from lattejax.errors import UserError
+from lattejax.parallel.mesh import make_mesh
+from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.weights.runs import Run, inference_weights
 
+WEIGHTS = flags.DEFINE_string("weights", None, "Converted weights: a directory that lattejax.convert has made.")
 WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.")
 IMAGE = flags.DEFINE_multi_string("image", [], "An image file to look at; may be given several times, or not at all.")
 QUESTION = flags.DEFINE_string("question", None, "What to ask.")
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "The longest answer, in tokens.", lower_bound=1)
-flags.mark_flags_as_required(["workdir", "question"])
+SYSTEM = flags.DEFINE_string("system", None, "The system prompt, in place of the chat template's own.")
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "The longest answer, in tokens.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the draw of tokens; 0 takes the likeliest.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws only among the likeliest tokens that together have this probability.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draw of tokens.", lower_bound=0)
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of --weights and the computation; a run's config has its own.")
+MESH = flags.DEFINE_list("mesh", None, "Cuts --weights over all devices, as in fsdp=2,tensor=-1; without, one is used.")
+
+HELP = "Ask away. /image FILE shows a picture with the next question, /new starts again, Ctrl-D ends."
 
 
 def main() -> None:
+    try:
+        decoding = Decoding(MAX_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    on_terminal = QUESTION.value is None and sys.stdin.isatty()
+    question = "" if on_terminal else read_question()
+    pictures = [open_image(path) for path in IMAGE.value]
+    answerer = load_answerer()
+    images = [answerer.encoder.read_image(picture) for picture in pictures]
+    if on_terminal:
+        converse(answerer, decoding, images)
+    else:
+        say(answerer.stream(answerer.encoder.chat([*opening(), Turn("user", question, tuple(images))]), decoding))
+
+
+def read_question() -> str:
+    question = sys.stdin.read().strip() if QUESTION.value is None else QUESTION.value
+    if not question.strip():
+        raise UserError("the question is empty; give --question, or write it to standard input")
+    return question
+
+
+def load_answerer() -> Answerer:
+    if (WEIGHTS.value is None) == (WORKDIR.value is None):
+        raise UserError("give either --weights or --workdir")
+    if WEIGHTS.value is not None:
+        return Answerer.load(WEIGHTS.value, DTYPE.value, read_mesh())
+    if MESH.value:
+        raise UserError("--mesh is for --weights; a run is read on one device")
     run = Run.open(WORKDIR.value)
-    images = [run.encoder.read_image(open_image(path)) for path in IMAGE.value]
-    prompt = run.encoder.question(QUESTION.value, images)
+    encoder = run.encoder  # complains before the weights are read
     vlm = inference_weights(run.config, {"vlm": run.vlm()})["vlm"]
-    pieces = stream_text(run.config.model_config.vlm, vlm, run.encoder, prompt, max_tokens=MAX_TOKENS.value)
+    return Answerer(run.config.model_config.vlm, vlm, encoder)
+
+
+def read_mesh() -> jax.sharding.Mesh | None:
+    if not MESH.value:
+        return None
+    try:
+        return make_mesh({axis: int(size) for axis, size in (part.split("=") for part in MESH.value)})
+    except ValueError as error:
+        raise UserError(f"--mesh={','.join(MESH.value)}: {error}; write it like fsdp=2,tensor=-1") from error
+
+
+def opening() -> list[Turn]:
+    return [] if SYSTEM.value is None else [Turn("system", SYSTEM.value)]
+
+
+def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]) -> None:
+    """A chat of many turns: each question is answered after all that was said before."""
+    print(HELP)
+    turns = opening()
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/new":
+            turns, images = opening(), []
+        elif command == "/image":
+            try:
+                images.append(answerer.encoder.read_image(open_image(rest.strip())))
+            except UserError as error:  # no reason to lose the chat
+                print(f"error: {error}")
+        elif line.startswith("/"):
+            print(HELP)
+        elif line:
+            turns.append(Turn("user", line, tuple(images)))
+            images = []
+            turns.append(Turn("assistant", say(answerer.stream(answerer.encoder.chat(turns), decoding))))
+
+
+def say(pieces: Iterator[str]) -> str:
+    said = ""
     for piece in pieces:
         print(piece, end="", flush=True)
+        said += piece
     print()
+    return said
 
 
 if __name__ == "__main__":

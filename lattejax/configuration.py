@@ -88,7 +88,8 @@ class Tokenizer:
 class Stage:
     """What both stages of training have in common."""
 
-    init_from: str  # a finished run's workdir to take this stage's first weights from; empty: fresh weights
+    init_from: str  # a finished run's workdir to take this stage's first weights from (for the first stage also
+    # converted weights); empty: fresh weights
     steps: int
     batch_size: int
     accumulation: int  # micro-batches that one batch is cut into

@@ -1,11 +1,16 @@
 """Writing files so that a kill leaves the old one or the new one, on a local disk as in a remote store."""
 
+import contextlib
 import io
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from etils import epath
+
+from lattejax.errors import UserError
 
 
 def is_remote(path: epath.Path) -> bool:
@@ -32,3 +37,49 @@ def write_with(path: epath.Path, save: Callable[[BinaryIO], None]) -> None:
     file = io.BytesIO()
     save(file)
     write_whole(path, file.getvalue())
+
+
+def located(path: str | os.PathLike) -> epath.Path:
+    """Takes a local path, also a relative one, or a remote one; Orbax wants absolute paths."""
+    path = epath.Path(path)
+    return path if is_remote(path) else path.expanduser().resolve()
+
+
+@contextlib.contextmanager
+def local_files(directory: epath.Path) -> Iterator[str]:
+    """Yields a local directory with the files of `directory`, but not those below it, for libraries that need one."""
+    if not is_remote(directory):
+        yield os.fspath(directory)
+        return
+    with tempfile.TemporaryDirectory() as local:
+        for file in directory.iterdir():
+            if file.is_file():
+                (epath.Path(local) / file.name).write_bytes(file.read_bytes())
+        yield local
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
+    """Yields a directory to fill, which becomes `path` when the block ends well; whatever stops it leaves none there.
+
+    A remote store has no rename: there the block fills `path` itself, and should write last what readers look for.
+
+    Raises:
+      UserError: there is something at `path` already.
+    """
+    path = located(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already; remove it or choose another --out")
+    if is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+        return
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

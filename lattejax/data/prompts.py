@@ -9,11 +9,11 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 from transformers import Qwen2VLImageProcessorPil
 
-from lattejax.data.tokenizer import IMAGE_PAD, TURN_END, VISION_START, Tokenizer
+from lattejax.data.tokenizer import IMAGE_PAD, TEXT_END, TURN_END, VISION_START, Tokenizer
 from lattejax.errors import UserError
 from lattejax.models.qwen2_vl import Prompts
 from lattejax.models.rotary import patch_positions, token_positions
-from lattejax.models.vision import Images, VisionConfig
+from lattejax.models.vision import Images
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +33,15 @@ class EncodedPrompt:
     is_answer: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Turn:
+    """What one side says in a chat, after the images that it shows."""
+
+    role: str  # "system", "user" or "assistant"
+    text: str
+    images: tuple[ReadableImage, ...] = ()
+
+
 def open_image(path: str) -> Image.Image:
     """Opens an image file; raises `UserError` where there is none, or what is there is no image."""
     file = epath.Path(path)
@@ -46,65 +55,78 @@ def open_image(path: str) -> Image.Image:
 
 
 class PromptEncoder:
-    """Turns texts and images into prompts for one tokenizer and one vision tower."""
+    """Turns texts and images into prompts for one tokenizer and one image processor."""
 
-    def __init__(self, tokenizer: Tokenizer, vision: VisionConfig, *, min_pixels: int, max_pixels: int):
-        self.tokenizer = tokenizer
-        self.merge = vision.spatial_merge_size
-        self.patch_dim = vision.patch_dim
-        self.image_token = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
-        self.stop_tokens = (tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.pad_token_id)
-        self.processor = Qwen2VLImageProcessorPil(
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            merge_size=vision.spatial_merge_size,
-            size={"shortest_edge": min_pixels, "longest_edge": max_pixels},
-        )
+    def __init__(
+        self, tokenizer: Tokenizer, processor: Qwen2VLImageProcessorPil, *, stop_tokens: Sequence[int] | None = None
+    ):
+        """Takes the model's own tokenizer and processor; an answer ends at a turn's end and at the `stop_tokens`."""
+        self.tokenizer, self.processor = tokenizer, processor
+        self.merge = processor.merge_size
+        self.patch_dim = 3 * processor.temporal_patch_size * processor.patch_size**2
+        self.image_token, turn_end, text_end = tokenizer.convert_tokens_to_ids([IMAGE_PAD, TURN_END, TEXT_END])
+        self.stop_tokens = tuple(dict.fromkeys([turn_end, *(stop_tokens or [text_end])]))
+        self.pad_token = turn_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._tokenize = functools.lru_cache(maxsize=4096)(self._tokenize_chat)
 
     def read_image(self, image: Image.Image) -> ReadableImage:
-        """Resizes, normalises and cuts an image as Qwen2-VL's processor does."""
-        features = self.processor(images=[image.convert("RGB")], return_tensors="np")
+        """Resizes, normalises and cuts an image as Qwen2-VL's processor does.
+
+        Raises:
+          UserError: the processor refuses it, as one that is 200 times as long as wide.
+        """
+        try:
+            features = self.processor(images=[image.convert("RGB")], return_tensors="np")
+        except ValueError as error:
+            raise UserError(f"an image of {image.width}x{image.height} pixels cannot be read: {error}") from error
         return ReadableImage(features["pixel_values"], tuple(int(n) for n in features["image_grid_thw"][0]))
+
+    def chat(self, turns: Sequence[Turn]) -> EncodedPrompt:
+        """A chat so far, up to where the assistant is to answer."""
+        return self._encode(turns, "")
 
     def question(self, question: str, images: Sequence[ReadableImage] = (), answer: str | None = None) -> EncodedPrompt:
         """A user's turn with images before the text, up to the answer, or with it if there is one."""
         if not question.strip():
             raise UserError("the question is empty")
-        prompt = self._with_images(self._tokenize(question, len(images), None), images)
+        turns = [Turn("user", question, tuple(images))]
+        prompt = self.chat(turns)
         if answer is None:
-            return EncodedPrompt(prompt, tuple(images))
-        whole = self._with_images(self._tokenize(question, len(images), answer), images)
-        return EncodedPrompt(whole, tuple(images), np.arange(len(whole)) >= len(prompt))
+            return prompt
+        whole = self._encode(turns, answer + TURN_END)
+        return dataclasses.replace(whole, is_answer=np.arange(len(whole.input_ids)) >= len(prompt.input_ids))
 
     def drawing(self, caption: str, images: Sequence[ReadableImage] = ()) -> EncodedPrompt:
         """A prompt to draw: the whole chat template of a caption, with images to look at before it, up to and
         including the assistant's `<|vision_start|>`."""
         if not caption.strip():
             raise UserError("a prompt is empty; say what to draw")
-        return EncodedPrompt(self._drawing(caption, images), tuple(images))
+        return self._encode([Turn("user", caption, tuple(images))], VISION_START)
 
     def unconditional(self) -> EncodedPrompt:
         """The same template with an empty caption: what guidance points away from."""
-        return EncodedPrompt(self._drawing("", ()))
+        return self._encode([Turn("user", "")], VISION_START)
 
-    def _drawing(self, caption: str, images: Sequence[ReadableImage]) -> np.ndarray:
-        return self._with_images(self._tokenize(caption, len(images), VISION_START), images)
-
-    def _tokenize_chat(self, text: str, num_images: int, answer: str | None) -> list[int]:
-        """Token ids of a chat with one pad an image; `answer` is "<|vision_start|>" for a prompt to draw."""
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
-        chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        if answer is not None:
-            chat += answer if answer == VISION_START else answer + TURN_END
-        return self.tokenizer(chat, add_special_tokens=False)["input_ids"]
-
-    def _with_images(self, ids: list[int], images: Sequence[ReadableImage]) -> np.ndarray:
-        """Repeats each image's pad once for every merged patch."""
+    def _encode(self, turns: Sequence[Turn], begun: str) -> EncodedPrompt:
+        """The chat template, and after it what the assistant has `begun` to say."""
+        images = tuple(image for turn in turns for image in turn.images)
+        ids = self._tokenize(tuple((turn.role, turn.text, len(turn.images)) for turn in turns), begun)
+        if ids.count(self.image_token) != len(images):
+            raise UserError(f"a text says {IMAGE_PAD}, which stands for an image; leave it out")
+        # Each image's pad is repeated once for every merged patch.
         counts = iter(int(np.prod(image.grid)) // self.merge**2 for image in images)
-        return np.repeat(ids, [next(counts) if token == self.image_token else 1 for token in ids])
+        return EncodedPrompt(
+            np.repeat(ids, [next(counts) if token == self.image_token else 1 for token in ids]), images
+        )
+
+    def _tokenize_chat(self, turns: tuple[tuple[str, str, int], ...], begun: str) -> list[int]:
+        """Token ids of turns (role, text, number of images), with one pad an image."""
+        messages = [
+            {"role": role, "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
+            for role, text, num_images in turns
+        ]
+        chat = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(chat + begun, add_special_tokens=False)["input_ids"]
 
     def check_length(self, prompts: Iterable[EncodedPrompt], length: int) -> None:
         """Raises `UserError` for a prompt that is longer than `length` tokens."""
@@ -115,8 +137,10 @@ class PromptEncoder:
                     f"{self.tokenizer.decode(prompt.input_ids)!r}"
                 )
 
-    def batch(self, prompts: Sequence[EncodedPrompt], length: int | None = None) -> Prompts:
-        """Pads prompts to one length (the longest's if None) and their images to one number of patches.
+    def batch(
+        self, prompts: Sequence[EncodedPrompt], length: int | None = None, num_patches: int | None = None
+    ) -> Prompts:
+        """Pads prompts to one length and their images to one number of patches; None: the longest's and the largest's.
 
         Raises:
           UserError: a prompt is longer than `length`.
@@ -124,7 +148,7 @@ class PromptEncoder:
         length = length or max(len(prompt.input_ids) for prompt in prompts)
         self.check_length(prompts, length)
         rows = len(prompts)
-        input_ids = np.full((rows, length), self.tokenizer.pad_token_id, np.int32)
+        input_ids = np.full((rows, length), self.pad_token, np.int32)
         mask = np.zeros((rows, length), bool)
         position_ids = np.zeros((rows, 3, length), np.int32)
         for row, prompt in enumerate(prompts):
@@ -132,13 +156,15 @@ class PromptEncoder:
             input_ids[row, : len(ids)] = ids
             mask[row, : len(ids)] = True
             position_ids[row, :, : len(ids)] = token_positions(ids, grids, self.image_token, self.merge)
-        return Prompts(input_ids, mask, position_ids, self._batch_images(prompts, input_ids))
+        return Prompts(input_ids, mask, position_ids, self._batch_images(prompts, input_ids, num_patches))
 
-    def _batch_images(self, prompts: Sequence[EncodedPrompt], input_ids: np.ndarray) -> Images | None:
+    def _batch_images(
+        self, prompts: Sequence[EncodedPrompt], input_ids: np.ndarray, num_patches: int | None
+    ) -> Images | None:
         most_images = max(len(prompt.images) for prompt in prompts)
         if not most_images:
             return None
-        most_patches = max(len(image.patches) for prompt in prompts for image in prompt.images)
+        most_patches = num_patches or largest_image(prompts)
         shape = (len(prompts), most_images, most_patches)
         patches = np.zeros((*shape, self.patch_dim), np.float32)
         positions = np.zeros((*shape, 2), np.int32)
@@ -155,6 +181,11 @@ class PromptEncoder:
             if places:
                 index[row, input_ids[row] == self.image_token] = np.concatenate(places)
         return Images(patches, positions, mask, index)
+
+
+def largest_image(prompts: Iterable[EncodedPrompt]) -> int:
+    """Patches of the largest image of all prompts; 0 where there is none."""
+    return max((len(image.patches) for prompt in prompts for image in prompt.images), default=0)
 
 
 def question_batch(encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], length: int) -> dict[str, object]:

@@ -3,6 +3,7 @@
 Either loaded from a directory, or trained on a data set's own texts when a small model is to be trained from nothing.
 """
 
+import json
 import tempfile
 from collections.abc import Iterable
 
@@ -10,11 +11,12 @@ from etils import epath
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from lattejax.errors import UserError
-from lattejax.files import write_whole
+from lattejax.files import local_files, write_whole
 
 Tokenizer = PreTrainedTokenizerBase
 
 LAST_FILE = "tokenizer_config.json"
+PROCESSOR_TEMPLATE = "chat_template.json"
 
 IMAGE_PAD, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 TURN_START, TURN_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -83,15 +85,27 @@ def load(directory: epath.Path) -> Tokenizer:
     """Reads a saved tokenizer; raises `UserError` where there is none or it is not Qwen2-VL's kind."""
     if not is_saved(directory):
         raise UserError(f"no tokenizer in {directory}: {LAST_FILE} is missing")
-    with tempfile.TemporaryDirectory() as local:
-        _copy_files(directory, epath.Path(local))
-        tokenizer = AutoTokenizer.from_pretrained(local)
+    try:
+        with local_files(directory) as local:
+            tokenizer = AutoTokenizer.from_pretrained(local)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
+    if (directory / PROCESSOR_TEMPLATE).exists():  # where checkpoints kept the template that knows of images
+        tokenizer.chat_template = json.loads((directory / PROCESSOR_TEMPLATE).read_text())["chat_template"]
     known = tokenizer.get_vocab()
-    needed = (TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD)
-    missing = [token for token in needed if token not in known] + ["a chat template"] * (not tokenizer.chat_template)
+    missing = [token for token in (TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD) if token not in known]
+    if not tokenizer.chat_template:
+        missing.append("a chat template")
+    elif not missing and not _shows_images(tokenizer):
+        missing.append("a chat template with a place for images")
     if missing:
         raise UserError(f"the tokenizer in {directory} lacks {', '.join(missing)}; expected Qwen2-VL's")
     return tokenizer
+
+
+def _shows_images(tokenizer: Tokenizer) -> bool:
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    return VISION_START + IMAGE_PAD + VISION_END in tokenizer.apply_chat_template(chat, tokenize=False)
 
 
 def _copy_files(source: epath.Path, target: epath.Path) -> None:

@@ -8,7 +8,7 @@ from lattejax.data.prompts import PromptEncoder
 from lattejax.evaluation.frechet import frechet_distance
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
-from lattejax.sampling.answers import answer
+from lattejax.sampling.answers import Answerer, Decoding
 
 LONGEST_ANSWER = 6  # tokens
 
@@ -29,7 +29,7 @@ def answer_accuracy(
     total = len(questions)
     chosen = np.random.default_rng(0).permutation(total)[: examples or total].tolist()
     prompts = [questions.unanswered(i) for i in chosen]
-    answers = answer(config, params, encoder, prompts, max_tokens=LONGEST_ANSWER, batch_size=batch_size)
+    answers = Answerer(config, params, encoder).generate(prompts, Decoding(max_tokens=LONGEST_ANSWER), batch_size)
     return float(np.mean([said == questions.text(i)[1] for said, i in zip(answers, chosen, strict=True)]))
 
 

@@ -57,18 +57,26 @@ def merge(*parts: Params) -> Params:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def unstack(stacked: Params) -> list[Params]:
+def unstack(stacked: Params, release: bool = False) -> list[Params]:
     """Splits a stack into a list with one tree a layer, each leaf an array of its own.
 
     Sampling and decoding want this form: slicing a layer out of a stack inside a compiled loop copies its weights at
-    every step, which at batch 1 costs more than the layer itself.
+    every step, which at batch 1 costs more than the layer itself. With `release` each stacked leaf's memory is given
+    back as soon as it is split, and the stack cannot be used again.
     """
-    length = jax.tree.leaves(stacked)[0].shape[0]
+    leaves, tree = jax.tree.flatten(stacked)
+    split = []
+    for leaf in leaves:
+        split.append(_split(leaf))
+        if release:
+            jax.block_until_ready(split[-1])
+            leaf.delete()
+    return [jax.tree.unflatten(tree, layer) for layer in zip(*split, strict=True)]
 
-    def layer(index: int) -> Params:
-        return jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, index, keepdims=False), stacked)
 
-    return [layer(index) for index in range(length)]
+@jax.jit
+def _split(leaf: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(leaf)
 
 
 # What a layer keeps for the backward pass: everything, its matrix products, or only its input.

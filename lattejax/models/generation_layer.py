@@ -108,6 +108,21 @@ class GenerationLayer(nnx.Module):
 
         `previous_map` is None in the first layer of a group, which starts afresh, and without residual attention.
         """
+        mixed, attention_map = self.attention(h, modulation, rotary, context, context_mask, previous_map)
+        h = h + modulation.attention_scale * self.attention_norm(mixed)
+        h = h + modulation.mlp_scale * self.mlp_norm(self.feed_forward(h, modulation))
+        return h, None if self.residual_attention == "none" else attention_map
+
+    def attention(
+        self,
+        h: Float[Array, "B N D"],
+        modulation: Modulation,
+        rotary: Rotary,
+        context: KeysValues,
+        context_mask: Bool[Array, "B T"],
+        previous_map: Float[Array, "B H N N"] | None,
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B H N N"]]:
+        """The first half of the layer, before the norm after it; and the image-to-image map, or its logits."""
         q, k, v = self.decoder.attention.project(self.decoder.input_norm(h), rotary)
         residual = None
         if previous_map is not None:
@@ -115,10 +130,12 @@ class GenerationLayer(nnx.Module):
         mixed, attention_map = attend(
             q, context, context_mask, KeysValues(k, v), residual, self.residual_attention == "logits"
         )
-        h = h + modulation.attention_scale * self.attention_norm(self.decoder.attention.output(mixed))
+        return self.decoder.attention.output(mixed), attention_map
+
+    def feed_forward(self, h: Float[Array, "B N D"], modulation: Modulation) -> Float[Array, "B N D"]:
+        """The second half, before the norm after it."""
         x = self.decoder.post_attention_norm(h) * (1 + modulation.mlp_norm_scale) + modulation.mlp_norm_shift
-        h = h + modulation.mlp_scale * self.mlp_norm(self.decoder.mlp(x))
-        return h, None if self.residual_attention == "none" else attention_map
+        return self.decoder.mlp(x)
 
 
 def attend(

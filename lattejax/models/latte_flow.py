@@ -75,13 +75,13 @@ def pathway(config: ModelConfig, params: Params) -> Params:
     return own | {"experts": together}
 
 
-def unstack(params: Params) -> Params:
+def unstack(params: Params, release: bool = False) -> Params:
     """The same weights with a tree for each layer (see `functional.unstack`); parts may be missing."""
     unstacked = dict(params)
     if "vlm" in params:
-        unstacked["vlm"] = qwen2_vl.unstack(params["vlm"])
+        unstacked["vlm"] = qwen2_vl.unstack(params["vlm"], release)
     if "experts" in params:
-        unstacked["experts"] = functional.unstack(params["experts"])
+        unstacked["experts"] = functional.unstack(params["experts"], release)
     return unstacked
 
 

@@ -52,11 +52,11 @@ def init(config: VLMConfig, key: jax.Array) -> Params:
     return {"text": text.init(config.text, text_key), "vision": vision.init(config.vision, vision_key)}
 
 
-def unstack(params: Params) -> Params:
+def unstack(params: Params, release: bool = False) -> Params:
     """The same weights with a tree for each layer: the form for inference (see `functional.unstack`)."""
     return {
-        "text": params["text"] | {"layers": functional.unstack(params["text"]["layers"])},
-        "vision": params["vision"] | {"blocks": functional.unstack(params["vision"]["blocks"])},
+        "text": params["text"] | {"layers": functional.unstack(params["text"]["layers"], release)},
+        "vision": params["vision"] | {"blocks": functional.unstack(params["vision"]["blocks"], release)},
     }
 
 

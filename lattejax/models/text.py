@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lattejax.models import functional
+from lattejax.models.attention import attention
 from lattejax.models.functional import Layers, Params
 from lattejax.models.rotary import Rotary, multimodal_rotary, rotate
 
@@ -120,7 +121,7 @@ class DecoderLayer(nnx.Module):
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), slot, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), slot, axis=1)
-        x = x + self.attention.output(jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]))
+        x = x + self.attention.output(attention(q, k, v, mask))
         x = x + self.mlp(self.post_attention_norm(x))
         return x, KeysValues(k, v)
 

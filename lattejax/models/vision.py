@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lattejax.models import functional
+from lattejax.models.attention import attention
 from lattejax.models.functional import Params
 from lattejax.models.rotary import Rotary, rotate, vision_rotary
 
@@ -62,7 +63,7 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "I P E"], rotary: Rotary, mask: Bool[Array, "I P"]) -> Float[Array, "I P E"]:
         q, k, v = rearrange(self.qkv(x), "I P (three heads d) -> three I P heads d", three=3, heads=self.num_heads)
-        mixed = jax.nn.dot_product_attention(rotate(q, rotary), rotate(k, rotary), v, mask=mask[:, None, None])
+        mixed = attention(rotate(q, rotary), rotate(k, rotary), v, mask[:, None])
         return self.proj(rearrange(mixed, "I P heads d -> I P (heads d)"))
 
 

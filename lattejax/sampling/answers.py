@@ -1,90 +1,186 @@
-"""Answering: a jitted prefill and a jitted one-token step with a KV cache.
+"""Answering: prompts in, text out, token by token with a KV cache.
+
+Two compiled functions do it: one reads the prompts and chooses the first token, one reads a token and chooses the next.
+Prompts, images and caches are padded to a few sizes (`bucket`), so that both serve many lengths without compiling anew.
 
 Axes: B batch, V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
 
-from lattejax.data.prompts import EncodedPrompt, PromptEncoder
+from lattejax.data.prompts import EncodedPrompt, PromptEncoder, largest_image
 from lattejax.models import qwen2_vl
 from lattejax.models.functional import Params
-from lattejax.models.qwen2_vl import Prompts, VLMConfig
+from lattejax.models.qwen2_vl import DecodeState, Prompts, VLMConfig
+from lattejax.weights.pretrained import Pretrained
 
-prefill = jax.jit(qwen2_vl.prefill, static_argnames=("config", "capacity"))
+LEAST_TOKENS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn from the model's distribution.
+
+    `temperature` 0 takes the likeliest token. Otherwise tokens are drawn among the likeliest that make up `top_p` of
+    the distribution at that temperature; the draws of the n-th prompt are a function of `seed` and n.
+    """
+
+    max_tokens: int = 256  # of an answer, its end included
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, good, expected in (
+            ("max_tokens", self.max_tokens > 0, "positive"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+        ):
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)} must be {expected}")
+
+
+class Chance(NamedTuple):
+    """What a draw takes: a key for each row, and how the distribution is bent."""
+
+    keys: Key[Array, "B"]
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+
+
+def keep_top(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
+    """Leaves the likeliest tokens whose probabilities first reach `top_p` together, and closes the rest (-inf)."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def choose(logits: Float[Array, "B V"], chance: Chance | None, count: Int[Array, ""]) -> Int[Array, "B"]:
+    """The next token: the likeliest one, or by chance; `count` tells the draws of one answer apart."""
+    if chance is None:
+        return jnp.argmax(logits, axis=-1)
+    logits = keep_top(logits.astype(jnp.float32) / chance.temperature, chance.top_p)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(chance.keys, count)
+    return jax.vmap(jax.random.categorical)(keys, logits)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
+def read(config: VLMConfig, params: Params, prompts: Prompts, chance: Chance | None, *, capacity: int):
+    """Reads whole prompts; returns each answer's first token, and the state to go on from."""
+    logits, state = qwen2_vl.prefill(config, params, prompts, capacity)
+    return choose(logits, chance, jnp.zeros((), jnp.int32)), state
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def decode_token(config: VLMConfig, params: Params, state: qwen2_vl.DecodeState, token: jax.Array):
-    return qwen2_vl.decode_token(config, params, state, token)
-
-
-def stream(
-    config: VLMConfig, params: Params, prompts: Prompts, *, max_tokens: int, stop_tokens: Sequence[int]
-) -> Iterator[np.ndarray]:
-    """Yields the greedy answer's tokens [B], one at a time, until every row has met a stop token.
-
-    A row that is done goes on yielding the first stop token.
-
-    Args:
-      config: the VLM's geometry.
-      params: its weights, a tree for each layer (`qwen2_vl.unstack`).
-      prompts: questions, up to where the answer is to be given.
-      max_tokens: the longest answer, its stop token included.
-      stop_tokens: ids that end an answer.
-    """
-    logits, state = prefill(config, params, prompts, capacity=max_tokens)
-    done = np.zeros(len(prompts.input_ids), bool)
-    for count in range(1, max_tokens + 1):
-        token = np.where(done, stop_tokens[0], np.asarray(jnp.argmax(logits, axis=-1)))
-        yield token
-        done |= np.isin(token, stop_tokens)
-        if done.all() or count == max_tokens:
-            return
-        logits, state = decode_token(config, params, state, token)
-
-
-def answer(
+def read_token(
     config: VLMConfig,
     params: Params,
-    encoder: PromptEncoder,
-    prompts: Sequence[EncodedPrompt],
-    *,
-    max_tokens: int,
-    batch_size: int,
-) -> list[str]:
-    """Returns the greedy answers to many questions; see `stream` for the weights' form."""
-    answers = []
-    length = max(len(prompt.input_ids) for prompt in prompts)
-    for start in range(0, len(prompts), batch_size):
-        # The last batch is filled up, so that every call has one shape, and cut below.
-        filled = [prompts[min(i, len(prompts) - 1)] for i in range(start, start + min(batch_size, len(prompts)))]
-        tokens = stream(
-            config,
-            params,
-            encoder.batch(filled, length),
-            max_tokens=max_tokens,
-            stop_tokens=encoder.stop_tokens,
-        )
-        answers.extend(encoder.tokenizer.batch_decode(np.stack(list(tokens), axis=1), skip_special_tokens=True))
-    return [text.strip() for text in answers[: len(prompts)]]
+    state: DecodeState,
+    token: Int[Array, "B"],
+    chance: Chance | None,
+    count: Int[Array, ""],
+):
+    """Reads one token of every answer; returns the next one, the `count`-th from 0."""
+    logits, state = qwen2_vl.decode_token(config, params, state, token)
+    return choose(logits, chance, count), state
 
 
-def stream_text(
-    config: VLMConfig, params: Params, encoder: PromptEncoder, prompt: EncodedPrompt, *, max_tokens: int
-) -> Iterator[str]:
-    """Yields one answer piece by piece, as soon as its tokens make whole characters; see `stream` for the weights."""
-    tokens: list[int] = []
-    said = text = ""
-    batch = encoder.batch([prompt])
-    for token in stream(config, params, batch, max_tokens=max_tokens, stop_tokens=encoder.stop_tokens):
-        tokens.append(int(token[0]))
-        text = encoder.tokenizer.decode(tokens, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(said) :]
-            said = text
-    yield text[len(said) :]
+def bucket(size: int) -> int:
+    """Rounds up to the next of 1, 2, …, 8, 10, 12, 14, 16, 20, …: four sizes to a doubling, at most a quarter more."""
+    step = max(1, 2 ** ((size - 1).bit_length() - 3))
+    return -(-size // step) * step
+
+
+class Answerer:
+    """A VLM that answers.
+
+    Args:
+      config: its geometry.
+      params: its weights, a tree for each layer (`qwen2_vl.unstack`). Their dtype is the computation's.
+      encoder: of its prompts.
+    """
+
+    def __init__(self, config: VLMConfig, params: Params, encoder: PromptEncoder):
+        self.config, self.params, self.encoder = config, params, encoder
+
+    @classmethod
+    def load(cls, weights: str, dtype: str = "bfloat16", mesh: Mesh | None = None) -> "Answerer":
+        """Opens what `lattejax.convert` has written; see `Pretrained.params`."""
+        pretrained = Pretrained.open(weights)
+        encoder = pretrained.encoder  # complains before the weights are read
+        return cls(pretrained.config, qwen2_vl.unstack(pretrained.params(dtype, mesh), release=True), encoder)
+
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], decoding: Decoding = Decoding(), batch_size: int = 8
+    ) -> list[str]:
+        """Returns the answers to prompts of any lengths, with any images, in their order."""
+        answers = []
+        for start in range(0, len(prompts), batch_size):
+            # The last batch is filled up, so that every call has one shape, and cut below.
+            rows = np.minimum(np.arange(start, start + min(batch_size, len(prompts))), len(prompts) - 1)
+            batch = self._batch([prompts[row] for row in rows], prompts)
+            tokens = np.stack(list(self.tokens(batch, decoding, rows)), axis=1)
+            answers.extend(self.encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        return [text.strip() for text in answers[: len(prompts)]]
+
+    def stream(self, prompt: EncodedPrompt, decoding: Decoding = Decoding()) -> Iterator[str]:
+        """Yields one answer piece by piece, as soon as its tokens make whole characters."""
+        tokens: list[int] = []
+        said = text = ""
+        for token in self.tokens(self._batch([prompt], [prompt]), decoding):
+            tokens.append(int(token[0]))
+            text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(said) :]
+                said = text
+        yield text[len(said) :]
+
+    def tokens(
+        self, prompts: Prompts, decoding: Decoding = Decoding(), rows: Sequence[int] | None = None
+    ) -> Iterator[np.ndarray]:
+        """Yields the answers' tokens [B], one at a time, until every row has met a stop token.
+
+        A row that is done goes on yielding the first stop token.
+
+        Args:
+          prompts: up to where the answers are to be given.
+          decoding: how tokens are chosen.
+          rows: the numbers by which the rows' draws differ; None: 0, 1, …
+        """
+        size, length = prompts.input_ids.shape
+        capacity = bucket(length + decoding.max_tokens) - length
+        chance = None
+        if decoding.temperature > 0:
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+                jax.random.key(decoding.seed), np.arange(size) if rows is None else np.asarray(rows)
+            )
+            chance = Chance(keys, decoding.temperature, decoding.top_p)
+        token, state = read(self.config, self.params, prompts, chance, capacity=capacity)
+        stops, done = self.encoder.stop_tokens, np.zeros(size, bool)
+        for count in range(1, decoding.max_tokens + 1):
+            if count < decoding.max_tokens:  # under way before this token is waited for
+                following, state = read_token(self.config, self.params, state, token, chance, count)
+            chosen = np.where(done, stops[0], np.asarray(token))
+            yield chosen
+            done |= np.isin(chosen, stops)
+            if done.all() or count == decoding.max_tokens:
+                return
+            token = following
+
+    def _batch(self, prompts: Sequence[EncodedPrompt], among: Sequence[EncodedPrompt]) -> Prompts:
+        """Pads a batch to the sizes that suit all the prompts that it is `among`."""
+        length = max(len(prompt.input_ids) for prompt in among)
+        block = self.encoder.merge**2
+        patches = bucket(-(-largest_image(among) // block)) * block
+        return self.encoder.batch(prompts, max(LEAST_TOKENS, bucket(length)), patches)

@@ -23,7 +23,7 @@ from lattejax.training.loop import StagePlan
 from lattejax.training.metrics import MetricsLog
 from lattejax.training.objectives import AnswerLoss, FlowLoss, Frozen, norms_per_group
 from lattejax.training.step import TrainState, make_train_step
-from lattejax.weights.runs import Run, abstract_params, abstract_trained, inference_weights
+from lattejax.weights.runs import Run, abstract_params, abstract_trained, inference_weights, open_vlm
 
 TRAINING_PASSES = 3  # in forward passes: a backward pass costs two
 
@@ -38,7 +38,7 @@ def pretrain_plan(config: Config, encoder: PromptEncoder, key: jax.Array) -> Sta
 
     def init() -> Params:
         if stage.init_from:
-            return Run.open(stage.init_from).vlm()
+            return open_vlm(stage.init_from).vlm()
         return qwen2_vl.init(model.vlm, init_key)
 
     def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:

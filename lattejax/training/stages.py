@@ -18,8 +18,9 @@ from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.loop import run_stage
 from lattejax.training.metrics import RunClock
 from lattejax.training.plans import caption_prompts, draw_digits, drawings, generation_plan, pretrain_plan
-from lattejax.weights import checkpoints
-from lattejax.weights.runs import Run, Workdir, abstract_params, abstract_trained, inference_weights, prompt_encoder
+from lattejax.weights import checkpoints, shards
+from lattejax.weights.pretrained import Pretrained
+from lattejax.weights.runs import Run, Workdir, abstract_trained, inference_weights, open_vlm, prompt_encoder
 
 
 def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict[str, float]:
@@ -53,8 +54,9 @@ def train_vlm(run: Run, clock: RunClock, guard: InterruptGuard) -> None:
     workdir, config = run.workdir, run.config
     if not checkpoints.is_complete(workdir.vlm):
         key, _ = jax.random.split(jax.random.key(config.seed))
-        state = run_stage(pretrain_plan(config, run.encoder, key), config, workdir, clock, guard)
-        checkpoints.save_weights(workdir.vlm, state.ema)
+        plan = pretrain_plan(config, run.encoder, key)
+        weights = run_stage(plan, config, workdir, clock, guard).ema if config.pretrain.steps else plan.init()
+        checkpoints.save_weights(workdir.vlm, weights)
     if workdir.checkpoints("pretrain").exists():
         workdir.checkpoints("pretrain").rmtree()  # from here on the VLM is stored once
 
@@ -75,7 +77,9 @@ def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]
 
 
 def refuse_another_config(config: Config, workdir: Workdir) -> None:
-    """Raises `UserError` if the workdir belongs to another config, and shows the difference."""
+    """Raises `UserError` if the workdir belongs to another config, and shows the difference, or is an export."""
+    if shards.are_stored(workdir.path):
+        raise UserError(f"{workdir.path} holds exported weights; use another --workdir, and set init_from to this one")
     if workdir.config.exists():
         different = configuration.differences(config, configuration.load(workdir.config))
         if different:
@@ -91,7 +95,7 @@ def find_tokenizer(config: Config, workdir: Workdir) -> tokenizers.Tokenizer:
     if tokenizers.is_saved(workdir.tokenizer):
         return tokenizers.load(workdir.tokenizer)
     if config.pretrain.init_from:
-        return tokenizers.load(Run.open(config.pretrain.init_from).workdir.tokenizer)
+        return open_vlm(config.pretrain.init_from).encoder.tokenizer
     if config.tokenizer.path:
         return tokenizers.load(epath.Path(config.tokenizer.path))
     return tokenizers.train(digits.texts(), config.tokenizer.vocab_size)
@@ -106,13 +110,28 @@ def check_fit(config: Config, encoder: PromptEncoder) -> None:
     encoder.check_length(drawings(config, encoder, "train").prompts, config.data.prompt_length)
     questions = digits.Questions("train", encoder)
     encoder.check_length((questions[i] for i in range(len(questions))), config.data.answer_length)
-    for stage, abstract in (
-        (config.pretrain, lambda config: abstract_params(config)["vlm"]),
-        (config.train, abstract_trained),
-    ):
-        if stage.init_from:
-            theirs = abstract(Run.open(stage.init_from).config)
-            checkpoints.check_shapes(theirs, abstract(config), f"the weights of {stage.init_from}")
+    if config.pretrain.init_from:
+        check_same_vlm(config, encoder, open_vlm(config.pretrain.init_from))
+    if config.train.init_from:
+        theirs = abstract_trained(Run.open(config.train.init_from).config)
+        checkpoints.check_shapes(theirs, abstract_trained(config), f"the weights of {config.train.init_from}")
+
+
+def check_same_vlm(config: Config, encoder: PromptEncoder, source: Run | Pretrained) -> None:
+    """Raises `UserError` unless the VLM to start from is the config's, and sees images as the config has it."""
+    ours, theirs = (dataclasses.asdict(vlm) for vlm in (config.model_config.vlm, source.vlm_config))
+    different = [
+        f"config.model.{tower}.{key} is {ours[tower][key]!r}, theirs {theirs[tower][key]!r}"
+        for tower in ours
+        for key in ours[tower]
+        if ours[tower][key] != theirs[tower][key]
+    ]
+    for key in ("image_mean", "image_std", "rescale_factor", "resample"):
+        ours_too, theirs_too = (getattr(either.processor, key) for either in (encoder, source.encoder))
+        if ours_too != theirs_too:
+            different.append(f"the image processor's {key} is {ours_too!r}, theirs {theirs_too!r}")
+    if different:
+        raise UserError(f"the weights of {config.pretrain.init_from} do not fit the config: {'; '.join(different)}")
 
 
 # ---- The end

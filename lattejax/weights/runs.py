@@ -14,17 +14,20 @@ import functools
 
 import jax
 from etils import epath
+from transformers import Qwen2VLImageProcessorPil
 
 from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
-from lattejax.files import is_remote
+from lattejax.files import located, new_directory
 from lattejax.models import functional, latte_flow, qwen2_vl
 from lattejax.models.functional import Params
-from lattejax.weights import checkpoints
+from lattejax.models.qwen2_vl import VLMConfig
+from lattejax.weights import checkpoints, exports, shards
 from lattejax.weights.checkpoints import Checkpoints
+from lattejax.weights.pretrained import Pretrained, is_converted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +38,8 @@ class Workdir:
 
     @classmethod
     def at(cls, path: str | epath.Path) -> "Workdir":
-        """Takes a local path, also a relative one, or a remote one; Orbax wants absolute paths."""
-        path = epath.Path(path)
-        return cls(path if is_remote(path) else path.expanduser().resolve())
+        """Takes a local path, also a relative one, or a remote one."""
+        return cls(located(path))
 
     @property
     def config(self) -> epath.Path:
@@ -71,9 +73,14 @@ class Workdir:
 
 def prompt_encoder(config: Config, tokenizer: tokenizers.Tokenizer) -> PromptEncoder:
     """The encoder that goes with a config: its tokenizer, its vision tower's patches, its bounds on image sizes."""
-    return PromptEncoder(
-        tokenizer, config.model.vision, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
+    vision = config.model.vision
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        size={"shortest_edge": config.data.min_pixels, "longest_edge": config.data.max_pixels},
     )
+    return PromptEncoder(tokenizer, processor)
 
 
 def abstract_params(config: Config) -> Params:
@@ -110,6 +117,15 @@ class Run:
     def encoder(self) -> PromptEncoder:
         return prompt_encoder(self.config, tokenizers.load(self.workdir.tokenizer))
 
+    @property
+    def vlm_config(self) -> VLMConfig:
+        return self.config.model_config.vlm
+
+    @property
+    def is_export(self) -> bool:
+        """Whether this is what `export` has written: weights to be read, but no run to go on with."""
+        return shards.are_stored(self.workdir.path)
+
     def pretrained_vlm(self) -> Params:
         """Reads the float32 weights that the first stage ended with."""
         if not checkpoints.is_complete(self.workdir.vlm):
@@ -118,6 +134,9 @@ class Run:
 
     def trained(self, target: Config | None = None) -> Params:
         """Reads the average of what the second stage trains, float32, from its latest checkpoint."""
+        if self.is_export:
+            whole = exports.read(self.workdir.path, abstract_params(target or self.config))
+            return latte_flow.split_trained(self.config.model_config, whole)[0]
         if self.trained_step is None:
             raise UserError(f"{self.workdir.path} has no checkpoint of the generation pathway yet; train it first")
         path = self.workdir.checkpoints("train") / str(self.trained_step) / "ema"
@@ -131,14 +150,34 @@ class Run:
 
     def params(self) -> Params:
         """Reads the whole model's float32 weights: the VLM's, and over them the average of what was trained."""
+        if self.is_export:
+            return exports.read(self.workdir.path, abstract_params(self.config))
         trained = self.trained()
         return functional.merge({"vlm": self.pretrained_vlm()}, trained)
 
     def vlm(self) -> Params:
         """Reads the weights that read and answer: the first stage's, in Blend as far as the second has trained them."""
+        if self.is_export:
+            return exports.read(self.workdir.path, abstract_params(self.config), only="vlm.")["vlm"]
         if self.config.model_config.shares_layers and self.trained_step is not None:
             return self.params()["vlm"]
         return self.pretrained_vlm()
+
+    def export(self, out: str | epath.Path) -> None:
+        """Writes the run's average weights as safetensors, in a directory that can be opened like the run's.
+
+        Raises:
+          UserError: there is something at `out`, or the run has no checkpoint of the generation pathway.
+        """
+        with new_directory(out) as directory:
+            exports.write(directory, self.params())
+            tokenizers.save(self.encoder.tokenizer, Workdir(directory).tokenizer)
+            configuration.save(self.config, Workdir(directory).config)
+
+
+def open_vlm(path: str | epath.Path) -> Run | Pretrained:
+    """Opens what has a VLM to start from: converted weights, or a run."""
+    return Pretrained.open(path) if is_converted(located(path)) else Run.open(path)
 
 
 def inference_weights(config: Config, params: Params) -> Params:

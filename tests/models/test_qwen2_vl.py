@@ -1,221 +1,158 @@
-"""Both towers against transformers' Qwen2-VL, float32, random weights; and decoding against reading whole prompts."""
+"""Both towers and greedy decoding against transformers' Qwen2-VL, float32, on checkpoints that transformers wrote."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from PIL import Image
 
-from lattejax.models import qwen2_vl, vision
+from lattejax.data.prompts import EncodedPrompt
+from lattejax.models import functional, qwen2_vl, text, vision
 from lattejax.models.qwen2_vl import Prompts, VLMConfig
-from lattejax.models.rotary import patch_positions, token_positions
-from lattejax.models.text import TextConfig
-from lattejax.models.vision import Images, VisionConfig
+from lattejax.models.rotary import token_positions
+from lattejax.models.text import TextConfig, Vocabulary
+from lattejax.models.vision import VisionConfig
+from lattejax.sampling.answers import Answerer, Decoding
+from lattejax.weights.pretrained import Pretrained
+from tests import checkpoints
 
-IMAGE, VOCABULARY = 99, 100
-forward = jax.jit(qwen2_vl.forward, static_argnames="config")
 # Float32 on both sides, summed in different orders: errors of about 1e-6 relative grow through the layers.
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
 
+# How the heads and the vocabulary's two ends differ.
+MODELS = {
+    "tied, grouped heads": dict(tied=True, num_key_value_heads=2),
+    "untied, ungrouped heads": dict(tied=False, num_key_value_heads=4),
+    "untied, one KV head, uneven sections, no merging": dict(
+        tied=False, num_key_value_heads=1, vision_spatial_merge_size=1, hidden_size=40, num_attention_heads=2,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 5]),
+    ),
+}  # fmt: skip
 
-def models(tied: bool, kv_heads: int) -> tuple[VLMConfig, dict, torch.nn.Module]:
-    text = dict(hidden_size=48, intermediate_size=40, vocab_size=VOCABULARY, rms_norm_eps=1e-6)
-    towers = dict(embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, patch_size=4, spatial_merge_size=2, hidden_size=48)
-    config = Qwen2VLConfig(
-        text_config=text
-        | dict(
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=kv_heads,
-            rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[2, 2, 2]),
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-            tie_word_embeddings=tied,
-        ),
-        vision_config=towers,
-        image_token_id=IMAGE,
-        tie_word_embeddings=tied,
-    )
-    torch.manual_seed(0)
-    theirs = Qwen2VLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():  # away from zeros and ones
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    ours = VLMConfig(
-        TextConfig(
-            **text,
-            num_layers=3,
-            num_heads=4,
-            num_kv_heads=kv_heads,
-            rope_theta=10_000.0,
-            mrope_section=(2, 2, 2),
-            tie_word_embeddings=tied,
-        ),
-        VisionConfig(**towers),
-    )
-    return ours, from_torch(ours, theirs), theirs
-
-
-def from_torch(config: VLMConfig, module: torch.nn.Module) -> dict:
-    """transformers' weights in our tree."""
-    state = {name: value.detach().numpy() for name, value in module.state_dict().items()}
-
-    def dense(name):
-        out = {"kernel": state[f"{name}.weight"].reshape(state[f"{name}.weight"].shape[0], -1).T}
-        return out | ({"bias": state[f"{name}.bias"]} if f"{name}.bias" in state else {})
-
-    def norm(name):
-        out = {"scale": state[f"{name}.weight"]}
-        return out | ({"bias": state[f"{name}.bias"]} if f"{name}.bias" in state else {})
-
-    def decoder(i):
-        at = f"model.language_model.layers.{i}."
-        return {
-            "input_norm": norm(at + "input_layernorm"),
-            "attention": {name: dense(f"{at}self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-            "post_attention_norm": norm(at + "post_attention_layernorm"),
-            "mlp": {name: dense(f"{at}mlp.{name}") for name in ("gate_proj", "up_proj", "down_proj")},
-        }
-
-    def block(i):
-        at = f"model.visual.blocks.{i}."
-        return {
-            "norm1": norm(at + "norm1"),
-            "attention": {"qkv": dense(at + "attn.qkv"), "proj": dense(at + "attn.proj")},
-            "norm2": norm(at + "norm2"),
-            "fc1": dense(at + "mlp.fc1"),
-            "fc2": dense(at + "mlp.fc2"),
-        }
-
-    def stack(trees):
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-    merger = "model.visual.merger."
-    vocabulary = {
-        "embedding": state["model.language_model.embed_tokens.weight"],
-        "final_norm": norm("model.language_model.norm"),
-    }
-    if not config.text.tie_word_embeddings:
-        vocabulary["lm_head"] = dense("lm_head")
-    return {
-        "text": {"vocabulary": vocabulary, "layers": stack([decoder(i) for i in range(config.text.num_layers)])},
-        "vision": {
-            "patch_embedding": {"proj": dense("model.visual.patch_embed.proj")},
-            "blocks": stack([block(i) for i in range(config.vision.depth)]),
-            "merger": {
-                "norm": norm(merger + "ln_q"),
-                "fc1": dense(merger + "mlp.0"),
-                "fc2": dense(merger + "mlp.2"),
-            },
-        },
-    }
-
-
-def prompt_of(parts: list, seed: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """Token ids from a list of text lengths and image grids."""
-    rng, ids, grids = np.random.default_rng(seed), [], []
-    for part in parts:
-        if isinstance(part, int):
-            ids.extend(rng.integers(3, IMAGE - 1, part))
-        else:
-            ids.extend([IMAGE] * (part[0] * part[1] // 4))
-            grids.append((1, *part))
-    return np.array(ids), grids
-
-
-CASES = {
-    "text only": [[7]],
-    "one image": [[3, (4, 4), 2]],
-    "odd aspect, batch of one": [[1, (2, 10), 5]],
-    "several images": [[2, (4, 6), 1, (6, 2), 3]],
-    "padded batch": [[4, (4, 4), 3], [9], [2, (2, 2), 2, (8, 4), 1]],
+# Prompts of one batch: what is asked, and the sizes of the images before it.
+BATCHES = {
+    "text only": [("Which digit is this?", [])],
+    "one image": [("What?", [(24, 24)])],
+    "odd aspect, batch of one": [("Is this number even or odd?", [(9, 90)])],
+    "several images": [("Is this a seven?", [(16, 24), (31, 17), (8, 8)])],
+    "padded batch": [("Which digit is this?", [(16, 16)]), ("Is this a three?", []), ("a", [(8, 8), (40, 20)])],
 }
 
 
-def batches(config: VLMConfig, rows: list[list]) -> tuple[Prompts, dict]:
-    """One batch, right-padded, in our form and in transformers'."""
-    rng = np.random.default_rng(0)
-    prompts = [prompt_of(parts, seed) for seed, parts in enumerate(rows)]
-    length = max(len(ids) for ids, _ in prompts)
-    ids, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
-    positions = np.zeros((len(rows), 3, length), np.int32)
-    for row, (tokens, grids) in enumerate(prompts):
-        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
-        positions[row, :, : len(tokens)] = token_positions(tokens, grids, IMAGE, config.vision.spatial_merge_size)
-    theirs = {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(mask).long()}
-    all_grids = [grid for _, grids in prompts for grid in grids]
-    images = None
-    if all_grids:
-        pixels = [
-            rng.standard_normal((grid[1] * grid[2], config.vision.patch_dim)).astype(np.float32) for grid in all_grids
-        ]
-        theirs |= {
-            "pixel_values": torch.tensor(np.concatenate(pixels)),
-            "image_grid_thw": torch.tensor(all_grids),
-            "mm_token_type_ids": torch.tensor((ids == IMAGE).astype(np.int64)),
-        }
-        images = our_images(prompts, pixels, ids, config.vision)
-    return Prompts(ids, mask, positions, images), theirs
+@functools.cache
+def opened(model: str) -> tuple[torch.nn.Module, Answerer, dict]:
+    """transformers' model, ours, converted from its files, and our weights, stacked."""
+    theirs = checkpoints.random_model(checkpoints.tiny_config(**MODELS[model]))
+    converted = Pretrained.open(checkpoints.convert(theirs))
+    params = converted.params("float32")
+    return theirs, Answerer(converted.config, qwen2_vl.unstack(params), converted.encoder), params
 
 
-def our_images(prompts, pixels, ids, config: VisionConfig) -> Images:
-    most, longest = max(len(grids) for _, grids in prompts), max(len(patches) for patches in pixels)
-    shape, index = (len(prompts), most, longest), np.full(ids.shape, -1, np.int32)
-    patches = np.zeros((*shape, config.patch_dim), np.float32)
-    positions, mask, left = np.zeros((*shape, 2), np.int32), np.zeros(shape, bool), iter(pixels)
-    for row, (_, grids) in enumerate(prompts):
-        places = []
-        for i, grid in enumerate(grids):
-            count = grid[1] * grid[2]
-            patches[row, i, :count], mask[row, i, :count] = next(left), True
-            positions[row, i, :count] = patch_positions(grid, config.spatial_merge_size)
-            places.extend(i * longest // 4 + np.arange(count // 4))
-        index[row, ids[row] == IMAGE] = places
-    return Images(patches, positions, mask, index)
+def encoded(answerer: Answerer, batch: str) -> list[EncodedPrompt]:
+    def picture(size):
+        return Image.fromarray(np.random.default_rng(size).integers(0, 255, (*size, 3)).astype(np.uint8))
+
+    encoder = answerer.encoder
+    return [
+        encoder.question(question, [encoder.read_image(picture(size)) for size in sizes])
+        for question, sizes in BATCHES[batch]
+    ]
 
 
-@pytest.mark.parametrize("tied, kv_heads", [(True, 2), (False, 4)])
-@pytest.mark.parametrize("case", CASES)
-def test_every_layer_and_the_logits_equal_transformers(case, tied, kv_heads):
-    config, params, module = models(tied, kv_heads)
-    prompts, theirs = batches(config, CASES[case])
-    with torch.no_grad():
-        expected = module(**theirs, output_hidden_states=True)
-        their_positions, _ = module.model.get_rope_index(
-            theirs["input_ids"],
-            mm_token_type_ids=theirs.get("mm_token_type_ids", torch.zeros_like(theirs["input_ids"])),
-            image_grid_thw=theirs.get("image_grid_thw"),
-            attention_mask=theirs["attention_mask"],
-        )
-    real = prompts.mask
-    np.testing.assert_array_equal(
-        prompts.position_ids.swapaxes(0, 1)[:, real], their_positions.numpy()[:, real], "position ids"
-    )
+def for_transformers(prompts: list[EncodedPrompt], image_token: int) -> dict:
+    """One batch, right-padded."""
+    length = max(len(prompt.input_ids) for prompt in prompts)
+    ids = np.stack([np.pad(prompt.input_ids, (0, length - len(prompt.input_ids))) for prompt in prompts])
+    mask = np.stack([np.arange(length) < len(prompt.input_ids) for prompt in prompts])
+    images = [image for prompt in prompts for image in prompt.images]
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask).long()}
+    inputs["mm_token_type_ids"] = torch.tensor((ids == image_token) & mask).int()
+    if images:
+        inputs["pixel_values"] = torch.tensor(np.concatenate([image.patches for image in images]))
+        inputs["image_grid_thw"] = torch.tensor([image.grid for image in images])
+    return inputs
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def hidden_states(config: VLMConfig, params: dict, prompts: Prompts) -> list[jax.Array]:
+    """What goes into each layer, and what comes out of the last."""
+    vocabulary = functional.bind(Vocabulary, config.text, params=params["text"]["vocabulary"])
+    x = vocabulary.embed(prompts.input_ids)
     if prompts.images is not None:
-        features = np.asarray(vision.encode(config.vision, params["vision"], prompts.images))
-        used = prompts.images.mask[:, :, ::4]
-        their_features = module.model.visual(theirs["pixel_values"], theirs["image_grid_thw"]).pooler_output
-        np.testing.assert_allclose(features[used], their_features.detach(), **TOLERANCE)
-    hidden, cache = forward(config, params, prompts)
-    logits = qwen2_vl.logits(config, params, hidden)
+        x = vision.place(x, vision.encode(config.vision, params["vision"], prompts.images), prompts.images.index)
+    mask = jnp.tril(jnp.ones((x.shape[1],) * 2, bool)) & prompts.mask[:, None]
+    states = [x]
+    for layer in params["text"]["layers"]:
+        states.append(text.decode(config.text, [layer], states[-1], prompts.position_ids, mask)[0])
+    return states
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_everything_equals_transformers(batch, model):
+    theirs, ours, stacked = opened(model)
+    config, encoder = ours.config, ours.encoder
+    prompts = encoded(ours, batch)
+    inputs = for_transformers(prompts, encoder.image_token)
+    with torch.no_grad():
+        expected = theirs(**inputs, output_hidden_states=True)
+        positions, _ = theirs.model.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=inputs.get("image_grid_thw"),
+            attention_mask=inputs["attention_mask"],
+        )
+    padded = encoder.batch(prompts)
+    real = padded.mask
+    np.testing.assert_array_equal(padded.position_ids.swapaxes(0, 1)[:, real], positions.numpy()[:, real])
+    if padded.images is not None:
+        features = np.asarray(vision.encode(config.vision, stacked["vision"], padded.images))
+        with torch.no_grad():
+            their_features = theirs.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        used = padded.images.mask[:, :, :: encoder.merge**2]
+        np.testing.assert_allclose(features[used], their_features, **TOLERANCE)
+
+    states = hidden_states(config, ours.params, padded)
+    for layer, (state, their_state) in enumerate(zip(states[:-1], expected.hidden_states[:-1], strict=True)):
+        np.testing.assert_allclose(state[real], their_state.numpy()[real], **TOLERANCE, err_msg=f"into layer {layer}")
+    final_norm = functional.bind(Vocabulary, config.text, params=ours.params["text"]["vocabulary"]).final_norm
+    np.testing.assert_allclose(final_norm(states[-1])[real], expected.hidden_states[-1].numpy()[real], **TOLERANCE)
+
+    # The same by the scan over stacked layers, with the caches that it fills.
+    hidden, cache = jax.jit(qwen2_vl.forward, static_argnames="config")(config, stacked, padded)
+    logits = qwen2_vl.logits(config, stacked, hidden)
     np.testing.assert_allclose(logits[real], expected.logits.numpy()[real], **TOLERANCE)
-    for layer in range(config.text.num_layers):
-        their_cache = expected.past_key_values.layers[layer]
-        keys, values = their_cache.keys, their_cache.values
-        np.testing.assert_allclose(cache.keys[layer][real], keys.numpy().swapaxes(1, 2)[real], **TOLERANCE)
-        np.testing.assert_allclose(cache.values[layer][real], values.numpy().swapaxes(1, 2)[real], **TOLERANCE)
+    for layer, theirs_of_layer in enumerate(expected.past_key_values.layers):
+        for mine, other in ((cache.keys, theirs_of_layer.keys), (cache.values, theirs_of_layer.values)):
+            np.testing.assert_allclose(mine[layer][real], other.numpy().swapaxes(1, 2)[real], **TOLERANCE)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_64_greedy_tokens_are_those_of_transformers(batch, model, monkeypatch):
+    """Ours as one padded batch, theirs row by row."""
+    theirs, ours, _ = opened(model)
+    monkeypatch.setattr(ours.encoder, "stop_tokens", (-1,))
+    prompts = encoded(ours, batch)
+    said = np.stack(list(ours.tokens(ours.encoder.batch(prompts), Decoding(max_tokens=64))), axis=1)
+    theirs.generation_config.eos_token_id = None
+    for row, prompt in enumerate(prompts):
+        inputs = for_transformers([prompt], ours.encoder.image_token)
+        expected = theirs.generate(**inputs, max_new_tokens=64, do_sample=False)[0, len(prompt.input_ids) :]
+        assert said[row].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_decoding_token_by_token_equals_reading_the_whole(stacked):
     """Rows of different lengths, so that cache slots and positions differ."""
-    config, params, _ = models(True, 2)
-    prompts, _ = batches(config, CASES["padded batch"])
-    params = params if stacked else qwen2_vl.unstack(params)
+    _, answerer, stacked_params = opened("tied, grouped heads")
+    config, params = answerer.config, stacked_params if stacked else answerer.params
+    prompts = answerer.encoder.batch(encoded(answerer, "padded batch"))
     lengths, count = prompts.mask.sum(axis=1), 4
-    answers = np.random.default_rng(1).integers(3, IMAGE - 1, (len(lengths), count)).astype(np.int32)
+    answers = np.random.default_rng(1).integers(20, 380, (len(lengths), count)).astype(np.int32)
 
     # The prompts with their answers, read at once: causal, so that its logits hold for every shorter one too.
     ids, mask, positions, index = (
@@ -226,6 +163,7 @@ def test_decoding_token_by_token_equals_reading_the_whole(stacked):
         answered = slice(length, length + count)
         ids[row, answered], mask[row, answered], index[row, length:] = answers[row], True, 0
         positions[row, :, answered] = positions[row, :, :length].max() + 1 + np.arange(count)
+    forward = jax.jit(qwen2_vl.forward, static_argnames="config")
     hidden, _ = forward(config, params, Prompts(ids, mask, positions, prompts.images._replace(index=index - 1)))
     expected = np.asarray(qwen2_vl.logits(config, params, hidden))
 
@@ -241,6 +179,9 @@ def test_decoding_token_by_token_equals_reading_the_whole(stacked):
 def test_towers_of_different_width_are_refused():
     with pytest.raises(ValueError, match=r"vision\.hidden_size=8 must equal text\.hidden_size=1536"):
         VLMConfig(TextConfig(), VisionConfig(hidden_size=8))
+
+
+IMAGE = 99
 
 
 def test_image_tokens_that_do_not_match_the_grids_are_refused():

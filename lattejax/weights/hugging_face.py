@@ -1,0 +1,185 @@
+"""Qwen2-VL checkpoints as Hugging Face keeps them: config.json, sharded safetensors, tokenizer and processor files.
+
+`Checkpoint.open` checks everything that can be checked without reading weights: the architecture, and every tensor's
+name and shape in both directions. Tensors are then read one at a time, so that memory holds no more than is asked for.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+
+import huggingface_hub
+import numpy as np
+from etils import epath
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import Qwen2VLConfig
+
+from lattejax.errors import UserError
+from lattejax.files import is_remote, located
+from lattejax.models.qwen2_vl import VLMConfig
+from lattejax.models.text import TextConfig
+from lattejax.models.vision import VisionConfig
+from lattejax.weights import naming, shards
+from lattejax.weights.naming import Leaf
+from lattejax.weights.shards import Shards
+
+CONFIG = "config.json"
+# What lies beside the weights and goes where they go: geometry, tokenizer, chat template, image processor, licence.
+SIDE_FILES = ("*.json", "*.txt", "*.jinja", "LICENSE*")
+
+
+# ---- Geometry
+
+
+def read_geometry(directory: epath.Path) -> VLMConfig:
+    """Returns the geometry that a checkpoint's config.json describes.
+
+    Raises:
+      UserError: it is not there, is no Qwen2-VL, or asks for something that this implementation does not do.
+    """
+    path = directory / CONFIG
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{directory} is no checkpoint: it has no {CONFIG}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    model = values.get("model_type") if isinstance(values, dict) else None
+    if model != "qwen2_vl":
+        raise UserError(f"{directory} holds a model of type {model!r}; only 'qwen2_vl' can be read so far")
+    try:
+        return _geometry(Qwen2VLConfig.from_dict(values))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as a Qwen2-VL config: {error}") from error
+
+
+def _geometry(config: Qwen2VLConfig) -> VLMConfig:
+    text, vision, rope = config.text_config, config.vision_config, config.text_config.rope_parameters
+    for name, value, supported in (
+        ("hidden_act", text.hidden_act, "silu"),
+        ("rope_type", rope.get("rope_type", "default"), "default"),
+        ("layer_types", ", ".join(sorted(set(text.layer_types))), "full_attention"),
+        ("vision_config.hidden_act", vision.hidden_act, "quick_gelu"),
+    ):
+        if value != supported:
+            raise ValueError(f"{name}={value!r} is not supported; only {supported!r} is")
+    if "mrope_section" not in rope:
+        raise ValueError("mrope_section is missing")
+    return VLMConfig(
+        TextConfig(
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_layers=text.num_hidden_layers,
+            num_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+            rope_theta=float(rope["rope_theta"]),
+            mrope_section=tuple(rope["mrope_section"]),
+            rms_norm_eps=text.rms_norm_eps,
+            tie_word_embeddings=config.tie_word_embeddings,
+        ),
+        VisionConfig(
+            depth=vision.depth,
+            embed_dim=vision.embed_dim,
+            num_heads=vision.num_heads,
+            mlp_ratio=vision.mlp_ratio,
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            spatial_merge_size=vision.spatial_merge_size,
+            in_channels=vision.in_channels,
+            hidden_size=vision.hidden_size,
+        ),
+    )
+
+
+# ---- Reading
+
+
+def find(source: str) -> epath.Path:
+    """Returns a local directory as it is; anything else is a hub id, whose files are downloaded or already cached."""
+    directory = located(source)
+    if is_remote(directory):
+        raise UserError(f"--source={source} is remote; safetensors are read from a local disk, copy them there first")
+    if directory.is_dir():
+        return directory
+    try:
+        return epath.Path(huggingface_hub.snapshot_download(source, allow_patterns=["*.safetensors", *SIDE_FILES]))
+    except HFValidationError as error:
+        raise UserError(f"--source={source} is neither a directory nor a hub id") from error
+    except (HfHubHTTPError, OSError) as error:  # no such repository, no network, nothing cached
+        raise UserError(
+            f"--source={source} is no directory, and cannot be downloaded from the hub: {type(error).__name__}: {error}"
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose names and shapes have been checked."""
+
+    directory: epath.Path
+    config: VLMConfig
+    shards: Shards
+    stored_names: dict[str, str]  # of each tensor, by the hub's original name
+
+    @classmethod
+    def open(cls, directory: epath.Path) -> "Checkpoint":
+        """Raises `UserError` for whatever is missing, left over, misshapen or cut short."""
+        config, shards = read_geometry(directory), Shards.open(directory)
+        checkpoint = cls(directory, config, shards, {naming.original_name(name): name for name in shards.files})
+        checkpoint._drop_copied_head()
+        checkpoint._check()
+        return checkpoint
+
+    def _drop_copied_head(self) -> None:
+        """With tied embeddings some tools store the head all the same; a copy is no weight of its own."""
+        if self.config.text.tie_word_embeddings and {naming.HEAD, naming.EMBEDDING} <= self.stored_names.keys():
+            head, embedding = (self.shards.read(self.stored_names[name]) for name in (naming.HEAD, naming.EMBEDDING))
+            if head.tobytes() != embedding.tobytes():
+                raise UserError(
+                    f"{self.directory}: {CONFIG} ties the embeddings, but {naming.HEAD} is not {naming.EMBEDDING}; "
+                    "set tie_word_embeddings to false if it should be used"
+                )
+            del self.stored_names[naming.HEAD]
+
+    def _check(self) -> None:
+        have = {name: self.shards.shapes[stored] for name, stored in self.stored_names.items()}
+        want = {name: leaf.tensor_shape for leaf in naming.leaves(self.config) for name in leaf.names}
+        problems = {
+            "missing": sorted(want.keys() - have.keys()),
+            "left over": sorted(have.keys() - want.keys()),
+            "misshapen": [
+                f"{name} {have[name]}, not {want[name]}"
+                for name in sorted(want.keys() & have.keys())
+                if have[name] != want[name]
+            ],
+        }
+        told = [
+            f"{problem}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}"
+            for problem, names in problems.items()
+            if names
+        ]
+        if told:
+            raise UserError(f"the weights in {self.directory} do not fit its {CONFIG}; {'; '.join(told)}")
+
+    def read(self, leaf: Leaf) -> np.ndarray:
+        """Reads one of our arrays, in the dtype that it is stored in."""
+        return leaf.pack(self._tensors(leaf))
+
+    def _tensors(self, leaf: Leaf) -> Iterator[np.ndarray]:
+        dtype = None
+        for name in leaf.names:
+            tensor = self.shards.read(self.stored_names[name])
+            if dtype not in (None, tensor.dtype):
+                raise UserError(f"{self.directory}: {name} is {tensor.dtype}, other layers' are {dtype}")
+            dtype = tensor.dtype
+            yield tensor
+
+    def side_files(self) -> list[epath.Path]:
+        """The files beside the weights."""
+        found = {path for pattern in SIDE_FILES for path in self.directory.glob(pattern) if path.is_file()}
+        return sorted(path for path in found if path.name != shards.INDEX)
+
+
+def copy_files(files: Iterable[epath.Path], directory: epath.Path) -> None:
+    for file in files:
+        (directory / file.name).write_bytes(file.read_bytes())

@@ -1,0 +1,114 @@
+"""How Qwen2-VL's weights are called and shaped in a Hugging Face checkpoint, beside our own paths.
+
+Two layouts of names are about: the hub's original one, in which this table is written, and the one that transformers 5
+uses in memory and can also write; `original_name` leads from the second to the first. PyTorch keeps a linear map as
+[out, in] and the patch embedding as a convolution; ours are [in, out], and layers are stacked on a leading axis.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from lattejax.models import qwen2_vl
+from lattejax.models.functional import Params
+from lattejax.models.qwen2_vl import VLMConfig
+
+# Our module, and theirs; the braces take the number of the layer.
+MODULES = {
+    "text/vocabulary": "model.embed_tokens",
+    "text/vocabulary/final_norm": "model.norm",
+    "text/vocabulary/lm_head": "lm_head",
+    "text/layers/input_norm": "model.layers.{}.input_layernorm",
+    "text/layers/attention/q_proj": "model.layers.{}.self_attn.q_proj",
+    "text/layers/attention/k_proj": "model.layers.{}.self_attn.k_proj",
+    "text/layers/attention/v_proj": "model.layers.{}.self_attn.v_proj",
+    "text/layers/attention/o_proj": "model.layers.{}.self_attn.o_proj",
+    "text/layers/post_attention_norm": "model.layers.{}.post_attention_layernorm",
+    "text/layers/mlp/gate_proj": "model.layers.{}.mlp.gate_proj",
+    "text/layers/mlp/up_proj": "model.layers.{}.mlp.up_proj",
+    "text/layers/mlp/down_proj": "model.layers.{}.mlp.down_proj",
+    "vision/patch_embedding/proj": "visual.patch_embed.proj",
+    "vision/blocks/norm1": "visual.blocks.{}.norm1",
+    "vision/blocks/attention/qkv": "visual.blocks.{}.attn.qkv",
+    "vision/blocks/attention/proj": "visual.blocks.{}.attn.proj",
+    "vision/blocks/norm2": "visual.blocks.{}.norm2",
+    "vision/blocks/fc1": "visual.blocks.{}.mlp.fc1",
+    "vision/blocks/fc2": "visual.blocks.{}.mlp.fc2",
+    "vision/merger/norm": "visual.merger.ln_q",
+    "vision/merger/fc1": "visual.merger.mlp.0",
+    "vision/merger/fc2": "visual.merger.mlp.2",
+}
+LEAVES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where embeddings are tied
+
+
+def original_name(name: str) -> str:
+    """The hub's name of a tensor that transformers 5 may have written under its own."""
+    for new, old in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    return name
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One of our arrays, and the checkpoint's tensors that make it up: one, or one a layer."""
+
+    path: str
+    names: tuple[str, ...]
+    tensor_shape: tuple[int, ...]  # of each tensor, as the checkpoint has it
+    stacked: bool
+
+    def pack(self, tensors: Iterator[np.ndarray]) -> np.ndarray:
+        """Puts the checkpoint's tensors into our array; takes them one at a time."""
+        if not self.stacked:
+            return np.ascontiguousarray(self._ours(next(tensors)))
+        packed = None
+        for i, tensor in enumerate(tensors):
+            tensor = self._ours(tensor)
+            packed = np.empty((len(self.names), *tensor.shape), tensor.dtype) if packed is None else packed
+            packed[i] = tensor
+        return packed
+
+    def unpack(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        """The way back: the checkpoint's tensors by name."""
+        tensors = array if self.stacked else array[None]
+        return {name: self._theirs(tensor) for name, tensor in zip(self.names, tensors, strict=True)}
+
+    @property
+    def _is_kernel(self) -> bool:
+        return self.path.endswith("/kernel")
+
+    def _ours(self, tensor: np.ndarray) -> np.ndarray:
+        return tensor.reshape(len(tensor), -1).T if self._is_kernel else tensor
+
+    def _theirs(self, tensor: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(tensor.T).reshape(self.tensor_shape) if self._is_kernel else tensor
+
+
+def abstract_vlm(config: VLMConfig) -> Params:
+    """Shapes of all of a VLM's weights, stacked, float32."""
+    return jax.eval_shape(lambda: qwen2_vl.init(config, jax.random.key(0)))
+
+
+def leaves(config: VLMConfig) -> list[Leaf]:
+    """All arrays of a VLM of this geometry, and what they are made of."""
+    vision = config.vision
+    convolution = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    found = []
+    for path, array in traverse_util.flatten_dict(abstract_vlm(config), sep="/").items():
+        module, leaf = path.rsplit("/", 1)
+        pattern = f"{MODULES[module]}.{LEAVES[leaf]}"
+        stacked = "{}" in pattern
+        shape = array.shape[1:] if stacked else array.shape
+        if module == "vision/patch_embedding/proj":
+            shape = (vision.embed_dim, *convolution)
+        elif leaf == "kernel":
+            shape = shape[::-1]
+        names = tuple(pattern.format(i) for i in range(array.shape[0])) if stacked else (pattern,)
+        found.append(Leaf(path, names, shape, stacked))
+    return found

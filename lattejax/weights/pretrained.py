@@ -1,0 +1,195 @@
+"""A VLM's directory: what `lattejax.convert` makes of a Hugging Face checkpoint, and how it is read and written back.
+
+params/               the weights (Orbax), layers stacked, each in the dtype that the checkpoint stores it in
+config.json, …        geometry, tokenizer, chat template and image processor: the checkpoint's own files, unchanged
+conversion.json       where it came from, and the hash of every weight file; written last
+
+Weights are converted one array at a time, so that memory holds a few of them, not the model.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from jax.sharding import Mesh, SingleDeviceSharding
+from orbax.checkpoint.experimental import v1 as ocp
+from tqdm import tqdm
+from transformers import Qwen2VLImageProcessorPil
+
+from lattejax.data import tokenizer as tokenizers
+from lattejax.data.prompts import PromptEncoder
+from lattejax.errors import UserError
+from lattejax.files import local_files, located, new_directory
+from lattejax.models.functional import Params
+from lattejax.models.qwen2_vl import VLMConfig
+from lattejax.parallel import rules
+from lattejax.parallel.mesh import make_mesh
+from lattejax.weights import hugging_face, naming, shards
+from lattejax.weights.hugging_face import Checkpoint
+from lattejax.weights.naming import Leaf
+
+RECORD = "conversion.json"
+CHUNK_BYTES = 64 << 20  # of an array on disk: a device that owns a part reads little more than that
+
+
+def convert(source: str, out: epath.Path) -> None:
+    """Converts a hub id's or a local directory's checkpoint into the directory `out`.
+
+    Raises:
+      UserError: the checkpoint is not whole or no Qwen2-VL, or `out` exists; nothing is left at `out`.
+    """
+    with new_directory(out) as directory:
+        checkpoint = Checkpoint.open(hugging_face.find(source))
+        read_encoder(checkpoint.directory, checkpoint.config)  # complains before hours of work, not after
+        leaves, dtypes = naming.leaves(checkpoint.config), {}
+        with _orbax():
+            for leaf in tqdm(leaves, desc="converting", unit="array", disable=None):
+                array = checkpoint.read(leaf)
+                dtypes[leaf.path] = array.dtype.name
+                ocp.partial.save(directory / "params", traverse_util.unflatten_dict({leaf.path: array}, sep="/"))
+            ocp.partial.finalize(directory / "params")
+        hugging_face.copy_files(checkpoint.side_files(), directory)
+        record = {"source": source, "directory": str(checkpoint.directory), "sha256": checkpoint.shards.hashes()}
+        (directory / RECORD).write_text(json.dumps(record | {"dtypes": dtypes}, indent=2) + "\n")
+
+
+def _orbax() -> ocp.Context:
+    """Arrays are written in chunks, and any of them may be read without the others."""
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.pytree.loading.partial_load = True
+    return context
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A converted VLM opened for reading."""
+
+    directory: epath.Path
+    config: VLMConfig
+    record: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | epath.Path) -> "Pretrained":
+        """Raises `UserError` where there is no whole conversion."""
+        directory = located(path)
+        if not is_converted(directory):
+            raise UserError(f"{path} holds no converted weights: it has no {RECORD}; make it with lattejax.convert")
+        record = json.loads((directory / RECORD).read_text())
+        return cls(directory, hugging_face.read_geometry(directory), record)
+
+    @functools.cached_property
+    def encoder(self) -> PromptEncoder:
+        return read_encoder(self.directory, self.config)
+
+    @property
+    def vlm_config(self) -> VLMConfig:
+        return self.config
+
+    def vlm(self) -> Params:
+        """Reads the weights in float32, as training starts from them."""
+        return self.params("float32")
+
+    def params(self, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Params:
+        """Reads the weights, stacked, straight to where they are used.
+
+        Args:
+          dtype: to read them in.
+          mesh: over which they are cut by `parallel.rules`, each device reading its own part; None: the first device.
+
+        Raises:
+          UserError: the mesh does not fit, or the files are damaged.
+        """
+        shapes = naming.abstract_vlm(self.config)
+        try:
+            placed = rules.shardings(make_mesh({}, jax.devices()[:1]) if mesh is None else mesh, shapes)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return self._read(
+            jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=at), shapes, placed)
+        )
+
+    def write_hugging_face(self, out: epath.Path) -> None:
+        """Writes the checkpoint back as transformers reads it, under the hub's names, every weight bit for bit.
+
+        Raises:
+          UserError: `out` exists, or the weights are damaged.
+        """
+        leaves = {leaf.path: leaf for leaf in naming.leaves(self.config)}
+        shapes = traverse_util.flatten_dict(naming.abstract_vlm(self.config), sep="/")
+        dtypes = {path: jnp.dtype(name) for path, name in self.record["dtypes"].items()}
+        sizes = {path: shapes[path].size * dtypes[path].itemsize for path in leaves}
+        dealt = shards.split(sizes)
+
+        def tensors() -> Iterator[dict[str, np.ndarray]]:
+            for paths in tqdm(dealt, desc="writing", unit="file", disable=None):
+                yield self._tensors([leaves[path] for path in paths], shapes, dtypes)
+
+        with new_directory(out) as directory:
+            shards.write(directory, tensors(), len(dealt))
+            files = [path for path in self.directory.iterdir() if path.is_file() and path.name != RECORD]
+            hugging_face.copy_files(files, directory)
+
+    def _tensors(self, leaves: list[Leaf], shapes: dict, dtypes: dict) -> dict[str, np.ndarray]:
+        here = SingleDeviceSharding(jax.devices("cpu")[0])
+        target = {
+            leaf.path: jax.ShapeDtypeStruct(shapes[leaf.path].shape, dtypes[leaf.path], sharding=here)
+            for leaf in leaves
+        }
+        arrays = traverse_util.flatten_dict(self._read(traverse_util.unflatten_dict(target, sep="/")), sep="/")
+        tensors = {}
+        for leaf in leaves:
+            tensors |= leaf.unpack(np.asarray(arrays.pop(leaf.path)))
+        return tensors
+
+    def _read(self, target: Params) -> Params:
+        """Reads the arrays that `target` names."""
+        try:
+            with _orbax():
+                return ocp.load(self.directory / "params", target)
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(f"the weights in {self.directory} cannot be read: {error}") from error
+
+
+def is_converted(directory: epath.Path) -> bool:
+    """Whether a conversion has ended there."""
+    return (directory / RECORD).is_file()
+
+
+def read_encoder(directory: epath.Path, config: VLMConfig) -> PromptEncoder:
+    """Returns the prompts' encoder that a checkpoint's own files describe.
+
+    Raises:
+      UserError: tokenizer, chat template or image processor are missing, or do not fit the model.
+    """
+    tokenizer = tokenizers.load(directory)
+    if len(tokenizer) > config.text.vocab_size:
+        raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} entries, the model {config.text.vocab_size}")
+    try:
+        with local_files(directory) as local:
+            processor = Qwen2VLImageProcessorPil.from_pretrained(local)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} has no image processor that can be read: {error}") from error
+    vision = config.vision
+    for name, theirs, ours in (
+        ("patch_size", processor.patch_size, vision.patch_size),
+        ("temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size),
+        ("merge_size", processor.merge_size, vision.spatial_merge_size),
+    ):
+        if theirs != ours:
+            raise UserError(f"{directory}: the image processor has {name}={theirs}, the model {ours}")
+    return PromptEncoder(tokenizer, processor, stop_tokens=_stop_tokens(directory))
+
+
+def _stop_tokens(directory: epath.Path) -> tuple[int, ...]:
+    """What ends an answer, by generation_config.json, if there is one."""
+    file = directory / "generation_config.json"
+    ends = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    return tuple(ends) if isinstance(ends, list) else (ends,) * (ends is not None)

@@ -1,0 +1,113 @@
+"""Weights in safetensors, in one file or in several with an index that names each tensor's file.
+
+Reading opens every file once to see that it is whole, and then reads tensors one at a time; writing takes shards one at
+a time. Neither holds more than that.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lattejax.errors import UserError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = ("F32", "F16", "BF16")
+SHARD_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """The tensors of a directory, opened for reading."""
+
+    directory: epath.Path
+    files: Mapping[str, str]  # each tensor's file
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def open(cls, directory: epath.Path) -> "Shards":
+        """Raises `UserError` for a file that is missing or cut short, or a tensor stored twice or not of floats."""
+        files, shapes = {}, {}
+        for file in _file_names(directory):
+            with _open(directory / file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118, it is no dict
+                    view = tensors.get_slice(name)
+                    if name in files:
+                        raise UserError(f"{directory}: {name} is stored twice, in {files[name]} and in {file}")
+                    if view.get_dtype() not in DTYPES:
+                        raise UserError(f"{directory}: {name} has dtype {view.get_dtype()}; use one of {DTYPES}")
+                    files[name], shapes[name] = file, tuple(view.get_shape())
+        return cls(directory, files, shapes)
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor."""
+        with _open(self.directory / self.files[name]) as tensors:
+            return tensors.get_tensor(name)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every file."""
+        hashes = {}
+        for file in sorted(set(self.files.values())):
+            with (self.directory / file).open("rb") as opened:
+                hashes[file] = hashlib.file_digest(opened, "sha256").hexdigest()
+        return hashes
+
+
+def are_stored(directory: epath.Path) -> bool:
+    """Whether a directory has weights in this form."""
+    return (directory / INDEX).exists() or (directory / SINGLE).exists()
+
+
+def _file_names(directory: epath.Path) -> list[str]:
+    if not are_stored(directory):
+        raise UserError(f"{directory} has neither {INDEX} nor {SINGLE}")
+    index = directory / INDEX
+    if not index.exists():
+        return [SINGLE]
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not an index of weights: {error}") from error
+    absent = [file for file in files if not (directory / file).is_file()]
+    if absent:
+        raise UserError(f"{directory} lacks {', '.join(absent)}, which {INDEX} names")
+    return files
+
+
+def _open(path: epath.Path) -> Any:
+    try:
+        # Read, not mapped: mapped pages would count as memory in use until the file is closed.
+        return safe_open(path, framework="np", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def write(directory: epath.Path, shards: Iterable[dict[str, np.ndarray]], count: int) -> None:
+    """Writes `count` shards, under the names and with the index that transformers gives them."""
+    weight_map, total = {}, 0
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+        total += sum(tensor.nbytes for tensor in shard.values())
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def split(sizes: Mapping[str, int], most: int = SHARD_BYTES) -> list[list[str]]:
+    """Deals names out, in order, into shards of at most `most` bytes; what is larger gets one of its own."""
+    dealt, filled = [], 0
+    for name, size in sizes.items():
+        if not dealt or filled + size > most:
+            dealt.append([])
+            filled = 0
+        dealt[-1].append(name)
+        filled += size
+    return dealt

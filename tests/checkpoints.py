@@ -1,0 +1,93 @@
+"""Tiny random Qwen2-VL checkpoints, written by transformers in the real formats."""
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+from lattejax.data import digits
+from lattejax.data import tokenizer as tokenizers
+from lattejax.data.tokenizer import IMAGE_PAD, TEXT_END, TURN_END, Tokenizer
+from lattejax.weights import pretrained
+
+VOCABULARY = 400
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return tokenizers.train(digits.texts(), VOCABULARY - 10)
+
+
+def tiny_config(**changes: Any) -> Qwen2VLConfig:
+    """Changes of the text's geometry, or of the vision tower's as vision_…; tied is both ends' weights."""
+    image, text_end, turn_end = tokenizer().convert_tokens_to_ids([IMAGE_PAD, TEXT_END, TURN_END])
+    tied = changes.pop("tied", True)
+    text = dict(
+        hidden_size=48,
+        intermediate_size=40,
+        vocab_size=VOCABULARY,
+        rms_norm_eps=1e-6,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[2, 2, 2]),
+        bos_token_id=text_end,
+        eos_token_id=turn_end,
+        pad_token_id=text_end,
+        tie_word_embeddings=tied,
+    )
+    vision = dict(embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, patch_size=4, spatial_merge_size=2)
+    for name, value in changes.items():
+        (vision if name.startswith("vision_") else text)[name.removeprefix("vision_")] = value
+    vision["hidden_size"] = text["hidden_size"]
+    return Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=image, tie_word_embeddings=tied, eos_token_id=turn_end
+    )
+
+
+def random_model(config: Qwen2VLConfig, seed: int = 0) -> Qwen2VLForConditionalGeneration:
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from zeros and ones
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def processor(config: Qwen2VLConfig, max_pixels: int = 2048) -> Qwen2VLImageProcessorPil:
+    vision = config.vision_config
+    return Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        size={"shortest_edge": 64, "longest_edge": max_pixels},
+    )
+
+
+def save(model: Qwen2VLForConditionalGeneration, directory: Path, **options: Any) -> Path:
+    """Writes everything that a checkpoint on the hub has; options are those of `save_pretrained`."""
+    stops = list(tokenizer().convert_tokens_to_ids([TURN_END, TEXT_END]))
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=stops[1])
+    model.save_pretrained(directory, **options)
+    tokenizer().save_pretrained(directory)
+    processor(model.config).save_pretrained(directory)
+    return directory
+
+
+def convert(model: Qwen2VLForConditionalGeneration, **options: Any) -> Path:
+    """Saves and converts a model, in a directory that stays until the tests end."""
+    directory = Path(tempfile.mkdtemp(dir=_directory()))
+    pretrained.convert(str(save(model, directory / "checkpoint", **options)), directory / "converted")
+    return directory / "converted"
+
+
+@functools.cache
+def _directory() -> str:
+    directory = tempfile.mkdtemp(prefix="lattejax-test-checkpoints-")
+    atexit.register(shutil.rmtree, directory)
+    return directory
