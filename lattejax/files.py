@@ -79,6 +79,8 @@ def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        if path.exists():
+            path.rmdir()
         partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

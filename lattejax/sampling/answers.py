@@ -62,7 +62,8 @@ def keep_top(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Arra
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    kept = (before < top_p) | (top_p >= 1)  # rounded sums may reach 1 before the last token
+    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 

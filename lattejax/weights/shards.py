@@ -101,11 +101,11 @@ def write(directory: epath.Path, shards: Iterable[dict[str, np.ndarray]], count:
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def split(sizes: Mapping[str, int], most: int = SHARD_BYTES) -> list[list[str]]:
-    """Deals names out, in order, into shards of at most `most` bytes; what is larger gets one of its own."""
+def split(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Deals names out, in order, into shards of at most SHARD_BYTES; what is larger gets one of its own."""
     dealt, filled = [], 0
     for name, size in sizes.items():
-        if not dealt or filled + size > most:
+        if not dealt or filled + size > SHARD_BYTES:
             dealt.append([])
             filled = 0
         dealt[-1].append(name)

@@ -41,6 +41,15 @@ BATCHES = {
     "padded batch": [("Which digit is this?", [(16, 16)]), ("Is this a three?", []), ("a", [(8, 8), (40, 20)])],
 }
 
+GROUPED, UNGROUPED, ONE = MODELS
+SHAPES = [
+    *((batch, GROUPED) for batch in BATCHES),
+    ("text only", UNGROUPED),
+    ("padded batch", UNGROUPED),
+    ("several images", ONE),
+    ("padded batch", ONE),
+]
+
 
 @functools.cache
 def opened(model: str) -> tuple[torch.nn.Module, Answerer, dict]:
@@ -90,8 +99,7 @@ def hidden_states(config: VLMConfig, params: dict, prompts: Prompts) -> list[jax
     return states
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch, model", SHAPES)
 def test_everything_equals_transformers(batch, model):
     theirs, ours, stacked = opened(model)
     config, encoder = ours.config, ours.encoder
@@ -130,8 +138,7 @@ def test_everything_equals_transformers(batch, model):
             np.testing.assert_allclose(mine[layer][real], other.numpy().swapaxes(1, 2)[real], **TOLERANCE)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch, model", SHAPES)
 def test_64_greedy_tokens_are_those_of_transformers(batch, model, monkeypatch):
     """Ours as one padded batch, theirs row by row."""
     theirs, ours, _ = opened(model)
@@ -148,7 +155,7 @@ def test_64_greedy_tokens_are_those_of_transformers(batch, model, monkeypatch):
 @pytest.mark.parametrize("stacked", [True, False])
 def test_decoding_token_by_token_equals_reading_the_whole(stacked):
     """Rows of different lengths, so that cache slots and positions differ."""
-    _, answerer, stacked_params = opened("tied, grouped heads")
+    _, answerer, stacked_params = opened(GROUPED)
     config, params = answerer.config, stacked_params if stacked else answerer.params
     prompts = answerer.encoder.batch(encoded(answerer, "padded batch"))
     lengths, count = prompts.mask.sum(axis=1), 4

@@ -1,23 +1,39 @@
-"""Streaming decoding against greedy decoding that reads everything again for each token."""
+"""Answers against greedy decoding that reads everything again for each token, draws against transformers' filter."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
+import torch
+from transformers import TopPLogitsWarper
 
 from lattejax.data import digits
 from lattejax.models import qwen2_vl
-from lattejax.sampling.answers import answer, stream, stream_text
+from lattejax.sampling import answers
+from lattejax.sampling.answers import Answerer, Chance, Decoding, bucket, choose, keep_top
 from tests.helpers import encoder_for, randomize, tiny_config
 
 CONFIG = tiny_config()
 VLM_CONFIG = CONFIG.model_config.vlm
 ENCODER = encoder_for(CONFIG)
 VLM = randomize(qwen2_vl.init(VLM_CONFIG, jax.random.key(0)), 1, 0.1)
-LISTED = qwen2_vl.unstack(VLM)
+
+
+@pytest.fixture
+def answerer():
+    return Answerer(VLM_CONFIG, qwen2_vl.unstack(VLM), ENCODER)
 
 
 def prompts():
     source = digits.Questions("test", ENCODER)
     return [source.unanswered(0), ENCODER.question("Is this a seven?"), source.unanswered(5)]
+
+
+def tokens(answerer, count, stops=(-1,), **settings):
+    answerer.encoder = encoder_for(CONFIG)
+    answerer.encoder.stop_tokens = stops
+    batch = answerer.encoder.batch(prompts())
+    return np.stack(list(answerer.tokens(batch, Decoding(max_tokens=count, **settings))), axis=1)
 
 
 def greedy(prompt, count):
@@ -32,26 +48,85 @@ def greedy(prompt, count):
     return said
 
 
-def test_streamed_tokens_are_the_greedy_ones():
+def test_tokens_are_the_greedy_ones(answerer):
     """In a batch of prompts of different lengths, one without an image."""
-    streamed = stream(VLM_CONFIG, LISTED, ENCODER.batch(prompts()), max_tokens=5, stop_tokens=(-1,))
-    np.testing.assert_array_equal(np.stack(list(streamed), axis=1), [greedy(prompt, 5) for prompt in prompts()])
+    np.testing.assert_array_equal(tokens(answerer, 5), [greedy(prompt, 5) for prompt in prompts()])
 
 
-def test_rows_stop_at_their_stop_tokens_and_the_stream_with_the_last():
-    free = np.stack(list(stream(VLM_CONFIG, LISTED, ENCODER.batch(prompts()), max_tokens=6, stop_tokens=(-1,))), 1)
+def test_rows_stop_at_their_stop_tokens_and_the_stream_with_the_last(answerer):
+    free = tokens(answerer, 6)
     stops = (int(free[0, 2]), int(free[1, 1]), int(free[2, 3]))
     lengths = [next(i for i, token in enumerate(row) if token in stops) + 1 for row in free]
-    tokens = np.stack(list(stream(VLM_CONFIG, LISTED, ENCODER.batch(prompts()), max_tokens=6, stop_tokens=stops)), 1)
-    assert tokens.shape[1] == max(lengths)
+    stopped = tokens(answerer, 6, stops)
+    assert stopped.shape[1] == max(lengths)
     for row, length in enumerate(lengths):
-        np.testing.assert_array_equal(tokens[row, :length], free[row, :length])
-        assert set(tokens[row, length:]) <= {stops[0]}
+        np.testing.assert_array_equal(stopped[row, :length], free[row, :length])
+        assert set(stopped[row, length:]) <= {stops[0]}
 
 
-def test_answers_do_not_depend_on_the_batch_and_equal_the_streamed_text():
-    settings = dict(max_tokens=4, batch_size=2)
-    together = answer(VLM_CONFIG, LISTED, ENCODER, prompts(), **settings)
-    alone = [answer(VLM_CONFIG, LISTED, ENCODER, [prompt], **settings)[0] for prompt in prompts()]
-    pieces = [list(stream_text(VLM_CONFIG, LISTED, ENCODER, prompt, max_tokens=4)) for prompt in prompts()]
-    assert together == alone == ["".join(parts).strip() for parts in pieces]
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_answers_do_not_depend_on_the_batch_and_equal_the_streamed_text(answerer, temperature):
+    decoding = Decoding(max_tokens=4, temperature=temperature, top_p=0.9, seed=1)
+    together = answerer.generate(prompts(), decoding, batch_size=3)
+    assert answerer.generate(prompts(), decoding, batch_size=2) == together
+    assert "".join(answerer.stream(prompts()[0], decoding)).strip() == together[0]
+    if not temperature:
+        assert [answerer.generate([prompt], decoding)[0] for prompt in prompts()] == together
+
+
+def test_a_seed_repeats_its_answer_and_another_gives_another(answerer):
+    drawn = [tokens(answerer, 8, temperature=2.0, seed=seed).tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 1.0])
+def test_top_p_keeps_what_transformers_keeps(top_p):
+    logits = np.random.default_rng(0).standard_normal((5, 200)).astype(np.float32) * 3
+    expected = TopPLogitsWarper(top_p)(None, torch.tensor(logits)).numpy()
+    np.testing.assert_array_equal(keep_top(jnp.asarray(logits), top_p), expected)
+
+
+def test_draws_follow_the_distribution():
+    """Shares of 4,000 draws, within five standard deviations; 0.9 of the mass are the first three of four tokens."""
+    logits = np.log([0.5, 0.3, 0.15, 0.05]).astype(np.float32)
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.9)):
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), np.arange(4000))
+        drawn = choose(jnp.tile(logits, (4000, 1)), Chance(keys, temperature, top_p), 3)
+        expected = np.exp(logits / temperature) * (np.arange(4) < (3 if top_p < 1 else 4))
+        expected /= expected.sum()
+        shares = np.bincount(drawn, minlength=4) / 4000
+        assert np.all(np.abs(shares - expected) <= 5 * np.sqrt(expected * (1 - expected) / 4000))
+
+
+def test_the_least_temperature_is_greedy(answerer):
+    np.testing.assert_array_equal(tokens(answerer, 5, temperature=1e-4), tokens(answerer, 5))
+    np.testing.assert_array_equal(tokens(answerer, 5, temperature=5.0, top_p=1e-6), tokens(answerer, 5))
+
+
+@pytest.mark.parametrize("setting", [dict(max_tokens=0), dict(temperature=-1.0), dict(top_p=0.0), dict(top_p=1.1)])
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        Decoding(**setting)
+
+
+def test_buckets_waste_at_most_a_quarter():
+    sizes = [bucket(size) for size in range(1, 5000)]
+    assert all(size <= padded <= 1.25 * size for size, padded in zip(range(1, 5000), sizes, strict=True))
+    assert len(set(sizes)) == 8 + 4 * 9 + 1  # four to a doubling from 8 to 4,096, and one more
+
+
+def test_prefill_and_decoding_are_compiled_once_for_a_range_of_lengths(answerer):
+    """Texts of 33 to 40 tokens and answers of up to 8 or 9 make one shape; the 41st token makes another."""
+    answers.read.clear_cache()
+    answers.read_token.clear_cache()
+    questions, lengths = [ENCODER.question("seven " * count + "?") for count in range(1, 30)], set()
+    for prompt in questions:
+        length = len(prompt.input_ids)
+        if 33 <= length <= 40 and length not in lengths:
+            list(answerer.stream(prompt, Decoding(max_tokens=7 + len(lengths) % 2)))
+            lengths.add(length)
+    assert len(lengths) > 2
+    assert (answers.read._cache_size(), answers.read_token._cache_size()) == (1, 1)
+    longer = next(prompt for prompt in questions if len(prompt.input_ids) > 40)
+    list(answerer.stream(longer, Decoding(max_tokens=3)))
+    assert answers.read._cache_size() == 2

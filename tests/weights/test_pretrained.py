@@ -1,0 +1,304 @@
+"""From a Hugging Face checkpoint to ours and back: every bit, whatever is broken, and onto a mesh."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig
+
+from lattejax.errors import UserError
+from lattejax.sampling.answers import Answerer, Decoding
+from lattejax.weights import pretrained
+from lattejax.weights.pretrained import Pretrained
+from tests import checkpoints
+from tests.helpers import ROOT, door_command, run_door
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A checkpoint of several shards under the hub's names."""
+    model = checkpoints.random_model(checkpoints.tiny_config())
+    return checkpoints.save(model, tmp_path_factory.mktemp("source") / "checkpoint", max_shard_size="60KB")
+
+
+@pytest.fixture(scope="module")
+def converted(source):
+    pretrained.convert(str(source), source.parent / "converted")
+    return source.parent / "converted"
+
+
+def tensors(directory) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("original", [True, False], ids=["hub's names", "transformers 5's names"])
+def test_there_and_back_every_bit_is_the_same(original, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained.shards, "SHARD_BYTES", 30_000)
+    model = checkpoints.random_model(checkpoints.tiny_config(tied=original)).to(dtype)
+    source = checkpoints.save(model, tmp_path / "source", save_original_format=original, max_shard_size="50KB")
+    pretrained.convert(str(source), tmp_path / "ours")
+    Pretrained.open(tmp_path / "ours").write_hugging_face(tmp_path / "back")
+
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    again, told = Qwen2VLForConditionalGeneration.from_pretrained(
+        tmp_path / "back", output_loading_info=True, dtype=dtype
+    )
+    assert not any(told.values()), told
+    states = model.state_dict(), again.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(same_bits(states[0][name], states[1][name]) for name in states[0])
+    if original:
+        assert tensors(source).keys() == tensors(tmp_path / "back").keys()
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_the_record_says_where_the_weights_come_from(source, converted):
+    record = json.loads((converted / "conversion.json").read_text())
+    assert record["source"] == str(source)
+    expected = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in source.glob("*.safetensors")}
+    assert record["sha256"] == expected and len(expected) > 1
+
+
+def test_weights_are_read_in_either_dtype(converted):
+    wide, narrow = (Pretrained.open(converted).params(dtype) for dtype in ("float32", "bfloat16"))
+    for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(narrow), strict=True):
+        assert a.dtype == jnp.float32 and b.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(a.astype(jnp.bfloat16), b)
+
+
+def edit(path, change) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def rewrite(directory, change) -> None:
+    """Changes the tensors of a checkpoint and stores them in one file."""
+    state = tensors(directory)
+    change(state)
+    for file in directory.glob("model*"):
+        file.unlink()
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def text_config(**values):
+    return lambda config: config["text_config"].update(values)
+
+
+NORM, KEYS = "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"
+
+# What is done to a checkpoint, and what the error names.
+BROKEN = {
+    "missing shard": (lambda d: sorted(d.glob("*.safetensors"))[1].unlink(), "model-00002-of-"),
+    "truncated shard": (lambda d: os.truncate(sorted(d.glob("*.safetensors"))[1], 5000), "model-00002-of-"),
+    "empty shard": (lambda d: os.truncate(sorted(d.glob("*.safetensors"))[0], 0), "model-00001-of-"),
+    "index that is none": (lambda d: (d / "model.safetensors.index.json").write_text("{"), "index"),
+    "no weights": (lambda d: [file.unlink() for file in d.glob("model*")], "neither"),
+    "missing tensor": (lambda d: rewrite(d, lambda state: state.pop(KEYS)), f"missing: {KEYS}"),
+    "left over": (lambda d: rewrite(d, lambda s: s.update(extra=torch.ones(2))), "left over: extra"),
+    "misshapen": (lambda d: rewrite(d, lambda s: s.update({NORM: torch.ones(2)})), rf"misshapen: {NORM} \(2,\)"),
+    "integers": (lambda d: rewrite(d, lambda s: s.update({NORM: torch.ones(48).int()})), f"{NORM} has dtype I32"),
+    "layers of two dtypes": (lambda d: rewrite(d, lambda s: s.update({KEYS: s[KEYS].half()})), "is float16"),
+    "other head, though tied": (
+        lambda d: rewrite(d, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"] + 1})),
+        "ties the embeddings",
+    ),
+    "Qwen2.5-VL": (lambda d: Qwen2_5_VLConfig().save_pretrained(d), "'qwen2_5_vl'"),
+    "Qwen3-VL": (lambda d: Qwen3VLConfig().save_pretrained(d), "'qwen3_vl'"),
+    "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
+    "config that is no JSON": (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
+    "another geometry": (lambda d: edit(d / "config.json", text_config(intermediate_size=41)), "misshapen"),
+    "more layers": (
+        lambda d: edit(d / "config.json", text_config(num_hidden_layers=4, layer_types=["full_attention"] * 4)),
+        "missing: model.layers.3",
+    ),
+    "sliding window": (
+        lambda d: edit(d / "config.json", text_config(layer_types=["full_attention"] * 2 + ["sliding_attention"])),
+        "sliding_attention",
+    ),
+    "heads that do not divide": (lambda d: edit(d / "config.json", text_config(num_attention_heads=5)), "num_heads=5"),
+    "scaled rotary embedding": (
+        lambda d: edit(
+            d / "config.json", lambda c: c["text_config"]["rope_parameters"].update(rope_type="linear", factor=2.0)
+        ),
+        "rope_type='linear'",
+    ),
+    "no sections": (
+        lambda d: edit(d / "config.json", lambda c: c["text_config"]["rope_parameters"].pop("mrope_section")),
+        "mrope_section",
+    ),
+    "no tokenizer": (lambda d: (d / "tokenizer_config.json").unlink(), "no tokenizer"),
+    "tokenizer that is none": (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer in .* cannot be read"),
+    "template without images": (
+        lambda d: (d / "chat_template.jinja").write_text("{{ messages[0].role }}"),
+        "a place for images",
+    ),
+    "no image processor": (lambda d: (d / "preprocessor_config.json").unlink(), "no image processor"),
+    "patches of another size": (
+        lambda d: edit(d / "preprocessor_config.json", lambda c: c.update(patch_size=14)),
+        "patch_size=14",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_checkpoint_is_named_and_leaves_nothing_behind(case, source, tmp_path):
+    shutil.copytree(source, tmp_path / "checkpoint")
+    damage, named = BROKEN[case]
+    damage(tmp_path / "checkpoint")
+    with pytest.raises(UserError, match=named) as error:
+        pretrained.convert(str(tmp_path / "checkpoint"), tmp_path / "out")
+    assert len(str(error.value)) < 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_head_that_copies_the_tied_embedding_is_no_weight(source, tmp_path):
+    shutil.copytree(source, tmp_path / "checkpoint")
+    rewrite(tmp_path / "checkpoint", lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
+    pretrained.convert(str(tmp_path / "checkpoint"), tmp_path / "out")
+    assert "lm_head" not in Pretrained.open(tmp_path / "out").params()["text"]["vocabulary"]
+
+
+def test_the_hubs_older_config_and_template_files_are_read(source, converted, tmp_path):
+    """Text geometry at the top level, rotary settings as rope_scaling, the template with images in a file of its own,
+    pixel bounds under their old names."""
+    old = tmp_path / "old"
+    shutil.copytree(source, old)
+
+    def flatten(config):
+        text = config.pop("text_config")
+        rope = text.pop("rope_parameters")
+        scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        config.update({**text, "model_type": "qwen2_vl", "rope_theta": rope["rope_theta"], "rope_scaling": scaling})
+        config["vision_config"].update(model_type="qwen2_vl", in_chans=3, spatial_patch_size=4)
+
+    edit(old / "config.json", flatten)
+    edit(old / "preprocessor_config.json", lambda c: c.update(min_pixels=128, max_pixels=512) or c.pop("size"))
+    template = (old / "chat_template.jinja").read_text()
+    (old / "chat_template.jinja").unlink()
+    (old / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+
+    pretrained.convert(str(old), tmp_path / "out")
+    ours, expected = Pretrained.open(tmp_path / "out"), Pretrained.open(converted)
+    assert ours.config == expected.config
+    assert ours.encoder.processor.size == {"shortest_edge": 128, "longest_edge": 512}
+    asked = [opened.encoder.question("Which digit is this?").input_ids for opened in (ours, expected)]
+    np.testing.assert_array_equal(*asked)
+
+
+# ---- Directories
+
+
+def test_nothing_is_overwritten(source, converted, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path, tmp_path / "file", converted):
+        with pytest.raises(UserError, match="exists already"):
+            pretrained.convert(str(source), out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_killed_conversion_is_never_taken_for_a_whole_one(source, tmp_path):
+    """Killed while weights are written; the next conversion starts over and ends."""
+    command = door_command("convert", f"--source={source}", f"--out={tmp_path / 'out'}")
+    with subprocess.Popen(command, cwd=ROOT) as running:
+        while not list(tmp_path.glob("out.partial/params*/**/d/*")):
+            time.sleep(0.001)
+            assert running.poll() is None
+        running.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    for directory in ("out", "out.partial"):
+        with pytest.raises(UserError, match="no converted weights"):
+            Pretrained.open(tmp_path / directory)
+    pretrained.convert(str(source), tmp_path / "out")
+    Pretrained.open(tmp_path / "out").params()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_damaged_weights_are_named(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "weights")
+    for file in (tmp_path / "weights/params").glob("**/d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"the weights in .* cannot be read"):
+        Pretrained.open(tmp_path / "weights").params()
+
+
+def test_a_hub_id_is_looked_up_in_the_hubs_cache(source, tmp_path):
+    """Laid out as huggingface_hub keeps downloads; there is no network to fetch from."""
+    repository = tmp_path / "models--some--vlm"
+    shutil.copytree(source, repository / "snapshots" / "0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = run_door("convert", "--source=some/vlm", f"--out={tmp_path / 'out'}", env=environment)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert record["source"] == "some/vlm" and record["directory"].endswith("0123abc")
+
+    done = run_door("convert", "--source=some/other", f"--out={tmp_path / 'other'}", env=environment)
+    assert done.returncode == 2 and "--source=some/other is no directory" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+# ---- Meshes
+
+
+def test_weights_are_cut_over_a_mesh_and_answer_alike(converted):
+    """In a process of its own with four devices: every array is where the rules put it, and the tokens are the same."""
+    answerer = Answerer.load(converted, "float32")
+    batch = answerer.encoder.batch([answerer.encoder.question("Which digit is this?")])
+    expected = [int(token[0]) for token in answerer.tokens(batch, Decoding(max_tokens=12))]
+    program = f"""
+        import jax
+        from lattejax.errors import UserError
+        from lattejax.parallel.mesh import make_mesh
+        from lattejax.sampling.answers import Answerer, Decoding
+        from lattejax.weights.pretrained import Pretrained
+        mesh = make_mesh({{"fsdp": 2, "tensor": -1}})
+        weights = Pretrained.open({str(converted)!r}).params("float32", mesh)
+        local = lambda array: array.addressable_shards[0].data.shape
+        assert local(weights["text"]["vocabulary"]["embedding"]) == (200, 24)
+        layers = weights["text"]["layers"]
+        assert local(layers["attention"]["q_proj"]["kernel"]) == (3, 24, 24)
+        assert local(layers["attention"]["q_proj"]["bias"]) == (3, 24)
+        assert local(layers["mlp"]["down_proj"]["kernel"]) == (3, 20, 24)
+        assert local(layers["input_norm"]["scale"]) == (3, 48)
+        answerer = Answerer.load({str(converted)!r}, "float32", mesh)
+        assert local(answerer.params["text"]["layers"][0]["mlp"]["down_proj"]["kernel"]) == (20, 24)
+        batch = answerer.encoder.batch([answerer.encoder.question("Which digit is this?")])
+        assert [int(token[0]) for token in answerer.tokens(batch, Decoding(max_tokens=12))] == {expected}
+        try:
+            Pretrained.open({str(converted)!r}).params(mesh=make_mesh({{"tensor": 3}}, jax.devices()[:3]))
+        except UserError as error:
+            assert "tensor=3 does not divide" in str(error)
+        else:
+            raise AssertionError
+    """
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_safetensors_carry_transformers_mark(converted, tmp_path):
+    Pretrained.open(converted).write_hugging_face(tmp_path / "back")
+    with safe_open(tmp_path / "back" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
