@@ -1,10 +1,14 @@
 """What the doors have in common: flags in, exit code out."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
+
+# Before transformers is imported: that PyTorch is not there is how it should be.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from lattejax import configuration
 from lattejax.errors import UserError

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -102,10 +103,19 @@ def assert_same_bits(ours: Any, theirs: Any) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), f"{jax.tree_util.keystr(path)} differs"
 
 
+# Of the processes that tests start: they have no PyTorch, like most users.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "without_torch")}
+
+
 def run_door(door: str, *arguments: str, **kwargs: Any) -> subprocess.CompletedProcess:
     """Runs `python -m lattejax.<door>` in the repository, as a user would."""
-    return subprocess.run(door_command(door, *arguments), cwd=ROOT, text=True, capture_output=True, **kwargs)
+    settings = dict(cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True)
+    if "stdin" not in kwargs:
+        settings["input"] = ""
+    return subprocess.run([sys.executable, "-m", f"lattejax.{door}", *arguments], **settings | kwargs)
 
 
-def door_command(door: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", f"lattejax.{door}", *arguments]
+def start_door(door: str, *arguments: str, **kwargs: Any) -> subprocess.Popen:
+    """The same, without waiting for its end."""
+    command = [sys.executable, "-m", f"lattejax.{door}", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **kwargs)

@@ -1,6 +1,7 @@
 """The doors as a user meets them: results out, and bad input as one line and exit code 2."""
 
 import os
+import pty
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ from PIL import Image
 
 from lattejax import configuration
 from lattejax.data import tokenizer as tokenizers
+from lattejax.data.prompts import Turn, open_image
+from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.weights.runs import Workdir
+from tests import checkpoints
 from tests.helpers import ROOT, encoder_for, run_door, tiny_config, tiny_flags
 
 
@@ -60,12 +64,70 @@ def test_sample_takes_every_setting_and_an_image_to_look_at(workdir, digit, tmp_
     assert len(set(drawn)) == len(settings)
 
 
-def test_chat_answers(workdir, digit):
+def test_chat_answers_for_a_run(workdir, digit):
     done = run_door(
         "chat", f"--workdir={workdir}", f"--image={digit}", "--question=Which digit is this?", "--max_tokens=3"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
+
+
+def test_an_exported_run_draws_what_the_run_draws(workdir, tmp_path):
+    done = run_door("convert", f"--source={workdir}", "--to=safetensors", f"--out={tmp_path / 'export'}")
+    assert done.returncode == 0 and "is whole" in done.stdout, done.stderr
+    drawn = []
+    for directory in (workdir, tmp_path / "export"):
+        out = tmp_path / f"{directory.name}.png"
+        settings = ["--prompt=a handwritten two", "--num=2", "--steps=4", f"--out={out}", "--npz"]
+        done = run_door("sample", f"--workdir={directory}", *settings)
+        assert done.returncode == 0, done.stderr
+        drawn.append(np.load(out.with_suffix(".npz"))["arr_0"])
+    np.testing.assert_array_equal(*drawn)
+
+
+# ---- Chats with converted weights
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return checkpoints.convert(checkpoints.random_model(checkpoints.tiny_config()))
+
+
+def expected_answer(weights, turns, **decoding):
+    """The answer that the library gives in this process; turns are (role, text, image files)."""
+    answerer = Answerer.load(weights, "float32")
+    encoder = answerer.encoder
+    turns = [
+        Turn(role, text, tuple(encoder.read_image(open_image(str(image))) for image in images))
+        for role, text, images in turns
+    ]
+    return "".join(answerer.stream(encoder.chat(turns), Decoding(**decoding)))
+
+
+def test_chat_takes_its_question_from_a_pipe_and_every_setting(weights, digit):
+    flags = [f"--image={digit}", f"--image={digit}", "--system=Speak.", "--temperature=0.7", "--top_p=0.9", "--seed=3"]
+    done = run_door(
+        "chat", f"--weights={weights}", "--dtype=float32", "--max_tokens=5", *flags, input="Which digits are these?\n"
+    )
+    assert done.returncode == 0, done.stderr
+    turns = [("system", "Speak.", []), ("user", "Which digits are these?", [digit, digit])]
+    expected = expected_answer(weights, turns, max_tokens=5, temperature=0.7, top_p=0.9, seed=3)
+    assert done.stdout == expected + "\n"
+
+
+def test_a_chat_on_a_terminal_goes_on_from_what_was_said(weights, digit):
+    ours, theirs = pty.openpty()
+    typed = f"Is this a three?\n/image nothing.png\n/image {digit}\nAnd this?\n/new\nIs this a three?\n\x04"
+    os.write(ours, typed.encode())
+    done = run_door("chat", f"--weights={weights}", "--dtype=float32", "--max_tokens=6", stdin=theirs)
+    assert done.returncode == 0, done.stderr
+    first = expected_answer(weights, [("user", "Is this a three?", [])], max_tokens=6)
+    turns = [("user", "Is this a three?", []), ("assistant", first, []), ("user", "And this?", [digit])]
+    second = expected_answer(weights, turns, max_tokens=6)
+    said = done.stdout.replace("> ", "")
+    assert said.startswith("Ask away.")
+    refused = "error: nothing.png: there is no such file\n"
+    assert said.split("\n", 1)[1] == f"{first}\n{refused}{second}\n{first}\n\n"
 
 
 TRAIN = ["train", "--workdir={tmp}/new"]
@@ -96,6 +158,14 @@ BAD_INPUT = {
     "image that is none": ([*CHAT, "--image={tmp}/text.png"], "text.png"),
     "truncated image": ([*CHAT, "--image={tmp}/cut.png"], "cut.png"),
     "empty question": (["chat", "--workdir={workdir}", "--question="], "question is empty"),
+    "no question on a pipe": (["chat", "--workdir={workdir}"], "question is empty"),
+    "no weights": (["chat", "--question=a"], "--weights or --workdir"),
+    "weights that are none": (["chat", "--question=a", "--weights={workdir}"], "no converted weights"),
+    "mesh that does not fit": (["chat", "--question=a", "--weights={workdir}", "--mesh=tensor=3"], "--mesh=tensor=3"),
+    "mesh that is none": (["chat", "--question=a", "--weights={workdir}", "--mesh=tensor"], "--mesh=tensor"),
+    "negative temperature": ([*CHAT, "--temperature=-1"], "--temperature=-1"),
+    "source that is no checkpoint": (["convert", "--source={tmp}", "--out={tmp}/out"], "no config.json"),
+    "source that is no conversion": (["convert", "--to=hf", "--source={tmp}", "--out={tmp}/out"], "lattejax.convert"),
 }
 
 

@@ -3,9 +3,11 @@
 import os
 import pathlib
 
+import pytest
 from etils import epath
 
-from lattejax.files import is_remote, write_whole
+from lattejax.errors import UserError
+from lattejax.files import is_remote, new_directory, write_whole
 from lattejax.weights.runs import Workdir
 
 
@@ -21,3 +23,21 @@ def test_files_are_replaced_whole_and_leave_nothing_beside(tmp_path):
     write_whole(path, b"one")
     write_whole(path, b"two")
     assert path.read_bytes() == b"two" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_directory_appears_when_all_is_written_or_not_at_all(tmp_path):
+    out = tmp_path / "below" / "out"
+    with pytest.raises(KeyboardInterrupt), new_directory(out) as directory:
+        (directory / "half").write_text("a")
+        raise KeyboardInterrupt
+    assert list(out.parent.iterdir()) == []
+    out.with_name("out.partial").mkdir()  # what a killed process leaves
+    (out.with_name("out.partial") / "half").write_text("a")
+    out.mkdir()  # an empty directory is as good as none
+    with new_directory(out) as directory:
+        assert not list(directory.iterdir())
+        (directory / "whole").write_text("b")
+        assert not list(out.iterdir())
+    assert [path.name for path in out.iterdir()] == ["whole"] and list(out.parent.iterdir()) == [out]
+    with pytest.raises(UserError, match="exists already"), new_directory(out):
+        pass

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
@@ -116,7 +117,7 @@ class Answerer:
         self.config, self.params, self.encoder = config, params, encoder
 
     @classmethod
-    def load(cls, weights: str, dtype: str = "bfloat16", mesh: Mesh | None = None) -> "Answerer":
+    def load(cls, weights: str | epath.Path, dtype: str = "bfloat16", mesh: Mesh | None = None) -> "Answerer":
         """Opens what `lattejax.convert` has written; see `Pretrained.params`."""
         pretrained = Pretrained.open(weights)
         encoder = pretrained.encoder  # complains before the weights are read

@@ -47,6 +47,8 @@ def read_geometry(directory: epath.Path) -> VLMConfig:
     model = values.get("model_type") if isinstance(values, dict) else None
     if model != "qwen2_vl":
         raise UserError(f"{directory} holds a model of type {model!r}; only 'qwen2_vl' can be read so far")
+    if "quantization_config" in values:
+        raise UserError(f"{directory} holds quantized weights; take the checkpoint that they were made from")
     try:
         return _geometry(Qwen2VLConfig.from_dict(values))
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import signal
-import subprocess
 import time
 
 import jax
@@ -22,7 +21,7 @@ from lattejax.training.loop import run_stage
 from lattejax.training.step import init_state
 from lattejax.weights.checkpoints import Checkpoints
 from lattejax.weights.runs import Run, abstract_params, abstract_trained
-from tests.helpers import ROOT, assert_same_bits, door_command, tiny_config, tiny_flags
+from tests.helpers import ROOT, assert_same_bits, run_door, start_door, tiny_config, tiny_flags
 
 STAGE_KEYS = {
     "stage",
@@ -119,9 +118,9 @@ def test_loss_is_the_mean_of_the_groups_losses(finished):
 def test_kill_and_rerun_equals_an_uninterrupted_run_bit_for_bit(finished, tmp_path, stage):
     """SIGKILL once some steps after a checkpoint are logged; then the same command."""
     whole = finished[0]
-    command = door_command("train", *tiny_flags(), f"--workdir={os.path.relpath(tmp_path, ROOT)}")
+    command = ["train", *tiny_flags(), f"--workdir={os.path.relpath(tmp_path, ROOT)}"]
     with open(tmp_path / "output.txt", "w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        process = start_door(*command, stdout=output, stderr=output)
         deadline = time.monotonic() + 300
         while not logged(tmp_path, stage, 6):
             assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
@@ -129,7 +128,8 @@ def test_kill_and_rerun_equals_an_uninterrupted_run_bit_for_bit(finished, tmp_pa
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "results.json").exists()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    done = run_door(*command)
+    assert done.returncode == 0, done.stderr
 
     expected, resumed = final_arrays(whole), final_arrays(tmp_path)
     assert resumed.pop("progress") == expected.pop("progress")

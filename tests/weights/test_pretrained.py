@@ -24,7 +24,7 @@ from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.weights import pretrained
 from lattejax.weights.pretrained import Pretrained
 from tests import checkpoints
-from tests.helpers import ROOT, door_command, run_door
+from tests.helpers import ENVIRONMENT, ROOT, run_door, start_door
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,7 @@ BROKEN = {
     ),
     "Qwen2.5-VL": (lambda d: Qwen2_5_VLConfig().save_pretrained(d), "'qwen2_5_vl'"),
     "Qwen3-VL": (lambda d: Qwen3VLConfig().save_pretrained(d), "'qwen3_vl'"),
+    "quantized": (lambda d: edit(d / "config.json", lambda c: c.update(quantization_config={"bits": 4})), "quantized"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
     "config that is no JSON": (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
     "another geometry": (lambda d: edit(d / "config.json", text_config(intermediate_size=41)), "misshapen"),
@@ -218,8 +219,7 @@ def test_nothing_is_overwritten(source, converted, tmp_path):
 
 def test_a_killed_conversion_is_never_taken_for_a_whole_one(source, tmp_path):
     """Killed while weights are written; the next conversion starts over and ends."""
-    command = door_command("convert", f"--source={source}", f"--out={tmp_path / 'out'}")
-    with subprocess.Popen(command, cwd=ROOT) as running:
+    with start_door("convert", f"--source={source}", f"--out={tmp_path / 'out'}") as running:
         while not list(tmp_path.glob("out.partial/params*/**/d/*")):
             time.sleep(0.001)
             assert running.poll() is None
@@ -247,7 +247,7 @@ def test_a_hub_id_is_looked_up_in_the_hubs_cache(source, tmp_path):
     shutil.copytree(source, repository / "snapshots" / "0123abc")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123abc")
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment = ENVIRONMENT | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = run_door("convert", "--source=some/vlm", f"--out={tmp_path / 'out'}", env=environment)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
@@ -292,7 +292,7 @@ def test_weights_are_cut_over_a_mesh_and_answer_alike(converted):
         else:
             raise AssertionError
     """
-    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
+    environment = ENVIRONMENT | {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, env=environment, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,109 @@
+"""Training from converted weights, and exporting what was trained."""
+
+import os
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lattejax.errors import UserError
+from lattejax.training import stages
+from lattejax.training.interrupt import InterruptGuard
+from lattejax.weights import shards
+from lattejax.weights.pretrained import Pretrained
+from lattejax.weights.runs import Run
+from tests import checkpoints
+from tests.helpers import assert_same_bits, tiny_config
+
+# configs/digits.py's tiny form, as transformers would say it.
+GEOMETRY = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    rope_parameters=dict(rope_type="default", rope_theta=2.0, mrope_section=[1, 2, 1]),
+    vision_depth=1,
+    vision_embed_dim=16,
+    vision_mlp_ratio=4,
+    vision_patch_size=2,
+)
+
+
+def config(converted, **overrides):
+    settings = dict(model__text__vocab_size=checkpoints.VOCABULARY, pretrain__init_from=str(converted))
+    settings |= dict(pretrain__steps=0, train__steps=2, train__ema_decay=0.0, train__learning_rate=0.05)
+    return tiny_config(**settings | overrides)
+
+
+@pytest.fixture(scope="module")
+def converted():
+    return checkpoints.convert(checkpoints.random_model(checkpoints.tiny_config(**GEOMETRY)))
+
+
+@pytest.fixture(scope="module")
+def run(converted, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    stages.train(config(converted), path, InterruptGuard())
+    return Run.open(path)
+
+
+def test_a_run_starts_from_converted_weights_and_their_tokenizer(run, converted):
+    source = Pretrained.open(converted)
+    assert_same_bits(run.pretrained_vlm(), source.params("float32"))
+    asked = "Which digit is this?"
+    np.testing.assert_array_equal(run.encoder.question(asked).input_ids, source.encoder.question(asked).input_ids)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (dict(model__text__rope_theta=3.0), r"config\.model\.text\.rope_theta is 3\.0, theirs 2\.0"),
+        (dict(model__vision__mlp_ratio=3), r"config\.model\.vision\.mlp_ratio is 3, theirs 4"),
+    ],
+)
+def test_weights_of_another_vlm_are_refused_before_anything_is_written(change, named, converted, tmp_path):
+    with pytest.raises(UserError, match=named):
+        stages.train(config(converted, **change), tmp_path / "run", InterruptGuard())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_export_holds_the_average_and_opens_like_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    run.export(tmp_path / "export")
+    files = sorted((tmp_path / "export").glob("*.safetensors"))
+    assert len(files) > 2
+    stored = {name: array for file in files for name, array in load_file(file).items()}
+    np.testing.assert_array_equal(stored["head.proj.kernel"], run.trained()["head"]["proj"]["kernel"])
+
+    export = Run.open(tmp_path / "export")
+    assert_same_bits(export.params(), run.params())
+    assert_same_bits(export.trained(), run.trained())
+    assert_same_bits(export.vlm(), run.vlm())
+    assert export.config == run.config
+    np.testing.assert_array_equal(export.encoder.drawing("a nine").input_ids, run.encoder.drawing("a nine").input_ids)
+
+    with pytest.raises(UserError, match="holds exported weights"):
+        stages.train(run.config, tmp_path / "export", InterruptGuard())
+    os.truncate(files[1], 500)
+    with pytest.raises(UserError, match=f"{files[1].name} cannot be read"):
+        export.params()
+
+
+def test_an_export_that_lacks_a_tensor_is_refused(run, tmp_path):
+    run.export(tmp_path / "export")
+    file = tmp_path / "export" / "model.safetensors"
+    stored = load_file(file)
+    del stored["head.proj.kernel"]
+    save_file(stored, file)
+    with pytest.raises(UserError, match=r"head/proj/kernel: None, not \(32, 4\)"):
+        Run.open(tmp_path / "export").params()
+
+
+def test_an_untrained_run_is_not_exported(run, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        untrained = tmp_path / "untrained"
+        untrained.mkdir()
+        for part in ("config.json", "tokenizer", "vlm"):
+            os.symlink(run.workdir.path / part, untrained / part)
+        Run.open(untrained).export(tmp_path / "export")
+    assert not (tmp_path / "export").exists()
