@@ -7,6 +7,7 @@ python -m lattejax.chat --workdir=runs/digits --image=digit.png --question="Whic
 turns begins on a terminal, and otherwise the question is read from standard input.
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 
@@ -29,11 +30,12 @@ SYSTEM = flags.DEFINE_string("system", None, "The system prompt, in place of the
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "The longest answer, in tokens.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the draw of tokens; 0 takes the likeliest.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws only among the likeliest tokens that together have this probability.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the draw of tokens.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Of the draw of tokens.")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of --weights and the computation; a run's config has its own.")
 MESH = flags.DEFINE_list("mesh", None, "Cuts --weights over all devices, as in fsdp=2,tensor=-1; without, one is used.")
 
-HELP = "Ask away. /image FILE shows a picture with the next question, /new starts again, Ctrl-D ends."
+HELP = "Ask away. /image FILE shows a picture with the next question, /new starts again, Ctrl-C stops an answer, \
+Ctrl-D ends."
 
 
 def main() -> None:
@@ -48,15 +50,21 @@ def main() -> None:
     images = [answerer.encoder.read_image(picture) for picture in pictures]
     if on_terminal:
         converse(answerer, decoding, images)
-    else:
-        say(answerer.stream(answerer.encoder.chat([*opening(), Turn("user", question, tuple(images))]), decoding))
+        return
+    prompt = answerer.encoder.chat([*opening(), Turn("user", question, tuple(images))])
+    for piece in answerer.stream(prompt, decoding):
+        print(piece, end="", flush=True)
+    print()
 
 
 def read_question() -> str:
-    question = sys.stdin.read().strip() if QUESTION.value is None else QUESTION.value
+    try:
+        question = sys.stdin.buffer.read().decode() if QUESTION.value is None else QUESTION.value
+    except UnicodeDecodeError as error:
+        raise UserError(f"the question on standard input is not UTF-8: {error}") from error
     if not question.strip():
         raise UserError("the question is empty; give --question, or write it to standard input")
-    return question
+    return question.strip()
 
 
 def load_answerer() -> Answerer:
@@ -86,36 +94,41 @@ def opening() -> list[Turn]:
 
 
 def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]) -> None:
-    """A chat of many turns: each question is answered after all that was said before."""
+    """A chat of many turns: each question is answered after all that was said before. Bad input does not end it."""
     print(HELP)
-    turns = opening()
+    turns, asked = opening(), 0
     while True:
         try:
             line = input("> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             print()
             return
         command, _, rest = line.partition(" ")
-        if command == "/new":
-            turns, images = opening(), []
-        elif command == "/image":
-            try:
-                images.append(answerer.encoder.read_image(open_image(rest.strip())))
-            except UserError as error:  # no reason to lose the chat
-                print(f"error: {error}")
-        elif line.startswith("/"):
-            print(HELP)
-        elif line:
-            turns.append(Turn("user", line, tuple(images)))
-            images = []
-            turns.append(Turn("assistant", say(answerer.stream(answerer.encoder.chat(turns), decoding))))
+        try:
+            if command == "/new":
+                turns, images = opening(), []
+            elif command == "/image":
+                images = [*images, answerer.encoder.read_image(open_image(rest.strip()))]
+            elif line.startswith("/"):
+                print(HELP)
+            elif line:
+                question = [*turns, Turn("user", line, tuple(images))]
+                drawn = dataclasses.replace(decoding, seed=decoding.seed + asked)  # each answer by draws of its own
+                answer = say(answerer.stream(answerer.encoder.chat(question), drawn))
+                turns, images, asked = [*question, Turn("assistant", answer)], [], asked + 1
+        except UserError as error:
+            print(f"error: {error}")
 
 
 def say(pieces: Iterator[str]) -> str:
+    """Prints an answer as it comes, until its end or Ctrl-C; returns what was said."""
     said = ""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        said += piece
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            said += piece
+    except KeyboardInterrupt:
+        pass
     print()
     return said
 

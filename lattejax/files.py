@@ -2,11 +2,12 @@
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -62,10 +63,11 @@ def local_files(directory: epath.Path) -> Iterator[str]:
 def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
     """Yields a directory to fill, which becomes `path` when the block ends well; whatever stops it leaves none there.
 
+    It stands beside `path` until then; a kill leaves it there, by the name of `path` with ".partial-" and some letters.
     A remote store has no rename: there the block fills `path` itself, and should write last what readers look for.
 
     Raises:
-      UserError: there is something at `path` already.
+      UserError: there is something at `path` already, or it cannot be written.
     """
     path = located(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -74,14 +76,34 @@ def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
         path.mkdir(parents=True, exist_ok=True)
         yield path
         return
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = epath.Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
     try:
         yield partial
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
+        os.chmod(partial, 0o777 & ~_umask())  # temporary directories are closed to others
+        os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_json(path: epath.Path, kind: type = dict) -> Any:
+    """Reads a JSON file whose top is of the given kind; raises `UserError` where it is not, or is cut short."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")
+    return value

@@ -104,7 +104,8 @@ def assert_same_bits(ours: Any, theirs: Any) -> None:
 
 
 # Of the processes that tests start: they have no PyTorch, like most users.
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "without_torch")}
+PYTHONPATH = [str(ROOT / "tests" / "without_torch"), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PYTHONPATH)}
 
 
 def run_door(door: str, *arguments: str, **kwargs: Any) -> subprocess.CompletedProcess:

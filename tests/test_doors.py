@@ -117,7 +117,9 @@ def test_chat_takes_its_question_from_a_pipe_and_every_setting(weights, digit):
 
 def test_a_chat_on_a_terminal_goes_on_from_what_was_said(weights, digit):
     ours, theirs = pty.openpty()
-    typed = f"Is this a three?\n/image nothing.png\n/image {digit}\nAnd this?\n/new\nIs this a three?\n\x04"
+    typed = (
+        f"Is this a three?\n<|image_pad|>\n/image nothing.png\n/image {digit}\nAnd this?\n/new\nIs this a three?\n\x04"
+    )
     os.write(ours, typed.encode())
     done = run_door("chat", f"--weights={weights}", "--dtype=float32", "--max_tokens=6", stdin=theirs)
     assert done.returncode == 0, done.stderr
@@ -126,7 +128,8 @@ def test_a_chat_on_a_terminal_goes_on_from_what_was_said(weights, digit):
     second = expected_answer(weights, turns, max_tokens=6)
     said = done.stdout.replace("> ", "")
     assert said.startswith("Ask away.")
-    refused = "error: nothing.png: there is no such file\n"
+    refused = "error: a text says <|image_pad|>, which stands for an image; leave it out\n"
+    refused += "error: nothing.png: there is no such file\n"
     assert said.split("\n", 1)[1] == f"{first}\n{refused}{second}\n{first}\n\n"
 
 
@@ -163,6 +166,8 @@ BAD_INPUT = {
     "weights that are none": (["chat", "--question=a", "--weights={workdir}"], "no converted weights"),
     "mesh that does not fit": (["chat", "--question=a", "--weights={workdir}", "--mesh=tensor=3"], "--mesh=tensor=3"),
     "mesh that is none": (["chat", "--question=a", "--weights={workdir}", "--mesh=tensor"], "--mesh=tensor"),
+    "seed out of range": ([*CHAT, "--seed=9223372036854775808"], "seed"),
+    "image too large to be true": ([*CHAT, "--image={tmp}/bomb.bmp"], "bomb.bmp"),
     "negative temperature": ([*CHAT, "--temperature=-1"], "--temperature=-1"),
     "source that is no checkpoint": (["convert", "--source={tmp}", "--out={tmp}/out"], "no config.json"),
     "source that is no conversion": (["convert", "--to=hf", "--source={tmp}", "--out={tmp}/out"], "lattejax.convert"),
@@ -173,6 +178,10 @@ BAD_INPUT = {
 def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, digit):
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "cut.png").write_bytes(digit.read_bytes()[:200])
+    Image.new("RGB", (1, 1)).save(tmp_path / "bomb.bmp")
+    with open(tmp_path / "bomb.bmp", "r+b") as file:
+        file.seek(18)
+        file.write((60000).to_bytes(4, "little") * 2)
     arguments, named = BAD_INPUT[case]
     done = run_door(*(argument.format(tmp=tmp_path, workdir=workdir) for argument in arguments))
     lines = [line for line in done.stderr.splitlines() if line.strip()]

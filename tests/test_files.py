@@ -31,8 +31,6 @@ def test_a_directory_appears_when_all_is_written_or_not_at_all(tmp_path):
         (directory / "half").write_text("a")
         raise KeyboardInterrupt
     assert list(out.parent.iterdir()) == []
-    out.with_name("out.partial").mkdir()  # what a killed process leaves
-    (out.with_name("out.partial") / "half").write_text("a")
     out.mkdir()  # an empty directory is as good as none
     with new_directory(out) as directory:
         assert not list(directory.iterdir())
@@ -41,3 +39,15 @@ def test_a_directory_appears_when_all_is_written_or_not_at_all(tmp_path):
     assert [path.name for path in out.iterdir()] == ["whole"] and list(out.parent.iterdir()) == [out]
     with pytest.raises(UserError, match="exists already"), new_directory(out):
         pass
+    with pytest.raises(UserError, match="cannot be written"), new_directory(out / "whole" / "out"):
+        pass
+
+
+def test_of_two_at_a_time_one_directory_appears_whole(tmp_path):
+    with pytest.raises(OSError), new_directory(tmp_path / "out") as slow:
+        (slow / "a").write_text("slow")
+        with new_directory(tmp_path / "out") as fast:
+            (fast / "a").write_text("fast")
+            (fast / "b").write_text("fast")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"a": "fast", "b": "fast"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

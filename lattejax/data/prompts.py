@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import Qwen2VLImageProcessorPil
 
 from lattejax.data.tokenizer import IMAGE_PAD, TEXT_END, TURN_END, VISION_START, Tokenizer
@@ -43,14 +43,14 @@ class Turn:
 
 
 def open_image(path: str) -> Image.Image:
-    """Opens an image file; raises `UserError` where there is none, or what is there is no image."""
+    """Opens an image file, turned as its camera says; raises `UserError` where there is none, or it is no image."""
     file = epath.Path(path)
     if not file.is_file():
         raise UserError(f"{path}: there is no such file")
     try:
         with file.open("rb") as opened:
-            return Image.open(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            return ImageOps.exif_transpose(Image.open(opened)).convert("RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -138,9 +138,13 @@ class PromptEncoder:
                 )
 
     def batch(
-        self, prompts: Sequence[EncodedPrompt], length: int | None = None, num_patches: int | None = None
+        self,
+        prompts: Sequence[EncodedPrompt],
+        length: int | None = None,
+        num_images: int | None = None,
+        num_patches: int | None = None,
     ) -> Prompts:
-        """Pads prompts to one length and their images to one number of patches; None: the longest's and the largest's.
+        """Pads prompts to one length, one number of images and these to one number of patches; None: the largest.
 
         Raises:
           UserError: a prompt is longer than `length`.
@@ -156,12 +160,12 @@ class PromptEncoder:
             input_ids[row, : len(ids)] = ids
             mask[row, : len(ids)] = True
             position_ids[row, :, : len(ids)] = token_positions(ids, grids, self.image_token, self.merge)
-        return Prompts(input_ids, mask, position_ids, self._batch_images(prompts, input_ids, num_patches))
+        return Prompts(input_ids, mask, position_ids, self._batch_images(prompts, input_ids, num_images, num_patches))
 
     def _batch_images(
-        self, prompts: Sequence[EncodedPrompt], input_ids: np.ndarray, num_patches: int | None
+        self, prompts: Sequence[EncodedPrompt], input_ids: np.ndarray, num_images: int | None, num_patches: int | None
     ) -> Images | None:
-        most_images = max(len(prompt.images) for prompt in prompts)
+        most_images = num_images or max(len(prompt.images) for prompt in prompts)
         if not most_images:
             return None
         most_patches = num_patches or largest_image(prompts)

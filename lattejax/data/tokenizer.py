@@ -3,15 +3,15 @@
 Either loaded from a directory, or trained on a data set's own texts when a small model is to be trained from nothing.
 """
 
-import json
 import tempfile
 from collections.abc import Iterable
 
 from etils import epath
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from lattejax.errors import UserError
-from lattejax.files import local_files, write_whole
+from lattejax.files import local_files, read_json, write_whole
 
 Tokenizer = PreTrainedTokenizerBase
 
@@ -88,12 +88,14 @@ def load(directory: epath.Path) -> Tokenizer:
     try:
         with local_files(directory) as local:
             tokenizer = AutoTokenizer.from_pretrained(local)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
     if (directory / PROCESSOR_TEMPLATE).exists():  # where checkpoints kept the template that knows of images
-        tokenizer.chat_template = json.loads((directory / PROCESSOR_TEMPLATE).read_text())["chat_template"]
+        tokenizer.chat_template = read_json(directory / PROCESSOR_TEMPLATE).get("chat_template")
     known = tokenizer.get_vocab()
     missing = [token for token in (TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD) if token not in known]
+    if len(known) <= len(tokenizer.get_added_vocab()):
+        missing.append("a vocabulary (tokenizer.json, or vocab.json and merges.txt)")
     if not tokenizer.chat_template:
         missing.append("a chat template")
     elif not missing and not _shows_images(tokenizer):
@@ -105,7 +107,10 @@ def load(directory: epath.Path) -> Tokenizer:
 
 def _shows_images(tokenizer: Tokenizer) -> bool:
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
-    return VISION_START + IMAGE_PAD + VISION_END in tokenizer.apply_chat_template(chat, tokenize=False)
+    try:
+        return VISION_START + IMAGE_PAD + VISION_END in tokenizer.apply_chat_template(chat, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} cannot be used: {error}") from error
 
 
 def _copy_files(source: epath.Path, target: epath.Path) -> None:

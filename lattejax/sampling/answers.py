@@ -25,6 +25,7 @@ from lattejax.models.qwen2_vl import DecodeState, Prompts, VLMConfig
 from lattejax.weights.pretrained import Pretrained
 
 LEAST_TOKENS = 32
+LEAST_TEMPERATURE = 1e-6  # below, logits over it leave float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Decoding:
     def __post_init__(self):
         for name, good, expected in (
             ("max_tokens", self.max_tokens > 0, "positive"),
-            ("temperature", self.temperature >= 0, "at least 0"),
+            ("temperature", self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE, "0 or at least 1e-6"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("seed", 0 <= self.seed < 2**63, "in [0, 2^63)"),
         ):
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)} must be {expected}")
@@ -183,6 +185,7 @@ class Answerer:
     def _batch(self, prompts: Sequence[EncodedPrompt], among: Sequence[EncodedPrompt]) -> Prompts:
         """Pads a batch to the sizes that suit all the prompts that it is `among`."""
         length = max(len(prompt.input_ids) for prompt in among)
+        images = max(len(prompt.images) for prompt in among)
         block = self.encoder.merge**2
         patches = bucket(-(-largest_image(among) // block)) * block
-        return self.encoder.batch(prompts, max(LEAST_TOKENS, bucket(length)), patches)
+        return self.encoder.batch(prompts, max(LEAST_TOKENS, bucket(length)), bucket(images), patches)

@@ -26,7 +26,7 @@ def read(directory: epath.Path, target: Params, only: str = "") -> Params:
       UserError: names or shapes of the whole differ, or a file is missing or cut short.
     """
     stored = Shards.open(directory)
-    shapes = {name: jax.ShapeDtypeStruct(shape, None) for name, shape in stored.shapes.items()}
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in stored.shapes.items()}
     check_shapes(traverse_util.unflatten_dict(shapes, sep="."), target, f"the weights in {directory}")
     arrays = {
         name: jnp.asarray(stored.read(name), array.dtype)

@@ -5,17 +5,16 @@ name and shape in both directions. Tensors are then read one at a time, so that 
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator
 
 import huggingface_hub
 import numpy as np
 from etils import epath
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from transformers import Qwen2VLConfig
 
 from lattejax.errors import UserError
-from lattejax.files import is_remote, located
+from lattejax.files import is_remote, located, read_json
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.models.text import TextConfig
 from lattejax.models.vision import VisionConfig
@@ -38,20 +37,16 @@ def read_geometry(directory: epath.Path) -> VLMConfig:
       UserError: it is not there, is no Qwen2-VL, or asks for something that this implementation does not do.
     """
     path = directory / CONFIG
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{directory} is no checkpoint: it has no {CONFIG}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    model = values.get("model_type") if isinstance(values, dict) else None
-    if model != "qwen2_vl":
-        raise UserError(f"{directory} holds a model of type {model!r}; only 'qwen2_vl' can be read so far")
+    if not path.exists():
+        raise UserError(f"{directory} is no checkpoint: it has no {CONFIG}")
+    values = read_json(path)
+    if values.get("model_type") != "qwen2_vl":
+        raise UserError(f"{directory} holds a model of type {values.get('model_type')!r}; only 'qwen2_vl' can be read")
     if "quantization_config" in values:
         raise UserError(f"{directory} holds quantized weights; take the checkpoint that they were made from")
     try:
         return _geometry(Qwen2VLConfig.from_dict(values))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise UserError(f"{path} cannot be read as a Qwen2-VL config: {error}") from error
 
 
@@ -94,6 +89,11 @@ def _geometry(config: Qwen2VLConfig) -> VLMConfig:
     )
 
 
+def image_token(directory: epath.Path) -> int:
+    """The token that stands for an image's patch, by config.json."""
+    return Qwen2VLConfig.from_dict(read_json(directory / CONFIG)).image_token_id
+
+
 # ---- Reading
 
 
@@ -126,8 +126,13 @@ class Checkpoint:
     @classmethod
     def open(cls, directory: epath.Path) -> "Checkpoint":
         """Raises `UserError` for whatever is missing, left over, misshapen or cut short."""
-        config, shards = read_geometry(directory), Shards.open(directory)
-        checkpoint = cls(directory, config, shards, {naming.original_name(name): name for name in shards.files})
+        config, shards, stored_names = read_geometry(directory), Shards.open(directory), {}
+        for stored in shards.files:
+            name = naming.original_name(stored)
+            if name in stored_names:
+                raise UserError(f"{directory}: {stored_names[name]} and {stored} are the same weight")
+            stored_names[name] = stored
+        checkpoint = cls(directory, config, shards, stored_names)
         checkpoint._drop_copied_head()
         checkpoint._check()
         return checkpoint

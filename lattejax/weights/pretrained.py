@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
+from huggingface_hub.errors import StrictDataclassError
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from transformers import Qwen2VLImageProcessorPil
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
-from lattejax.files import local_files, located, new_directory
+from lattejax.files import local_files, located, new_directory, read_json
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.parallel import rules
@@ -36,7 +37,7 @@ from lattejax.weights.hugging_face import Checkpoint
 from lattejax.weights.naming import Leaf
 
 RECORD = "conversion.json"
-CHUNK_BYTES = 64 << 20  # of an array on disk: a device that owns a part reads little more than that
+CHUNK_BYTES = 16 << 20  # of an array on disk: a device that owns a part reads the chunks that it touches
 
 
 def convert(source: str, out: epath.Path) -> None:
@@ -82,8 +83,7 @@ class Pretrained:
         directory = located(path)
         if not is_converted(directory):
             raise UserError(f"{path} holds no converted weights: it has no {RECORD}; make it with lattejax.convert")
-        record = json.loads((directory / RECORD).read_text())
-        return cls(directory, hugging_face.read_geometry(directory), record)
+        return cls(directory, hugging_face.read_geometry(directory), read_json(directory / RECORD))
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
@@ -120,8 +120,9 @@ class Pretrained:
         """Writes the checkpoint back as transformers reads it, under the hub's names, every weight bit for bit.
 
         Raises:
-          UserError: `out` exists, or the weights are damaged.
+          UserError: `out` exists or is remote, or the weights are damaged.
         """
+        shards.check_local(located(out))
         leaves = {leaf.path: leaf for leaf in naming.leaves(self.config)}
         shapes = traverse_util.flatten_dict(naming.abstract_vlm(self.config), sep="/")
         dtypes = {path: jnp.dtype(name) for path, name in self.record["dtypes"].items()}
@@ -150,12 +151,17 @@ class Pretrained:
         return tensors
 
     def _read(self, target: Params) -> Params:
-        """Reads the arrays that `target` names."""
-        try:
-            with _orbax():
-                return ocp.load(self.directory / "params", target)
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"the weights in {self.directory} cannot be read: {error}") from error
+        """Reads the arrays that `target` names, one at a time, so that little more than they is held."""
+        arrays = {}
+        for path, array in traverse_util.flatten_dict(target, sep="/").items():
+            try:
+                with _orbax():
+                    read = ocp.load(self.directory / "params", traverse_util.unflatten_dict({path: array}, sep="/"))
+            except Exception as error:  # Orbax raises a bare one for files that are cut short or gone
+                first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise UserError(f"{path} in {self.directory} cannot be read: {first_line:.300}") from error
+            arrays |= traverse_util.flatten_dict(read, sep="/")
+        return traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def is_converted(directory: epath.Path) -> bool:
@@ -175,21 +181,22 @@ def read_encoder(directory: epath.Path, config: VLMConfig) -> PromptEncoder:
     try:
         with local_files(directory) as local:
             processor = Qwen2VLImageProcessorPil.from_pretrained(local)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{directory} has no image processor that can be read: {error}") from error
-    vision = config.vision
-    for name, theirs, ours in (
-        ("patch_size", processor.patch_size, vision.patch_size),
-        ("temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size),
-        ("merge_size", processor.merge_size, vision.spatial_merge_size),
+    encoder, vision = PromptEncoder(tokenizer, processor, stop_tokens=_stop_tokens(directory)), config.vision
+    for what, theirs, ours in (
+        ("the image processor's patch_size", processor.patch_size, vision.patch_size),
+        ("the image processor's temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size),
+        ("the image processor's merge_size", processor.merge_size, vision.spatial_merge_size),
+        ("the tokenizer's image token", encoder.image_token, hugging_face.image_token(directory)),
     ):
         if theirs != ours:
-            raise UserError(f"{directory}: the image processor has {name}={theirs}, the model {ours}")
-    return PromptEncoder(tokenizer, processor, stop_tokens=_stop_tokens(directory))
+            raise UserError(f"{directory}: {what} is {theirs}, the model's {ours}")
+    return encoder
 
 
 def _stop_tokens(directory: epath.Path) -> tuple[int, ...]:
     """What ends an answer, by generation_config.json, if there is one."""
     file = directory / "generation_config.json"
-    ends = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    ends = read_json(file).get("eos_token_id") if file.exists() else None
     return tuple(ends) if isinstance(ends, list) else (ends,) * (ends is not None)

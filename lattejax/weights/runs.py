@@ -167,8 +167,9 @@ class Run:
         """Writes the run's average weights as safetensors, in a directory that can be opened like the run's.
 
         Raises:
-          UserError: there is something at `out`, or the run has no checkpoint of the generation pathway.
+          UserError: there is something at `out` or it is remote, or the run has no checkpoint of the pathway.
         """
+        shards.check_local(located(out))
         with new_directory(out) as directory:
             exports.write(directory, self.params())
             tokenizers.save(self.encoder.tokenizer, Workdir(directory).tokenizer)

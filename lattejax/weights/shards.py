@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lattejax.errors import UserError
+from lattejax.files import is_remote, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = ("F32", "F16", "BF16")
@@ -33,6 +34,7 @@ class Shards:
     @classmethod
     def open(cls, directory: epath.Path) -> "Shards":
         """Raises `UserError` for a file that is missing or cut short, or a tensor stored twice or not of floats."""
+        check_local(directory)
         files, shapes = {}, {}
         for file in _file_names(directory):
             with _open(directory / file) as tensors:
@@ -64,16 +66,24 @@ def are_stored(directory: epath.Path) -> bool:
     return (directory / INDEX).exists() or (directory / SINGLE).exists()
 
 
+def check_local(directory: epath.Path) -> None:
+    """Raises `UserError` for a remote directory, which safetensors can neither read nor write."""
+    if is_remote(directory):
+        raise UserError(
+            f"{directory} is remote; safetensors are read and written on a local disk, copy them from there"
+        )
+
+
 def _file_names(directory: epath.Path) -> list[str]:
     if not are_stored(directory):
         raise UserError(f"{directory} has neither {INDEX} nor {SINGLE}")
     index = directory / INDEX
     if not index.exists():
         return [SINGLE]
-    try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not an index of weights: {error}") from error
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index} is not an index of weights: its weight_map is {weight_map!r:.100}")
+    files = sorted(set(weight_map.values()))
     absent = [file for file in files if not (directory / file).is_file()]
     if absent:
         raise UserError(f"{directory} lacks {', '.join(absent)}, which {INDEX} names")

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
+from transformers.image_utils import load_image
 
 from lattejax.data import tokenizer as tokenizers
+from lattejax.data.prompts import open_image
 from lattejax.errors import UserError
 from tests.helpers import encoder_for, tiny_config
 
@@ -55,6 +57,16 @@ def test_the_answer_with_its_turn_end_is_all_that_is_learnt():
     prompt = ENCODER.question("Which digit is this?", [], "seven")
     assert text(prompt.input_ids[prompt.is_answer]) == "seven<|im_end|>"
     assert text(prompt.input_ids[~prompt.is_answer]) == text(ENCODER.question("Which digit is this?").input_ids)
+
+
+def test_photos_are_turned_as_their_camera_says(tmp_path):
+    """Against the way in which transformers loads an image."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    picture(8, 16).save(tmp_path / "photo.png", exif=exif)
+    opened = open_image(str(tmp_path / "photo.png"))
+    assert opened.size == (8, 16)
+    np.testing.assert_array_equal(opened, load_image(str(tmp_path / "photo.png")))
 
 
 def test_images_are_resized_between_the_bounds_keeping_their_aspect():

@@ -103,7 +103,18 @@ def test_the_least_temperature_is_greedy(answerer):
     np.testing.assert_array_equal(tokens(answerer, 5, temperature=5.0, top_p=1e-6), tokens(answerer, 5))
 
 
-@pytest.mark.parametrize("setting", [dict(max_tokens=0), dict(temperature=-1.0), dict(top_p=0.0), dict(top_p=1.1)])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(max_tokens=0),
+        dict(temperature=-1.0),
+        dict(temperature=1e-40),
+        dict(top_p=0.0),
+        dict(top_p=1.1),
+        dict(seed=-1),
+        dict(seed=2**63),
+    ],
+)
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         Decoding(**setting)
@@ -130,3 +141,12 @@ def test_prefill_and_decoding_are_compiled_once_for_a_range_of_lengths(answerer)
     longer = next(prompt for prompt in questions if len(prompt.input_ids) > 40)
     list(answerer.stream(longer, Decoding(max_tokens=3)))
     assert answers.read._cache_size() == 2
+
+
+def test_batches_of_one_call_are_compiled_once_whatever_images_they_have(answerer):
+    """The first batch has two rows with an image, the second has none."""
+    answers.read.clear_cache()
+    questions = [prompts()[0], prompts()[2], prompts()[1], ENCODER.question("Is this number even or odd?")]
+    together = answerer.generate(questions, Decoding(max_tokens=3), batch_size=2)
+    assert answers.read._cache_size() == 1
+    assert answerer.generate(questions, Decoding(max_tokens=3), batch_size=4) == together

@@ -111,7 +111,15 @@ BROKEN = {
     "missing shard": (lambda d: sorted(d.glob("*.safetensors"))[1].unlink(), "model-00002-of-"),
     "truncated shard": (lambda d: os.truncate(sorted(d.glob("*.safetensors"))[1], 5000), "model-00002-of-"),
     "empty shard": (lambda d: os.truncate(sorted(d.glob("*.safetensors"))[0], 0), "model-00001-of-"),
-    "index that is none": (lambda d: (d / "model.safetensors.index.json").write_text("{"), "index"),
+    "index that is no JSON": (lambda d: (d / "model.safetensors.index.json").write_text("{"), "not valid JSON"),
+    "index that is none": (
+        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}'),
+        "not an index of weights",
+    ),
+    "both layouts of names": (
+        lambda d: rewrite(d, lambda s: s.update({"model.language_model.norm.weight": s[NORM] + 7})),
+        "are the same weight",
+    ),
     "no weights": (lambda d: [file.unlink() for file in d.glob("model*")], "neither"),
     "missing tensor": (lambda d: rewrite(d, lambda state: state.pop(KEYS)), f"missing: {KEYS}"),
     "left over": (lambda d: rewrite(d, lambda s: s.update(extra=torch.ones(2))), "left over: extra"),
@@ -127,6 +135,9 @@ BROKEN = {
     "quantized": (lambda d: edit(d / "config.json", lambda c: c.update(quantization_config={"bits": 4})), "quantized"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
     "config that is no JSON": (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
+    "width that is no number": (lambda d: edit(d / "config.json", text_config(hidden_size="big")), "config.json"),
+    "no heads": (lambda d: edit(d / "config.json", text_config(num_attention_heads=0)), "config.json"),
+    "another image token": (lambda d: edit(d / "config.json", lambda c: c.update(image_token_id=5)), "image token"),
     "another geometry": (lambda d: edit(d / "config.json", text_config(intermediate_size=41)), "misshapen"),
     "more layers": (
         lambda d: edit(d / "config.json", text_config(num_hidden_layers=4, layer_types=["full_attention"] * 4)),
@@ -148,6 +159,12 @@ BROKEN = {
         "mrope_section",
     ),
     "no tokenizer": (lambda d: (d / "tokenizer_config.json").unlink(), "no tokenizer"),
+    "no vocabulary": (lambda d: (d / "tokenizer.json").unlink(), "a vocabulary"),
+    "empty tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer in .* cannot be read"),
+    "template that is none": (lambda d: (d / "chat_template.jinja").write_text("{% if %}"), "cannot be used"),
+    "template file that is none": (lambda d: (d / "chat_template.json").write_text("{"), "not valid JSON"),
+    "generation config that is none": (lambda d: (d / "generation_config.json").write_text("{"), "not valid JSON"),
+    "image processor that is none": (lambda d: (d / "preprocessor_config.json").write_text("[]"), "image processor"),
     "tokenizer that is none": (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer in .* cannot be read"),
     "template without images": (
         lambda d: (d / "chat_template.jinja").write_text("{{ messages[0].role }}"),
@@ -156,7 +173,7 @@ BROKEN = {
     "no image processor": (lambda d: (d / "preprocessor_config.json").unlink(), "no image processor"),
     "patches of another size": (
         lambda d: edit(d / "preprocessor_config.json", lambda c: c.update(patch_size=14)),
-        "patch_size=14",
+        "patch_size is 14",
     ),
 }
 
@@ -220,25 +237,35 @@ def test_nothing_is_overwritten(source, converted, tmp_path):
 def test_a_killed_conversion_is_never_taken_for_a_whole_one(source, tmp_path):
     """Killed while weights are written; the next conversion starts over and ends."""
     with start_door("convert", f"--source={source}", f"--out={tmp_path / 'out'}") as running:
-        while not list(tmp_path.glob("out.partial/params*/**/d/*")):
+        while not list(tmp_path.glob("out.partial-*/params*/**/d/*")):
             time.sleep(0.001)
             assert running.poll() is None
         running.send_signal(signal.SIGKILL)
-    assert not (tmp_path / "out").exists()
-    for directory in ("out", "out.partial"):
+    (left,) = tmp_path.iterdir()
+    for directory in (tmp_path / "out", left):
         with pytest.raises(UserError, match="no converted weights"):
-            Pretrained.open(tmp_path / directory)
+            Pretrained.open(directory)
     pretrained.convert(str(source), tmp_path / "out")
     Pretrained.open(tmp_path / "out").params()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_damaged_weights_are_named(converted, tmp_path):
+@pytest.mark.parametrize("least", [0, 5000], ids=["everything", "arrays alone"])
+def test_damaged_weights_are_one_clear_line(least, converted, tmp_path):
     shutil.copytree(converted, tmp_path / "weights")
-    for file in (tmp_path / "weights/params").glob("**/d/*"):
+    cut = [file for file in (tmp_path / "weights/params").glob("**/d/*") if file.stat().st_size > least]
+    assert cut
+    for file in cut:
         os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"the weights in .* cannot be read"):
+    with pytest.raises(UserError, match=r"\w+ in .* cannot be read") as error:
         Pretrained.open(tmp_path / "weights").params()
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+
+
+def test_a_remote_checkpoint_is_refused_before_any_work(converted, tmp_path):
+    with pytest.raises(UserError, match="remote"):
+        pretrained.convert("gs://bucket/checkpoint", tmp_path / "out")
+    with pytest.raises(UserError, match="remote"):
+        Pretrained.open(converted).write_hugging_face("gs://bucket/out")
 
 
 def test_a_hub_id_is_looked_up_in_the_hubs_cache(source, tmp_path):
