@@ -151,22 +151,7 @@ class Checkpoint:
     def _check(self) -> None:
         have = {name: self.shards.shapes[stored] for name, stored in self.stored_names.items()}
         want = {name: leaf.tensor_shape for leaf in naming.leaves(self.config) for name in leaf.names}
-        problems = {
-            "missing": sorted(want.keys() - have.keys()),
-            "left over": sorted(have.keys() - want.keys()),
-            "misshapen": [
-                f"{name} {have[name]}, not {want[name]}"
-                for name in sorted(want.keys() & have.keys())
-                if have[name] != want[name]
-            ],
-        }
-        told = [
-            f"{problem}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}"
-            for problem, names in problems.items()
-            if names
-        ]
-        if told:
-            raise UserError(f"the weights in {self.directory} do not fit its {CONFIG}; {'; '.join(told)}")
+        shards.check_tensors(have, want, self.directory / CONFIG)
 
     def read(self, leaf: Leaf) -> np.ndarray:
         """Reads one of our arrays, in the dtype that it is stored in."""

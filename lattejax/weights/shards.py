@@ -18,8 +18,10 @@ from safetensors.numpy import save_file
 from lattejax.errors import UserError
 from lattejax.files import is_remote, read_json
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SINGLE = "model.safetensors"  # transformers' name; with ".index.json" that of the index of several files
+INDEX = SINGLE + ".index.json"
 DTYPES = ("F32", "F16", "BF16")
+COUNTER = ".num_batches_tracked"  # of PyTorch's batch norms: an integer, and no weight
 SHARD_BYTES = 1 << 30
 
 
@@ -32,16 +34,22 @@ class Shards:
     shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def open(cls, directory: epath.Path) -> "Shards":
-        """Raises `UserError` for a file that is missing or cut short, or a tensor stored twice or not of floats."""
+    def open(cls, directory: epath.Path, single: str = SINGLE) -> "Shards":
+        """Opens the weights of a directory; `single` is their file's name where there is only one.
+
+        Raises:
+          UserError: a file is missing or cut short, or a tensor is stored twice or not of floats.
+        """
         check_local(directory)
         files, shapes = {}, {}
-        for file in _file_names(directory):
+        for file in _file_names(directory, single):
             with _open(directory / file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118, it is no dict
                     view = tensors.get_slice(name)
                     if name in files:
                         raise UserError(f"{directory}: {name} is stored twice, in {files[name]} and in {file}")
+                    if name.endswith(COUNTER):
+                        continue
                     if view.get_dtype() not in DTYPES:
                         raise UserError(f"{directory}: {name} has dtype {view.get_dtype()}; use one of {DTYPES}")
                     files[name], shapes[name] = file, tuple(view.get_shape())
@@ -66,6 +74,26 @@ def are_stored(directory: epath.Path) -> bool:
     return (directory / INDEX).exists() or (directory / SINGLE).exists()
 
 
+def check_tensors(have: Mapping[str, tuple], want: Mapping[str, tuple], config: epath.Path) -> None:
+    """Raises `UserError` unless the stored tensors are those that a config file asks for, by name and shape."""
+    problems = {
+        "missing": sorted(want.keys() - have.keys()),
+        "left over": sorted(have.keys() - want.keys()),
+        "misshapen": [
+            f"{name} {have[name]}, not {want[name]}"
+            for name in sorted(want.keys() & have.keys())
+            if have[name] != want[name]
+        ],
+    }
+    told = [
+        f"{problem}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}"
+        for problem, names in problems.items()
+        if names
+    ]
+    if told:
+        raise UserError(f"the weights do not fit {config}; {'; '.join(told)}")
+
+
 def check_local(directory: epath.Path) -> None:
     """Raises `UserError` for a remote directory, which safetensors can neither read nor write."""
     if is_remote(directory):
@@ -74,19 +102,19 @@ def check_local(directory: epath.Path) -> None:
         )
 
 
-def _file_names(directory: epath.Path) -> list[str]:
-    if not are_stored(directory):
-        raise UserError(f"{directory} has neither {INDEX} nor {SINGLE}")
-    index = directory / INDEX
+def _file_names(directory: epath.Path, single: str) -> list[str]:
+    index = directory / f"{single}.index.json"
     if not index.exists():
-        return [SINGLE]
+        if not (directory / single).exists():
+            raise UserError(f"{directory} has neither {index.name} nor {single}")
+        return [single]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index} is not an index of weights: its weight_map is {weight_map!r:.100}")
     files = sorted(set(weight_map.values()))
     absent = [file for file in files if not (directory / file).is_file()]
     if absent:
-        raise UserError(f"{directory} lacks {', '.join(absent)}, which {INDEX} names")
+        raise UserError(f"{directory} lacks {', '.join(absent)}, which {index.name} names")
     return files
 
 
