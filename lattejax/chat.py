@@ -84,9 +84,13 @@ def read_mesh() -> jax.sharding.Mesh | None:
     if not MESH.value:
         return None
     try:
-        return make_mesh({axis: int(size) for axis, size in (part.split("=") for part in MESH.value)})
+        sizes = {axis: int(size) for axis, size in (part.split("=") for part in MESH.value)}
     except ValueError as error:
-        raise UserError(f"--mesh={','.join(MESH.value)}: {error}; write it like fsdp=2,tensor=-1") from error
+        raise UserError(f"--mesh={','.join(MESH.value)} must be written like fsdp=2,tensor=-1") from error
+    try:
+        return make_mesh(sizes)
+    except ValueError as error:
+        raise UserError(f"--mesh={','.join(MESH.value)}: {error}") from error
 
 
 def opening() -> list[Turn]:

@@ -123,7 +123,7 @@ class Answerer:
         """Opens what `lattejax.convert` has written; see `Pretrained.params`."""
         pretrained = Pretrained.open(weights)
         encoder = pretrained.encoder  # complains before the weights are read
-        return cls(pretrained.config, qwen2_vl.unstack(pretrained.params(dtype, mesh), release=True), encoder)
+        return cls(pretrained.vlm_config, qwen2_vl.unstack(pretrained.params(dtype, mesh), release=True), encoder)
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], decoding: Decoding = Decoding(), batch_size: int = 8

@@ -9,6 +9,7 @@ Weights are converted one array at a time, so that memory holds a few of them, n
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -34,13 +35,12 @@ from lattejax.parallel import rules
 from lattejax.parallel.mesh import make_mesh
 from lattejax.weights import hugging_face, naming, shards
 from lattejax.weights.hugging_face import Checkpoint
-from lattejax.weights.naming import Leaf
 
 RECORD = "conversion.json"
 CHUNK_BYTES = 16 << 20  # of an array on disk: a device that owns a part reads the chunks that it touches
 
 
-def convert(source: str, out: epath.Path) -> None:
+def convert(source: str, out: str | epath.Path) -> None:
     """Converts a hub id's or a local directory's checkpoint into the directory `out`.
 
     Raises:
@@ -74,7 +74,7 @@ class Pretrained:
     """A converted VLM opened for reading."""
 
     directory: epath.Path
-    config: VLMConfig
+    vlm_config: VLMConfig
     record: dict[str, Any]
 
     @classmethod
@@ -87,11 +87,7 @@ class Pretrained:
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
-        return read_encoder(self.directory, self.config)
-
-    @property
-    def vlm_config(self) -> VLMConfig:
-        return self.config
+        return read_encoder(self.directory, self.vlm_config)
 
     def vlm(self) -> Params:
         """Reads the weights in float32, as training starts from them."""
@@ -107,61 +103,54 @@ class Pretrained:
         Raises:
           UserError: the mesh does not fit, or the files are damaged.
         """
-        shapes = naming.abstract_vlm(self.config)
+        shapes = naming.abstract_vlm(self.vlm_config)
         try:
             placed = rules.shardings(make_mesh({}, jax.devices()[:1]) if mesh is None else mesh, shapes)
         except ValueError as error:
             raise UserError(str(error)) from error
-        return self._read(
-            jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=at), shapes, placed)
-        )
+        placed = traverse_util.flatten_dict(placed, sep="/")
+        arrays = {
+            path: self._read(path, jax.ShapeDtypeStruct(array.shape, jnp.dtype(dtype), sharding=placed[path]))
+            for path, array in traverse_util.flatten_dict(shapes, sep="/").items()
+        }
+        return traverse_util.unflatten_dict(arrays, sep="/")
 
-    def write_hugging_face(self, out: epath.Path) -> None:
+    def write_hugging_face(self, out: str | epath.Path) -> None:
         """Writes the checkpoint back as transformers reads it, under the hub's names, every weight bit for bit.
 
         Raises:
           UserError: `out` exists or is remote, or the weights are damaged.
         """
         shards.check_local(located(out))
-        leaves = {leaf.path: leaf for leaf in naming.leaves(self.config)}
-        shapes = traverse_util.flatten_dict(naming.abstract_vlm(self.config), sep="/")
-        dtypes = {path: jnp.dtype(name) for path, name in self.record["dtypes"].items()}
-        sizes = {path: shapes[path].size * dtypes[path].itemsize for path in leaves}
-        dealt = shards.split(sizes)
+        here = SingleDeviceSharding(jax.devices("cpu")[0])
+        shapes = traverse_util.flatten_dict(naming.abstract_vlm(self.vlm_config), sep="/")
+        stored = {
+            leaf: jax.ShapeDtypeStruct(
+                shapes[leaf.path].shape, jnp.dtype(self.record["dtypes"][leaf.path]), sharding=here
+            )
+            for leaf in naming.leaves(self.vlm_config)
+        }
+        dealt = shards.split({leaf: array.size * array.dtype.itemsize for leaf, array in stored.items()})
 
         def tensors() -> Iterator[dict[str, np.ndarray]]:
-            for paths in tqdm(dealt, desc="writing", unit="file", disable=None):
-                yield self._tensors([leaves[path] for path in paths], shapes, dtypes)
+            for leaves in tqdm(dealt, desc="writing", unit="file", disable=None):
+                unpacked = [leaf.unpack(np.asarray(self._read(leaf.path, stored[leaf]))) for leaf in leaves]
+                yield dict(itertools.chain.from_iterable(tensors.items() for tensors in unpacked))
 
         with new_directory(out) as directory:
             shards.write(directory, tensors(), len(dealt))
             files = [path for path in self.directory.iterdir() if path.is_file() and path.name != RECORD]
             hugging_face.copy_files(files, directory)
 
-    def _tensors(self, leaves: list[Leaf], shapes: dict, dtypes: dict) -> dict[str, np.ndarray]:
-        here = SingleDeviceSharding(jax.devices("cpu")[0])
-        target = {
-            leaf.path: jax.ShapeDtypeStruct(shapes[leaf.path].shape, dtypes[leaf.path], sharding=here)
-            for leaf in leaves
-        }
-        arrays = traverse_util.flatten_dict(self._read(traverse_util.unflatten_dict(target, sep="/")), sep="/")
-        tensors = {}
-        for leaf in leaves:
-            tensors |= leaf.unpack(np.asarray(arrays.pop(leaf.path)))
-        return tensors
-
-    def _read(self, target: Params) -> Params:
-        """Reads the arrays that `target` names, one at a time, so that little more than they is held."""
-        arrays = {}
-        for path, array in traverse_util.flatten_dict(target, sep="/").items():
-            try:
-                with _orbax():
-                    read = ocp.load(self.directory / "params", traverse_util.unflatten_dict({path: array}, sep="/"))
-            except Exception as error:  # Orbax raises a bare one for files that are cut short or gone
-                first_line = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise UserError(f"{path} in {self.directory} cannot be read: {first_line:.300}") from error
-            arrays |= traverse_util.flatten_dict(read, sep="/")
-        return traverse_util.unflatten_dict(arrays, sep="/")
+    def _read(self, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+        """Reads one array, in the dtype and to the devices of `target`."""
+        try:
+            with _orbax():
+                read = ocp.load(self.directory / "params", traverse_util.unflatten_dict({path: target}, sep="/"))
+        except Exception as error:  # Orbax raises a bare one for files that are cut short or gone
+            first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"{path} in {self.directory} cannot be read: {first_line:.300}") from error
+        return traverse_util.flatten_dict(read, sep="/")[path]
 
 
 def is_converted(directory: epath.Path) -> bool:

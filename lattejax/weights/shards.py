@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -23,6 +23,8 @@ INDEX = SINGLE + ".index.json"
 DTYPES = ("F32", "F16", "BF16")
 COUNTER = ".num_batches_tracked"  # of PyTorch's batch norms: an integer, and no weight
 SHARD_BYTES = 1 << 30
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +141,13 @@ def write(directory: epath.Path, shards: Iterable[dict[str, np.ndarray]], count:
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def split(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Deals names out, in order, into shards of at most SHARD_BYTES; what is larger gets one of its own."""
+def split(sizes: Mapping[T, int]) -> list[list[T]]:
+    """Deals things of so many bytes out, in order, into shards of SHARD_BYTES at most; a larger one gets its own."""
     dealt, filled = [], 0
-    for name, size in sizes.items():
+    for thing, size in sizes.items():
         if not dealt or filled + size > SHARD_BYTES:
             dealt.append([])
             filled = 0
-        dealt[-1].append(name)
+        dealt[-1].append(thing)
         filled += size
     return dealt

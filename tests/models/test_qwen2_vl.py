@@ -57,7 +57,7 @@ def opened(model: str) -> tuple[torch.nn.Module, Answerer, dict]:
     theirs = checkpoints.random_model(checkpoints.tiny_config(**MODELS[model]))
     converted = Pretrained.open(checkpoints.convert(theirs))
     params = converted.params("float32")
-    return theirs, Answerer(converted.config, qwen2_vl.unstack(params), converted.encoder), params
+    return theirs, Answerer(converted.vlm_config, qwen2_vl.unstack(params), converted.encoder), params
 
 
 def encoded(answerer: Answerer, batch: str) -> list[EncodedPrompt]:

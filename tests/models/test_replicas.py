@@ -23,7 +23,7 @@ def test_sublayers_equal_transformers_for_one_image_token(kv_heads):
     layers compute them for one more text token."""
     module = checkpoints.random_model(checkpoints.tiny_config(num_key_value_heads=kv_heads))
     converted = Pretrained.open(checkpoints.convert(module))
-    encoder, text = converted.encoder, converted.config.text
+    encoder, text = converted.encoder, converted.vlm_config.text
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 24, 3)).astype(np.uint8))
     prompt = encoder.question("Which digit is this?", [encoder.read_image(picture)])
 
@@ -41,7 +41,7 @@ def test_sublayers_equal_transformers_for_one_image_token(kv_heads):
             image_grid_thw=torch.tensor([prompt.images[0].grid]),
         )
 
-    config = ModelConfig(converted.config, GenerationConfig(text, (1, 1, 4), num_groups=1))
+    config = ModelConfig(converted.vlm_config, GenerationConfig(text, (1, 1, 4), num_groups=1))
     params = latte_flow.init(config, converted.params("float32"), jax.random.key(0))
     padded = encoder.batch([prompt], length=len(prompt.input_ids) + 3)
     context = latte_flow.read_prompts(config, params["vlm"], padded)
