@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from lattejax import configuration
@@ -55,6 +56,14 @@ TINY = {
     "eval.final_images": 20,
     "checkpoint.every": 4,
 }
+
+
+def shared_data(name: str) -> pathlib.Path:
+    """A file or directory that stands beside the repository in some places; skips the test where it does not."""
+    path = ROOT.parent / "shared" / name
+    if not path.exists():
+        pytest.skip(f"there is no {path}")
+    return path
 
 
 def config_file(name: str, *arguments: str) -> ConfigDict:

@@ -9,8 +9,6 @@ Axes: B batch, H row, W column, C channel, G attention group, N pixel, d head di
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +16,7 @@ from einops import rearrange, reduce, repeat
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lattejax.models import functional
-from lattejax.models.functional import Params
+from lattejax.models.convolution import Chain, conv
 
 EPSILON = 1e-5  # of all norms
 ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu}
@@ -69,11 +66,6 @@ class DCAEConfig:
     def compression(self) -> int:
         """Pixels of an image along one side of a latent."""
         return 2 ** (len(self.encoder) - 1)
-
-
-def conv(inputs: int, outputs: int, kernel: int, rngs: nnx.Rngs, **settings) -> nnx.Conv:
-    """A convolution padded on all sides by half its kernel, also where it strides."""
-    return nnx.Conv(inputs, outputs, (kernel, kernel), padding=kernel // 2, rngs=rngs, **settings)
 
 
 def unshuffle(x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
@@ -223,21 +215,6 @@ class Up(nnx.Module):
         return y + shuffle(spread(x, 4 * self.outputs)) if self.shortcut else y
 
 
-class Chain(nnx.Module):
-    """Modules under the names 0, 1, …"""
-
-    def __init__(self, modules: Sequence[nnx.Module]):
-        self.length = len(modules)
-        for i, module in enumerate(modules):
-            setattr(self, str(i), module)
-
-    def __iter__(self):
-        return (getattr(self, str(i)) for i in range(self.length))
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
-        return functools.reduce(lambda x, module: module(x), self, x)
-
-
 def blocks(stage: Stage, head_dim: int, rngs: nnx.Rngs) -> list[nnx.Module]:
     if stage.block == "ResBlock":
         return [ResBlock(stage, rngs=rngs) for _ in range(stage.depth)]
@@ -292,23 +269,3 @@ class Decoder(nnx.Module):
         for stage in reversed(list(self.up_blocks)):
             x = stage(x)
         return self.conv_out(self.activation(self.norm_out(x)))
-
-
-def init(config: DCAEConfig, key: jax.Array) -> Params:
-    """Returns random weights: `encoder` and `decoder`."""
-    encoder, decoder = jax.random.split(key)
-    return {
-        "encoder": functional.init(Encoder, config, key=encoder),
-        "decoder": functional.init(Decoder, config, key=decoder),
-    }
-
-
-def encode(config: DCAEConfig, params: Params, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-    """Takes images in [-1, 1], of sides that `config.compression` divides; returns latents as the encoder makes them,
-    not scaled."""
-    return functional.bind(Encoder, config, params=params["encoder"])(images)
-
-
-def decode(config: DCAEConfig, params: Params, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-    """Takes latents as `encode` returns them; returns images in about [-1, 1], not clipped."""
-    return functional.bind(Decoder, config, params=params["decoder"])(latents)

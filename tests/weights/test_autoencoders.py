@@ -1,0 +1,170 @@
+"""DC-AE and TAESD against diffusers, from checkpoints that diffusers wrote; TAESD3's own weights on a photo."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderTiny
+from etils import epath
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_sample_image
+
+from lattejax.errors import UserError
+from lattejax.models import autoencoders
+from lattejax.weights.autoencoders import WEIGHTS, read, read_taesd
+from tests.helpers import assert_same_bits, shared_data
+
+encode = jax.jit(autoencoders.encode, static_argnames="config")
+decode = jax.jit(autoencoders.decode, static_argnames="config")
+
+VIT = "EfficientViTBlock"
+FAMILIES = {
+    "in-1.0": dict(
+        encoder_block_types=("ResBlock", "ResBlock", VIT, VIT),
+        decoder_block_types=("ResBlock", "ResBlock", VIT, VIT),
+        encoder_block_out_channels=(8, 16, 32, 64),
+        decoder_block_out_channels=(8, 16, 32, 64),
+        encoder_layers_per_block=(0, 2, 1, 1),
+        decoder_layers_per_block=(0, 1, 2, 1),
+        encoder_qkv_multiscales=((), (), (), ()),
+        decoder_qkv_multiscales=((), (), (), ()),
+        decoder_norm_types=("batch_norm", "batch_norm", "rms_norm", "rms_norm"),
+        decoder_act_fns=("relu", "relu", "silu", "silu"),
+    ),
+    "sana-1.0": dict(
+        encoder_block_types=("ResBlock", "ResBlock", VIT),
+        decoder_block_types=("ResBlock", "ResBlock", VIT),
+        encoder_block_out_channels=(16, 32, 64),
+        decoder_block_out_channels=(16, 32, 64),
+        encoder_layers_per_block=(1, 1, 2),
+        decoder_layers_per_block=(1, 2, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+    ),
+}
+
+
+TINY = dict(
+    encoder_block_out_channels=(8, 8, 8),
+    decoder_block_out_channels=(8, 8, 8),
+    num_encoder_blocks=(1, 2, 1),
+    num_decoder_blocks=(2, 1, 1),
+    latent_channels=5,
+)
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, "TAESD"])
+def checkpoint(request, tmp_path_factory):
+    torch.manual_seed(0)
+    if request.param == "TAESD":
+        model = AutoencoderTiny(**TINY).eval()
+    else:
+        model = AutoencoderDC(latent_channels=8, attention_head_dim=8, **FAMILIES[request.param]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from zeros and ones
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.add_(torch.rand_like(buffer))
+    path = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(path)
+    return model, epath.Path(path)
+
+
+def channels_last(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.numpy().transpose(0, 2, 3, 1)
+
+
+# Latents' height and width. DC-AE's heads have 8 channels: up to 8 pixels attention is quadratic, beyond it is linear.
+@pytest.mark.parametrize("size", [(1, 1), (2, 4), (3, 3), (8, 8), (5, 2)])
+def test_latents_and_images_equal_diffusers(checkpoint, size):
+    model, path = checkpoint
+    config, params = read(path)
+    height, width = (config.compression * side for side in size)
+    images = torch.tensor(np.random.default_rng(0).uniform(-1, 1, (2, 3, height, width)).astype(np.float32))
+    with torch.no_grad():
+        latents = model.encode(images).to_tuple()[0]
+        expected = model.decode(latents).sample
+    tolerance = dict(rtol=1e-4, atol=1e-4)  # float32 on both sides; random weights make latents of up to 30
+    ours = encode(config, params, channels_last(images))
+    assert ours.shape == (2, *size, config.latent_channels)
+    np.testing.assert_allclose(ours, channels_last(latents), **tolerance)
+    np.testing.assert_allclose(decode(config, params, channels_last(latents)), channels_last(expected), **tolerance)
+
+
+def diffusers_taesd3(encoder, decoder) -> AutoencoderTiny:
+    """TAESD3 in diffusers, whose decoder counts its layers from the one after the clamp."""
+    model = AutoencoderTiny(latent_channels=16).eval()
+    state = {f"encoder.layers.{name}": tensor.float() for name, tensor in load_file(encoder).items()}
+    for name, tensor in load_file(decoder).items():
+        number, rest = name.split(".", 1)
+        state[f"decoder.layers.{int(number) - 1}.{rest}"] = tensor.float()
+    model.load_state_dict(state)
+    return model
+
+
+def test_a_photo_goes_through_taesd3s_own_weights_as_in_diffusers():
+    """256 pixels of a photo to latents and back: within 0.1 dB of diffusers, and recognisable (above 19 dB)."""
+    encoder, decoder = (shared_data(f"weights/taesd3/taesd3_{part}.safetensors") for part in ("encoder", "decoder"))
+    config, params = read_taesd(epath.Path(encoder), epath.Path(decoder))
+    photo = load_sample_image("china.jpg")[None, 100:356, 200:456].astype(np.float32) / 127.5 - 1
+    drawn = np.asarray(decode(config, params, encode(config, params, photo)))
+    model = diffusers_taesd3(encoder, decoder)
+    with torch.no_grad():
+        latents = model.encode(torch.tensor(photo.transpose(0, 3, 1, 2))).latents
+        expected = channels_last(model.decode(latents).sample)
+    np.testing.assert_allclose(encode(config, params, photo), channels_last(latents), rtol=1e-4, atol=1e-4)
+
+    def psnr(image):
+        return 10 * np.log10(4 / np.mean((np.clip(image, -1, 1) - photo) ** 2))
+
+    print(f"PSNR {psnr(drawn):.2f} dB, diffusers {psnr(expected):.2f} dB")
+    assert abs(psnr(drawn) - psnr(expected)) < 0.1 and psnr(drawn) > 19
+
+
+def test_taesds_own_files_are_read_and_broken_ones_named(tmp_path):
+    """The names of their layers, on small random weights."""
+    model = AutoencoderTiny(latent_channels=3)
+    encoder, decoder = (epath.Path(tmp_path) / f"{part}.safetensors" for part in ("encoder", "decoder"))
+    state = model.state_dict()
+    save_file({name.removeprefix("encoder.layers."): state[name] for name in state if "encoder" in name}, encoder)
+    theirs = {name.removeprefix("decoder.layers."): state[name] for name in state if "decoder" in name}
+    theirs = {f"{int(name.split('.')[0]) + 1}.{name.split('.', 1)[1]}": value for name, value in theirs.items()}
+    save_file(theirs, decoder)
+    model.save_pretrained(tmp_path)
+    (config, ours), (expected_config, expected) = read_taesd(encoder, decoder), read(encoder.parent)
+    assert config == expected_config
+    assert_same_bits(ours, expected)
+    save_file(theirs | {"2.weight": torch.ones(2)}, decoder)
+    with pytest.raises(UserError, match="left over: decoder"):
+        read_taesd(encoder, decoder)
+
+
+def edit(path, change):
+    values = json.loads((path / "config.json").read_text())
+    change(values)
+    (path / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "damage, named",
+    [
+        (lambda d: os.truncate(d / WEIGHTS, 3000), "cannot be read as safetensors"),
+        (lambda d: (d / WEIGHTS).unlink(), "has neither"),
+        (lambda d: edit(d, lambda c: c.update(_class_name="AutoencoderKL")), "'AutoencoderKL'"),
+        (lambda d: edit(d, lambda c: c.update(latent_channels=4)), "misshapen: decoder.conv_in.weight"),
+        (lambda d: edit(d, lambda c: c.update(encoder_layers_per_block=[1, 1, 1])), "left over: encoder.down_blocks"),
+        (lambda d: edit(d, lambda c: c.update(decoder_act_fns="gelu")), "activation='gelu'"),
+        (lambda d: edit(d, lambda c: c.pop("attention_head_dim")), "attention_head_dim"),
+    ],
+)
+def test_a_broken_checkpoint_is_named(damage, named, tmp_path):
+    AutoencoderDC(latent_channels=8, attention_head_dim=8, **FAMILIES["sana-1.0"]).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=named):
+        read(epath.Path(tmp_path))
