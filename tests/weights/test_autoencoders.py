@@ -81,7 +81,7 @@ def channels_last(tensor: torch.Tensor) -> np.ndarray:
 
 
 # Latents' height and width. DC-AE's heads have 8 channels: up to 8 pixels attention is quadratic, beyond it is linear.
-@pytest.mark.parametrize("size", [(1, 1), (2, 4), (3, 3), (8, 8), (5, 2)])
+@pytest.mark.parametrize("size", [(2, 4), (8, 8), (5, 2)])
 def test_latents_and_images_equal_diffusers(checkpoint, size):
     model, path = checkpoint
     config, params = read(path)
