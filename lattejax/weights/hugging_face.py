@@ -126,13 +126,13 @@ class Checkpoint:
     @classmethod
     def open(cls, directory: epath.Path) -> "Checkpoint":
         """Raises `UserError` for whatever is missing, left over, misshapen or cut short."""
-        config, shards, stored_names = read_geometry(directory), Shards.open(directory), {}
-        for stored in shards.files:
+        config, opened, stored_names = read_geometry(directory), Shards.open(directory), {}
+        for stored in opened.files:
             name = naming.original_name(stored)
             if name in stored_names:
                 raise UserError(f"{directory}: {stored_names[name]} and {stored} are the same weight")
             stored_names[name] = stored
-        checkpoint = cls(directory, config, shards, stored_names)
+        checkpoint = cls(directory, config, opened, stored_names)
         checkpoint._drop_copied_head()
         checkpoint._check()
         return checkpoint
@@ -141,7 +141,7 @@ class Checkpoint:
         """With tied embeddings some tools store the head all the same; a copy is no weight of its own."""
         if self.config.text.tie_word_embeddings and {naming.HEAD, naming.EMBEDDING} <= self.stored_names.keys():
             head, embedding = (self.shards.read(self.stored_names[name]) for name in (naming.HEAD, naming.EMBEDDING))
-            if head.tobytes() != embedding.tobytes():
+            if head.dtype != embedding.dtype or not np.array_equal(head.view(np.uint8), embedding.view(np.uint8)):
                 raise UserError(
                     f"{self.directory}: {CONFIG} ties the embeddings, but {naming.HEAD} is not {naming.EMBEDDING}; "
                     "set tie_word_embeddings to false if it should be used"

@@ -46,7 +46,7 @@ class Shards:
         files, shapes = {}, {}
         for file in _file_names(directory, single):
             with _open(directory / file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118, it is no dict
+                for name in list(tensors.keys()):
                     view = tensors.get_slice(name)
                     if name in files:
                         raise UserError(f"{directory}: {name} is stored twice, in {files[name]} and in {file}")
