@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ def local_files(directory: epath.Path) -> Iterator[str]:
 def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
     """Yields a directory to fill, which becomes `path` when the block ends well; whatever stops it leaves none there.
 
-    It stands beside `path` until then; a kill leaves it there, by the name of `path` with ".partial-" and some letters.
+    It stands beside `path` until then; a kill leaves it there, by the name of `path` with ".partial-" and some digits.
     A remote store has no rename: there the block fills `path` itself, and should write last what readers look for.
 
     Raises:
@@ -78,32 +79,26 @@ def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = epath.Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
+        partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
+        partial.mkdir()
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error
     try:
         yield partial
-        os.chmod(partial, 0o777 & ~_umask())  # temporary directories are closed to others
         os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def read_json(path: epath.Path, kind: type = dict) -> Any:
-    """Reads a JSON file whose top is of the given kind; raises `UserError` where it is not, or is cut short."""
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object; raises `UserError` where it does not, or is cut short."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value

@@ -75,13 +75,13 @@ def pathway(config: ModelConfig, params: Params) -> Params:
     return own | {"experts": together}
 
 
-def unstack(params: Params, release: bool = False) -> Params:
+def unstack(params: Params) -> Params:
     """The same weights with a tree for each layer (see `functional.unstack`); parts may be missing."""
     unstacked = dict(params)
     if "vlm" in params:
-        unstacked["vlm"] = qwen2_vl.unstack(params["vlm"], release)
+        unstacked["vlm"] = qwen2_vl.unstack(params["vlm"])
     if "experts" in params:
-        unstacked["experts"] = functional.unstack(params["experts"], release)
+        unstacked["experts"] = functional.unstack(params["experts"])
     return unstacked
 
 

@@ -89,6 +89,13 @@ def test_an_export_holds_the_average_and_opens_like_the_run(run, tmp_path, monke
         export.params()
 
 
+def test_a_run_starts_from_an_export(run, tmp_path):
+    run.export(tmp_path / "export")
+    again = config(tmp_path / "export", train__init_from=str(tmp_path / "export"), train__steps=0)
+    stages.train(again, tmp_path / "run", InterruptGuard())
+    assert_same_bits(Run.open(tmp_path / "run").params(), run.params())
+
+
 def test_an_export_that_lacks_a_tensor_is_refused(run, tmp_path):
     run.export(tmp_path / "export")
     file = tmp_path / "export" / "model.safetensors"
