@@ -49,11 +49,28 @@ def get_config() -> ConfigDict:
     config.model.vision.in_channels = 3
     config.model.vision.hidden_size = 96
 
+    # What `lattejax.encode` would read. The digits are so small that they need not be encoded ahead.
+    config.images = ConfigDict()
+    config.images.source = "digits"
+    config.images.name = ""
+    config.images.data_dir = ""
+    config.images.train = "train"
+    config.images.test = "test"
+    config.images.image_key = ""
+    config.images.caption_key = ""
+    config.images.flip = False
+    config.images.batch_size = 64
+    config.images.shard_pictures = 500
+    config.images.most_unreadable = 0
+    config.images.threads = 2
+
     config.data = ConfigDict()
     config.data.source = "digits"
+    config.data.latents = ""
     config.data.prompts = "captions"
     config.data.autoencoder = "pixels"
     config.data.image_size = 8
+    config.data.latent_shape = (8, 8, 1)
     config.data.prompt_length = 24
     config.data.answer_length = 36
     config.data.min_pixels = 64

@@ -20,10 +20,11 @@ from lattejax.errors import UserError
 from lattejax.files import write_whole
 from lattejax.flow.densities import Density, LogitNormal, Shifted, Uniform
 from lattejax.flow.schedule import Sampling
-from lattejax.models.autoencoders import AUTOENCODERS
+from lattejax.models.autoencoders import PIXELS, Autoencoder
 from lattejax.models.functional import REMAT_POLICIES
 from lattejax.models.generation import GenerationConfig
 from lattejax.models.latte_flow import ModelConfig
+from lattejax.models.pixels import PixelConfig
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.models.text import TextConfig
 from lattejax.models.vision import VisionConfig
@@ -31,6 +32,8 @@ from lattejax.models.vision import VisionConfig
 DTYPES = ("float32", "bfloat16")
 LEAST_MASS = 1e-5  # of the density of flow time, in a group's interval
 DECAYS = ("none", "cosine", "linear")
+SOURCES = ("digits", "latents")
+PICTURES = ("tfds", "folder", "digits")
 PROMPTS = ("captions", "pictures")
 DENSITIES = ("uniform", "logit_normal", "shifted")
 
@@ -59,11 +62,37 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
+class Images:
+    """What `lattejax.encode` turns into latents; training does not look at it."""
+
+    source: str  # "tfds", a data set of tensorflow-datasets; "folder", image files with captions; "digits"
+    name: str  # the data set's (with ":version", if wanted); or the folder
+    data_dir: str  # where tensorflow-datasets keeps its data; empty: where it does by itself
+    train: str  # the split to train on, as tensorflow-datasets writes it: "train", "train[500:]"; a folder is all "train"
+    test: str  # the split that is held out: "validation", "train[:500]"
+    image_key: str  # which of a data set's features is the picture
+    caption_key: str  # and which is to be its prompt: texts, or class labels
+    flip: bool  # store each picture a second time, mirrored
+    batch_size: int  # pictures encoded at a time by each process
+    shard_pictures: int  # pictures in a file, and between two places to go on from
+    most_unreadable: int  # pictures that may be left out because they cannot be read
+    threads: int  # that read and crop
+
+    def __post_init__(self):
+        _check_one_of("source", self.source, PICTURES)
+        for name in ("batch_size", "shard_pictures", "threads"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        _check("most_unreadable", self.most_unreadable, self.most_unreadable >= 0, "at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
-    source: str  # "digits": scikit-learn's handwritten digits
+    source: str  # "digits", scikit-learn's handwritten digits; "latents", what `lattejax.encode` has made of `images`
+    latents: str  # the directory of the latents; empty for the digits
     prompts: str  # of the drawings: "captions", or "pictures" to look at, each with one request
-    autoencoder: str  # "pixels": latents are grey pixels
+    autoencoder: str  # "pixels", where latents are grey pixels; or the directory of a converted one
     image_size: int  # side of the images that are drawn, in pixels
+    latent_shape: tuple[int, int, int]  # rows, columns and channels that the autoencoder makes of them
     prompt_length: int  # tokens that image prompts are padded to
     answer_length: int  # tokens that a whole question with its answer is padded to
     min_pixels: int  # bounds between which the VLM's image processor resizes what it reads
@@ -71,11 +100,19 @@ class Data:
     threads: int  # reader threads beside the training loop
 
     def __post_init__(self):
-        _check_one_of("source", self.source, ("digits",))
+        _check_one_of("source", self.source, SOURCES)
         _check_one_of("prompts", self.prompts, PROMPTS)
-        _check_one_of("autoencoder", self.autoencoder, AUTOENCODERS)
-        _check("image_size", self.image_size, self.image_size == 8, "8, the digits' own size")
+        _check("image_size", self.image_size, self.image_size > 0, "positive")
         _check("threads", self.threads, self.threads > 0, "positive")
+        if self.autoencoder == PIXELS:
+            shape = Autoencoder(PixelConfig()).latent_shape(self.image_size)
+            _check("latent_shape", self.latent_shape, self.latent_shape == shape, f"{shape} for bare pixels")
+        if self.source == "digits":
+            _check("autoencoder", self.autoencoder, self.autoencoder == PIXELS, f"{PIXELS!r} for the digits")
+            _check("image_size", self.image_size, self.image_size == 8, "8, the digits' own size")
+        else:
+            _check("latents", self.latents, bool(self.latents), "the directory that lattejax.encode has made")
+            _check("prompts", self.prompts, self.prompts == "captions", "'captions' where latents are cached")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +196,8 @@ class Evaluation:
     solver: str  # "euler" or "heun"
     shift: float  # of the step times; 1: none, below 1: more steps near the noise
     batch_size: int  # images that one sampling call draws
-    scored_images: int  # images that each evaluation scores, as many of each digit; 0: none
-    final_images: int  # images that the final score draws at each guidance scale, as many of each digit
+    scored_images: int  # digits that each evaluation draws and scores, as many of each; 0: none
+    final_images: int  # digits that the final score draws at each guidance scale, as many of each; 0: none
 
     def __post_init__(self):
         _check("every", self.every, self.every >= 0, "at least 0")
@@ -169,7 +206,7 @@ class Evaluation:
         for name in ("scored_images", "final_images"):
             good = getattr(self, name) >= 0 and getattr(self, name) % 10 == 0
             _check(name, getattr(self, name), good, "a multiple of the 10 digits")
-        for name in ("images_per_prompt", "sample_steps", "batch_size", "final_images"):
+        for name in ("images_per_prompt", "sample_steps", "batch_size"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
         _ = self.sampling  # checks of its own
 
@@ -200,6 +237,7 @@ class Config:
     dtype: str  # of the computation: "float32" or "bfloat16"; master weights are always float32
     log_every: int  # steps between lines of metrics
     model: Model
+    images: Images
     data: Data
     tokenizer: Tokenizer
     pretrain: Stage  # the VLM, on questions about images
@@ -225,6 +263,15 @@ class Config:
             )
         if self.data.prompts == "pictures" and self.train.share_contexts:
             raise ValueError("data.prompts='pictures' makes every prompt its own; set train.share_contexts=False")
+        if self.data.source != "digits":
+            for what, asked in (
+                ("pretrain.steps", self.pretrain.steps),
+                ("eval.scored_images", self.eval.scored_images),
+                ("eval.final_images", self.eval.final_images),
+            ):
+                _check(what, asked, asked == 0, "0: only the digits come with questions and with a score of drawings")
+            if self.trains_answers:
+                raise ValueError("model.variant='blend' trains on questions too, and only the digits come with some")
         if self.train.init_from and (self.pretrain.init_from != self.train.init_from or self.pretrain.steps):
             raise ValueError(
                 f"train.init_from={self.train.init_from!r} needs the VLM that its generation pathway was trained "
@@ -243,16 +290,12 @@ class Config:
         return self.model_config.shares_layers
 
     @property
-    def autoencoder(self):
-        return AUTOENCODERS[self.data.autoencoder](self.data.image_size)
-
-    @property
     def model_config(self) -> ModelConfig:
         return ModelConfig(
             vlm=VLMConfig(self.model.text, self.model.vision),
             generation=GenerationConfig(
                 text=self.model.text,
-                latent_shape=self.autoencoder.latent_shape,
+                latent_shape=self.data.latent_shape,
                 num_groups=self.model.num_groups,
                 group_sizes=self.model.group_sizes,
                 interval_edges=self.model.interval_edges,

@@ -3,6 +3,10 @@
 python -m lattejax.convert --source=Qwen/Qwen2-VL-2B-Instruct --out=weights/qwen2_vl_2b
 python -m lattejax.convert --source=weights/qwen2_vl_2b --to=hf --out=exported/qwen2_vl_2b
 
+an autoencoder, DC-AE or TAESD, with the scale of its latents where the checkpoint does not state it:
+
+python -m lattejax.convert --source=mit-han-lab/dc-ae-f32c32-in-1.0-diffusers --scale=0.3189 --out=weights/dc_ae
+
 and a run's average weights to safetensors, in a directory that `sample` and `chat` read like the run's:
 
 python -m lattejax.convert --source=runs/digits --to=safetensors --out=exported/digits
@@ -11,7 +15,8 @@ python -m lattejax.convert --source=runs/digits --to=safetensors --out=exported/
 from absl import flags
 
 from lattejax import cli
-from lattejax.weights import pretrained
+from lattejax.errors import UserError
+from lattejax.weights import autoencoders, diffusers, hugging_face, pretrained
 from lattejax.weights.pretrained import Pretrained
 from lattejax.weights.runs import Run
 
@@ -23,11 +28,18 @@ TO = flags.DEFINE_enum(
     ["lattejax", "hf", "safetensors"],
     "lattejax: from a Hugging Face checkpoint. hf: from such a conversion. safetensors: from a run.",
 )
+SCALE = flags.DEFINE_float("scale", None, "Of an autoencoder's latents; default: as its checkpoint states.")
+SHIFT = flags.DEFINE_float("shift", None, "Of an autoencoder's latents, before they are scaled.")
 flags.mark_flags_as_required(["source", "out"])
 
 
 def main() -> None:
-    if TO.value == "lattejax":
+    of_autoencoder = TO.value == "lattejax" and diffusers.is_autoencoder(hugging_face.find(SOURCE.value))
+    if not of_autoencoder and (SCALE.value, SHIFT.value) != (None, None):
+        raise UserError("--scale and --shift are an autoencoder's; what is to be converted here is none")
+    if of_autoencoder:
+        autoencoders.convert(SOURCE.value, OUT.value, SCALE.value, SHIFT.value)
+    elif TO.value == "lattejax":
         pretrained.convert(SOURCE.value, OUT.value)
     elif TO.value == "hf":
         Pretrained.open(SOURCE.value).write_hugging_face(OUT.value)

@@ -15,9 +15,10 @@ from lattejax.flow.schedule import Sampling
 from lattejax.flow.solvers import SOLVERS
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler
-from lattejax.weights.runs import Run, inference_weights
+from lattejax.weights.runs import Run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.")
+AUTOENCODER = flags.DEFINE_string("autoencoder", "", "Where the run's autoencoder is, if it has moved.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.")
 IMAGE = flags.DEFINE_multi_string("image", [], "An image file that every prompt looks at; may be given several times.")
 NUM = flags.DEFINE_integer("num", 16, "Images of each prompt.", lower_bound=1)
@@ -54,14 +55,12 @@ def main() -> None:
     run = Run.open(WORKDIR.value)
     images = [run.encoder.read_image(open_image(path)) for path in IMAGE.value]
     prompts = [run.encoder.drawing(prompt, images) for prompt in PROMPT.value]
-    config = run.config.model_config
-    weights = inference_weights(run.config, run.params())
-    sampler = ImageSampler(config, run.config.autoencoder, run.encoder, weights)
+    sampler = ImageSampler.of(run, run.params(), AUTOENCODER.value)
     images = sampler(prompts, sampling, images_per_prompt=NUM.value, batch_size=BATCH_SIZE.value, seed=SEED.value)
     write_with(out, lambda file: labelled_grid(images, PROMPT.value).save(file, format="PNG"))
     if NPZ.value:
         write_with(out.with_suffix(".npz"), lambda file: np.savez(file, arr_0=images))
-    steps = [len(group) for group in config.generation.intervals.schedule(sampling.num_steps, sampling.shift)]
+    steps = [len(group) for group in sampler.config.generation.intervals.schedule(sampling.num_steps, sampling.shift)]
     print(f"{len(images)} images in {out}; steps per group: {steps}")
 
 

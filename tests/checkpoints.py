@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from lattejax.data import digits
 from lattejax.data import tokenizer as tokenizers
+from lattejax.data.digits import DigitSource
 from lattejax.data.tokenizer import IMAGE_PAD, TEXT_END, TURN_END, Tokenizer
 from lattejax.weights import pretrained
 
@@ -20,7 +20,7 @@ VOCABULARY = 400
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    return tokenizers.train(digits.texts(), VOCABULARY - 10)
+    return tokenizers.train(DigitSource("captions").texts(), VOCABULARY - 10)
 
 
 def tiny_config(**changes: Any) -> Qwen2VLConfig:

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from lattejax import configuration
 from lattejax.configuration import Config
-from lattejax.data import digits
 from lattejax.data import tokenizer as tokenizers
+from lattejax.data.digits import DigitSource
 from lattejax.data.prompts import PromptEncoder
 from lattejax.weights.runs import prompt_encoder
 
@@ -95,7 +95,7 @@ def tiny_flags(**overrides: Any) -> list[str]:
 
 
 def encoder_for(config: Config) -> PromptEncoder:
-    return prompt_encoder(config, tokenizers.train(digits.texts(), config.tokenizer.vocab_size))
+    return prompt_encoder(config, tokenizers.train(DigitSource("captions").texts(), config.tokenizer.vocab_size))
 
 
 def randomize(params: Any, seed: int = 0, scale: float = 0.3) -> Any:

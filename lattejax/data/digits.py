@@ -5,14 +5,17 @@ A fixed split: a fifth of the pictures, the same share of each digit, is held ou
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from lattejax.data.examples import Drawing
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder
+from lattejax.models.autoencoders import Autoencoder
+from lattejax.models.pixels import PixelConfig
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = tuple(f"a handwritten {word}" for word in WORDS)
@@ -52,8 +55,28 @@ def question_and_answer(label: int, kind: int, index: int) -> tuple[str, str]:
     return f"Is this a {WORDS[asked]}?", "yes" if same else "no"
 
 
+class DigitSource:
+    """The digits as a data set, see `examples.Source`; their prompts are "captions" or "pictures"."""
+
+    captions = CAPTIONS
+
+    def __init__(self, prompts: str):
+        self.prompts = prompts
+
+    def drawings(self, split: str, encoder: PromptEncoder) -> "Drawings":
+        return Drawings(split, encoder, self.prompts)
+
+    def questions(self, split: str, encoder: PromptEncoder) -> "Questions":
+        return Questions(split, encoder)
+
+    def texts(self) -> list[str]:
+        kinds = range(QUESTIONS_PER_IMAGE)
+        pairs = [question_and_answer(label, kind, index) for label in range(10) for kind in kinds for index in (0, 1)]
+        return [*CAPTIONS, REQUEST, *(text for pair in pairs for text in pair)]
+
+
 class Questions:
-    """A random-access source of questions about pictures, each with its answer."""
+    """Random access to questions about pictures, each with its answer."""
 
     def __init__(self, split: str, encoder: PromptEncoder):
         self.digits = load(split)
@@ -63,37 +86,37 @@ class Questions:
     def __len__(self) -> int:
         return QUESTIONS_PER_IMAGE * len(self.images)
 
+    def __getitems__(self, indices: Sequence[int]) -> list[EncodedPrompt]:
+        return [self._encode(index, self.text(index)[1]) for index in indices]
+
     def text(self, index: int) -> tuple[str, str]:
         image, kind = divmod(index, QUESTIONS_PER_IMAGE)
         return question_and_answer(int(self.digits.labels[image]), kind, image)
 
-    def __getitem__(self, index: int) -> EncodedPrompt:
-        question, answer = self.text(index)
-        return self.encoder.question(question, [self.images[index // QUESTIONS_PER_IMAGE]], answer)
-
     def unanswered(self, index: int) -> EncodedPrompt:
-        """The same prompt, up to where the answer is to be given."""
-        return self.encoder.question(self.text(index)[0], [self.images[index // QUESTIONS_PER_IMAGE]])
+        return self._encode(index, None)
+
+    def _encode(self, index: int, answer: str | None) -> EncodedPrompt:
+        return self.encoder.question(self.text(index)[0], [self.images[index // QUESTIONS_PER_IMAGE]], answer)
 
 
 class Drawings:
-    """A random-access source of latents [h, w, C], each with its prompt.
+    """Random access to the digits' pixels as latents.
 
-    With "captions" the prompt is a caption, of which there are ten: a record has its number too. With "pictures" it is
-    another picture of the same digit, to look at, and a request.
+    With "captions" the prompt is one of ten. With "pictures" it is another picture of the same digit, to look at, and a
+    request.
     """
 
-    def __init__(self, split: str, autoencoder: Any, encoder: PromptEncoder, kind: str):
+    def __init__(self, split: str, encoder: PromptEncoder, prompts: str):
         digits = load(split)
-        self.latents = np.asarray(autoencoder.encode(digits.images.astype(np.float32) / 127.5 - 1))
-        self.labels = digits.labels.astype(np.int32)
-        self.kind = kind
-        if kind == "captions":
-            captions = [encoder.drawing(caption) for caption in CAPTIONS]
-            self.prompts = [captions[label] for label in self.labels]
+        pixels = digits.images.astype(np.float32) / 127.5 - 1
+        self.latents = np.asarray(Autoencoder(PixelConfig()).encode({}, pixels))
+        self.labels = digits.labels
+        if prompts == "captions":
+            self._said = [(CAPTIONS[label], ()) for label in self.labels]
         else:
             images = [encoder.read_image(Image.fromarray(image)) for image in digits.images]
-            self.prompts = [encoder.drawing(REQUEST, [images[i]]) for i in self._others()]
+            self._said = [(REQUEST, (images[other],)) for other in self._others()]
 
     def _others(self) -> np.ndarray:
         """For each picture the next one of its digit, in a circle."""
@@ -106,16 +129,12 @@ class Drawings:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = {"latents": self.latents[index], "prompt": self.prompts[index]}
-        return record | {"caption": self.labels[index]} if self.kind == "captions" else record
-
-    def one_of_each(self) -> list[EncodedPrompt]:
-        """A prompt for each digit, in order."""
-        return [self.prompts[np.flatnonzero(self.labels == label)[0]] for label in range(10)]
+    def __getitems__(self, indices: Sequence[int]) -> list[Drawing]:
+        return [Drawing(self.latents[index], *self._said[index]) for index in indices]
 
 
-def texts() -> list[str]:
-    """Everything that is ever said about the digits, to train a tokenizer on."""
-    pairs = [question_and_answer(label, kind, index) for label in range(10) for kind in range(4) for index in (0, 1)]
-    return [*CAPTIONS, REQUEST, *(text for pair in pairs for text in pair)]
+def requests(encoder: PromptEncoder, prompts: str) -> list[EncodedPrompt]:
+    """A prompt for each digit, in order: its caption, or the first of the held-out pictures that asks for it."""
+    drawings = Drawings("test", encoder, prompts)
+    firsts = drawings.__getitems__([np.flatnonzero(drawings.labels == label)[0] for label in range(10)])
+    return [encoder.drawing(drawing.caption, drawing.images) for drawing in firsts]

@@ -1,28 +1,60 @@
 """Deterministic batches: row j of batch n is record π(n·B + j), π a shuffle of each epoch, drawn from the seed."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 
 
+class RandomAccess(Protocol):
+    """Records by number, many at once: the faster way wherever they are stored."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]: ...
+
+
 def training_batches(
-    source: Any, make_batch: Callable[[Sequence[Any]], Any], *, batch_size: int, seed: int, threads: int
+    source: RandomAccess,
+    make_batch: Callable[[Sequence[Any]], Any],
+    *,
+    batch_size: int,
+    seed: int,
+    threads: int,
+    part: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """Returns an endless iterator of batches, read ahead off the main thread.
 
     Its `get_state()` is a small JSON object, the position after the batch last handed out; `set_state` goes back to it.
+    The position counts whole batches, so a state also fits another number of parts.
 
     Args:
-      source: a random-access source, with `__len__` and `__getitem__`.
+      source: of the records.
       make_batch: turns a list of the source's records into a batch.
-      batch_size: records in a batch; batches run on across the ends of epochs.
+      batch_size: records in a batch, of all parts together; batches run on across the ends of epochs.
       seed: of the shuffle.
       threads: how many threads read ahead.
+      part: (i, n) for the i-th of n contiguous parts of each batch, which is all that is then read.
+
+    Raises:
+      ValueError: the source is empty, or n does not divide the batch.
     """
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=make_batch)
+    index, count = part
+    if batch_size % count:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of the {count} parts that read it")
+    if not len(source):
+        raise ValueError("the data set has no records")
+    rows = slice(index * batch_size // count, (index + 1) * batch_size // count)
+    numbers = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    dataset = numbers.batch(batch_size, drop_remainder=True, batch_fn=list)
+    dataset = dataset.map(lambda batch: make_batch(source.__getitems__(batch[rows])))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+
+
+def every(source: RandomAccess, at_a_time: int = 1024) -> Iterator[Any]:
+    """Every record, in order."""
+    for start in range(0, len(source), at_a_time):
+        yield from source.__getitems__(list(range(start, min(start + at_a_time, len(source)))))
 
 
 class Streams(Iterator[dict[str, Any]]):

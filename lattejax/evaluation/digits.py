@@ -4,6 +4,7 @@ import numpy as np
 from sklearn.svm import SVC
 
 from lattejax.data import digits
+from lattejax.data.examples import Questions
 from lattejax.data.prompts import PromptEncoder
 from lattejax.evaluation.frechet import frechet_distance
 from lattejax.models.functional import Params
@@ -14,7 +15,7 @@ LONGEST_ANSWER = 6  # tokens
 
 
 def answer_accuracy(
-    config: VLMConfig, params: Params, encoder: PromptEncoder, *, examples: int, batch_size: int
+    config: VLMConfig, params: Params, encoder: PromptEncoder, questions: Questions, *, examples: int, batch_size: int
 ) -> float:
     """The share of held-out questions that greedy decoding answers word for word.
 
@@ -22,10 +23,10 @@ def answer_accuracy(
       config: the VLM's geometry.
       params: its weights, a tree for each layer.
       encoder: of the prompts.
-      examples: how many of the held-out questions, a fixed random choice; 0: all.
+      questions: held-out ones.
+      examples: how many of them, a fixed random choice; 0: all.
       batch_size: questions answered at a time.
     """
-    questions = digits.Questions("test", encoder)
     total = len(questions)
     chosen = np.random.default_rng(0).permutation(total)[: examples or total].tolist()
     prompts = [questions.unanswered(i) for i in chosen]

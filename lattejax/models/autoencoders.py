@@ -1,61 +1,67 @@
-"""Autoencoders: images to latents and back.
+"""Autoencoders: images to latents and back, whatever the network.
 
-DC-AE and TAESD have a file each for their modules; what is done with either is here. They neither scale nor clip.
+DC-AE, TAESD and bare pixels have a file each for their modules. Here is what is done with any of them, and the one
+place where latents are scaled: networks neither scale nor clip, and nothing outside this file scales.
 
 Axes: B batch, H row, W column of an image, h and w of latents, C latent channel.
 """
 
 import dataclasses
+import math
 
 import jax
-import jax.numpy as jnp
-from einops import repeat
 from jaxtyping import Array, Float
 
-from lattejax.models import dc_ae, functional, taesd
+from lattejax.models import dc_ae, functional, pixels, taesd
 from lattejax.models.dc_ae import DCAEConfig
 from lattejax.models.functional import Params
+from lattejax.models.pixels import PixelConfig
 from lattejax.models.taesd import TAESDConfig
 
-NetworkConfig = DCAEConfig | TAESDConfig
-NETWORKS = {DCAEConfig: dc_ae, TAESDConfig: taesd}
-
-
-def init(config: NetworkConfig, key: jax.Array) -> Params:
-    """Returns random weights: `encoder` and `decoder`."""
-    network, (encoder, decoder) = NETWORKS[type(config)], jax.random.split(key)
-    return {
-        "encoder": functional.init(network.Encoder, config, key=encoder),
-        "decoder": functional.init(network.Decoder, config, key=decoder),
-    }
-
-
-def encode(config: NetworkConfig, params: Params, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-    """Takes images in [-1, 1], of sides that `config.compression` divides; returns the encoder's latents."""
-    return functional.bind(NETWORKS[type(config)].Encoder, config, params=params["encoder"])(images)
-
-
-def decode(config: NetworkConfig, params: Params, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-    """Takes latents as `encode` returns them; returns images in about [-1, 1]."""
-    return functional.bind(NETWORKS[type(config)].Decoder, config, params=params["decoder"])(latents)
+NetworkConfig = DCAEConfig | TAESDConfig | PixelConfig
+NETWORKS = {DCAEConfig: dc_ae, TAESDConfig: taesd, PixelConfig: pixels}
+PIXELS = "pixels"  # the name of the autoencoder that needs no weights
 
 
 @dataclasses.dataclass(frozen=True)
-class PixelAutoencoder:
-    """The identity: latents are grey pixels in [-1, 1], for images so small that nothing need be compressed."""
+class Autoencoder:
+    """A network, and the map between its latents z and those that the flow sees, (z - shift) * scale.
 
-    image_size: int
+    Raises:
+      ValueError: the scale is not positive, or one of the two is not finite.
+    """
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return (self.image_size, self.image_size, 1)
+    network: NetworkConfig
+    scale: float = 1.0
+    shift: float = 0.0
 
-    def encode(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 1"]:
-        """Takes images in [-1, 1]."""
-        return jnp.mean(images, axis=-1, keepdims=True)
+    def __post_init__(self):
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale={self.scale!r} must be positive and finite")
+        if not math.isfinite(self.shift):
+            raise ValueError(f"shift={self.shift!r} must be finite")
 
-    def decode(self, latents: Float[Array, "B H W 1"]) -> Float[Array, "B H W 3"]:
-        return repeat(latents, "B H W 1 -> B H W rgb", rgb=3)
+    def init(self, key: jax.Array) -> Params:
+        """Returns random weights: `encoder` and `decoder`."""
+        network, (encoder, decoder) = NETWORKS[type(self.network)], jax.random.split(key)
+        return {
+            "encoder": functional.init(network.Encoder, self.network, key=encoder),
+            "decoder": functional.init(network.Decoder, self.network, key=decoder),
+        }
 
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Rows, columns and channels of a square image's latents; raises `ValueError` where its side does not fit."""
+        side, rest = divmod(image_size, self.network.compression)
+        if rest:
+            raise ValueError(f"image_size={image_size} is no multiple of {self.network.compression} pixels a latent")
+        return side, side, self.network.latent_channels
 
-AUTOENCODERS = {"pixels": PixelAutoencoder}
+    def encode(self, encoder: Params, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        """Takes images in [-1, 1], of sides that the network's compression divides; returns scaled latents."""
+        latents = functional.bind(NETWORKS[type(self.network)].Encoder, self.network, params=encoder)(images)
+        return (latents - self.shift) * self.scale
+
+    def decode(self, decoder: Params, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """Takes latents as `encode` returns them; returns images in about [-1, 1]."""
+        latents = latents / self.scale + self.shift
+        return functional.bind(NETWORKS[type(self.network)].Decoder, self.network, params=decoder)(latents)

@@ -8,11 +8,11 @@ Axes: B batch, U prompts with the empty one last, C latent channel.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder
@@ -20,9 +20,11 @@ from lattejax.flow.path import guide
 from lattejax.flow.schedule import Sampling, Segment, plan_segments
 from lattejax.flow.solvers import SOLVERS
 from lattejax.models import generation, latte_flow
+from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.latte_flow import ModelConfig
+from lattejax.weights.runs import Run, inference_weights
 
 read_prompts = jax.jit(latte_flow.read_prompts, static_argnames=("config", "remat"))
 
@@ -80,9 +82,11 @@ def draw_latents(
 
 
 @functools.partial(jax.jit, static_argnames="autoencoder")
-def decode_images(autoencoder: Any, latents: Float[Array, "B h w C"]) -> UInt8[Array, "B H W 3"]:
+def decode_images(
+    autoencoder: Autoencoder, decoder: Params, latents: Float[Array, "B h w C"]
+) -> UInt8[Array, "B H W 3"]:
     """Decodes latents and quantises once: clip(127.5·x + 128), rounded down."""
-    return jnp.clip(127.5 * autoencoder.decode(latents) + 128, 0, 255).astype(jnp.uint8)
+    return jnp.clip(127.5 * autoencoder.decode(decoder, latents) + 128, 0, 255).astype(jnp.uint8)
 
 
 class ImageSampler:
@@ -93,12 +97,36 @@ class ImageSampler:
       autoencoder: what decodes the latents.
       encoder: of the prompts.
       params: the whole model's weights, a tree for each layer (`latte_flow.unstack`).
+      decoder: the autoencoder's weights.
     """
 
-    def __init__(self, config: ModelConfig, autoencoder: Any, encoder: PromptEncoder, params: Params):
-        self.config, self.autoencoder, self.encoder = config, autoencoder, encoder
+    def __init__(
+        self, config: ModelConfig, autoencoder: Autoencoder, encoder: PromptEncoder, params: Params, decoder: Params
+    ):
+        self.config, self.autoencoder, self.encoder, self.decoder = config, autoencoder, encoder, decoder
         self.vlm = params["vlm"]
         self.pathway = latte_flow.pathway(config, params)
+
+    @classmethod
+    def of(cls, run: Run, params: Params, autoencoder: str = "") -> "ImageSampler":
+        """The sampler of a run with any weights, as while it is trained; for `autoencoder` see `load`."""
+        stored = run.open_autoencoder(autoencoder)
+        weights = inference_weights(run.config, params)
+        return cls(run.config.model_config, stored.autoencoder, run.encoder, weights, stored.weights("decoder"))
+
+    @classmethod
+    def load(cls, workdir: str | epath.Path, autoencoder: str = "") -> "ImageSampler":
+        """Reads a run's average weights.
+
+        Args:
+          workdir: the run's, or an export.
+          autoencoder: where the run's autoencoder is now; empty: where the run's config says.
+
+        Raises:
+          UserError: there is no run, it has no checkpoint of the pathway, or the autoencoder is another one.
+        """
+        run = Run.open(workdir)
+        return cls.of(run, run.params(), autoencoder)
 
     def read(self, prompts: Sequence[EncodedPrompt]) -> Context:
         """Returns the contexts of the prompts and, last, of the empty one."""
@@ -134,5 +162,5 @@ class ImageSampler:
             latents = draw_latents(
                 self.config, self.pathway, contexts, rows, noise, sampling.guidance, segments=segments
             )
-            batches.append(decode_images(self.autoencoder, latents))
+            batches.append(decode_images(self.autoencoder, self.decoder, latents))
         return np.concatenate(batches)[:total]

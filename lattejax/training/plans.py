@@ -1,5 +1,6 @@
 """What each stage of training trains, on what, with which loss, and how it is evaluated on the way."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -10,12 +11,14 @@ from PIL import Image
 
 from lattejax.configuration import Config
 from lattejax.data import digits
+from lattejax.data.examples import image_batcher, open_source
 from lattejax.data.pipeline import Streams, training_batches
 from lattejax.data.prompts import PromptEncoder, question_batch
 from lattejax.evaluation.digits import DigitReader, answer_accuracy
 from lattejax.flow.schedule import Sampling
 from lattejax.models import flops, functional, latte_flow, qwen2_vl
 from lattejax.models.functional import Params
+from lattejax.models.generation import Context
 from lattejax.models.qwen2_vl import Prompts
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler, read_prompts
@@ -26,45 +29,49 @@ from lattejax.training.step import TrainState, make_train_step
 from lattejax.weights.runs import Run, abstract_params, abstract_trained, inference_weights, open_vlm
 
 TRAINING_PASSES = 3  # in forward passes: a backward pass costs two
+PROMPTS_AT_A_TIME = 128  # when contexts are made ahead
 
 
 # ---- The first stage: language modelling of answers
 
 
-def pretrain_plan(config: Config, encoder: PromptEncoder, key: jax.Array) -> StagePlan:
+def pretrain_plan(run: Run, key: jax.Array) -> StagePlan:
     """Trains the VLM, from random weights or another run's, to answer questions about images."""
-    stage, model = config.pretrain, config.model_config
+    config, stage, model = run.config, run.config.pretrain, run.config.model_config
     init_key, step_key = jax.random.split(key)
 
-    def init() -> Params:
-        if stage.init_from:
-            return open_vlm(stage.init_from).vlm()
-        return qwen2_vl.init(model.vlm, init_key)
-
     def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:
-        return {"answer_accuracy": held_out_answers(config, encoder, state.ema)}
+        return {"answer_accuracy": held_out_answers(run, state.ema, config.eval.examples)}
 
     return StagePlan(
         name="pretrain",
         settings=stage,
         abstract=abstract_params(config)["vlm"],
-        init=init,
+        init=lambda: first_vlm(config, init_key),
         step=make_train_step(stage, AnswerLoss(model, jnp.dtype(config.dtype), stage.remat, stage.unroll)),
         key=step_key,
         frozen=None,
-        batches=Streams(questions=question_batches(config, encoder, stage.batch_size)),
+        batches=Streams(questions=question_batches(run, stage.batch_size)),
         evaluate=evaluate,
         flops_per_example=TRAINING_PASSES * question_flops(config),
     )
 
 
-def question_batches(config: Config, encoder: PromptEncoder, batch_size: int) -> grain.DatasetIterator:
+def first_vlm(config: Config, key: jax.Array) -> Params:
+    """What the first stage starts from: another run's VLM, converted weights, or random ones."""
+    if config.pretrain.init_from:
+        return open_vlm(config.pretrain.init_from).vlm()
+    return qwen2_vl.init(config.model_config.vlm, key)
+
+
+def question_batches(run: Run, batch_size: int) -> grain.DatasetIterator:
+    data = run.config.data
     return training_batches(
-        digits.Questions("train", encoder),
-        lambda records: question_batch(encoder, records, config.data.answer_length),
+        open_source(run.config).questions("train", run.encoder),
+        lambda records: question_batch(run.encoder, records, data.answer_length),
         batch_size=batch_size,
-        seed=config.seed,
-        threads=config.data.threads,
+        seed=run.config.seed,
+        threads=data.threads,
     )
 
 
@@ -73,11 +80,16 @@ def question_flops(config: Config) -> int:
     return flops.question(text, vision, config.data.answer_length, config.data.max_pixels // vision.patch_size**2)
 
 
-def held_out_answers(config: Config, encoder: PromptEncoder, vlm: Params) -> float:
-    weights = inference_weights(config, {"vlm": vlm})["vlm"]
-    settings = config.eval
+def held_out_answers(run: Run, vlm: Params, examples: int) -> float:
+    """The share of `examples` held-out questions that are answered right; 0: of all."""
+    config = run.config
     return answer_accuracy(
-        config.model_config.vlm, weights, encoder, examples=settings.examples, batch_size=settings.batch_size
+        config.model_config.vlm,
+        inference_weights(config, {"vlm": vlm})["vlm"],
+        run.encoder,
+        open_source(config).questions("test", run.encoder),
+        examples=examples,
+        batch_size=config.eval.batch_size,
     )
 
 
@@ -86,12 +98,11 @@ def held_out_answers(config: Config, encoder: PromptEncoder, vlm: Params) -> flo
 
 def generation_plan(run: Run, key: jax.Array) -> StagePlan:
     """Trains the generation pathway, from the run's VLM or another run's pathway; in Blend the VLM's layers too."""
-    config, encoder = run.config, run.encoder
+    config, encoder, source = run.config, run.encoder, open_source(run.config)
     stage, model = config.train, config.model_config
     init_key, step_key = jax.random.split(key)
-    fixed = latte_flow.split_trained(model, {"vlm": run.pretrained_vlm()})[1]
-    fixed = functional.cast_floats(fixed, config.dtype)
-    frozen = frozen_inputs(config, encoder, fixed)
+    fixed = latte_flow.split_trained(model, {"vlm": run.pretrained_vlm(config.dtype)})[1]
+    frozen = frozen_inputs(config, encoder, source.captions, fixed)
     loss = FlowLoss(
         model,
         density=stage.flow_density,
@@ -103,8 +114,9 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
         unroll=stage.unroll,
     )
     held_out_loss = jax.jit(loss.held_out)
-    held_out = drawings(config, encoder, "test")
-    few = range(len(held_out))[: config.eval.examples or None]
+    make_batch = image_batcher(config, encoder, source.captions)
+    held_out = source.drawings("test", encoder)
+    few = list(range(len(held_out))[: config.eval.examples or None])
     reader = DigitReader() if config.eval.scored_images else None
 
     def init() -> Params:
@@ -113,30 +125,29 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
         return latte_flow.split_trained(model, latte_flow.init(model, run.pretrained_vlm(), init_key))[0]
 
     def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:
-        losses = held_out_loss(state.ema, frozen, image_batch(config, encoder, [held_out[i] for i in few]))
+        losses = held_out_loss(state.ema, frozen, make_batch(held_out.__getitems__(few)))
         lengths = np.asarray(model.generation.intervals.lengths)
         metrics = {"held_out_loss": np.sum(losses * lengths), "held_out_loss_per_group": losses}
         params = functional.merge(fixed, state.ema)
         if config.trains_answers:
-            metrics["answer_accuracy"] = held_out_answers(config, encoder, params["vlm"])
-        weights = inference_weights(config, params)
-        log.image(int(state.step), "samples", sample_grid(config, encoder, weights))
+            metrics["answer_accuracy"] = held_out_answers(run, params["vlm"], config.eval.examples)
+        sampler = ImageSampler.of(run, params)
+        log.image(int(state.step), "samples", sample_grid(config, sampler))
         if reader is not None:
-            images = draw_digits(config, encoder, weights, config.eval.scored_images, config.eval.sampling)
-            metrics |= reader.score(images)
+            metrics |= reader.score(draw_digits(config, sampler, config.eval.scored_images, config.eval.sampling))
         return metrics
 
     batches = {
         "images": training_batches(
-            drawings(config, encoder, "train"),
-            lambda records: image_batch(config, encoder, records),
+            source.drawings("train", encoder),
+            make_batch,
             batch_size=stage.batch_size,
             seed=config.seed,
             threads=config.data.threads,
         )
     }
     if config.trains_answers:
-        batches["questions"] = question_batches(config, encoder, stage.answer_batch_size)
+        batches["questions"] = question_batches(run, stage.answer_batch_size)
     return StagePlan(
         name="train",
         settings=stage,
@@ -152,41 +163,38 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
         frozen=frozen,
         batches=Streams(**batches),
         evaluate=evaluate,
-        flops_per_example=generation_flops(config),
+        flops_per_example=generation_flops(config, len(source.captions)),
         profile=config.profile,
     )
 
 
-def frozen_inputs(config: Config, encoder: PromptEncoder, fixed: Params) -> Frozen:
+def frozen_inputs(config: Config, encoder: PromptEncoder, captions: Sequence[str], fixed: Params) -> Frozen:
     """What the loss reads besides what it trains. Prompts that repeat are read once: in Couple here and now."""
-    model, captions = config.model_config, caption_prompts(config, encoder)
-    if not config.train.share_contexts:
-        return Frozen(fixed, unconditional=jax.tree.map(lambda x: x[-1:], captions))
+    model, stage = config.model_config, config.train
+    prompts = caption_prompts(config, encoder, captions if stage.share_contexts else ())
+    if not stage.share_contexts:
+        return Frozen(fixed, unconditional=prompts)
     if config.trains_answers:
-        return Frozen(fixed, captions=captions)
-    return Frozen({}, contexts=read_prompts(model, fixed["vlm"], captions))
+        return Frozen(fixed, captions=prompts)
+    # So many at a time, so that a thousand prompts do not need a thousand prompts' activations.
+    starts = range(0, len(prompts.mask), PROMPTS_AT_A_TIME)
+    tables = [
+        read_prompts(model, fixed["vlm"], jax.tree.map(lambda x, i=i: x[i : i + PROMPTS_AT_A_TIME], prompts))
+        for i in starts
+    ]
+    layers = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *(table.layers for table in tables))
+    mask, position = (jnp.concatenate(parts) for parts in zip(*(table[1:] for table in tables), strict=True))
+    return Frozen({}, contexts=Context(layers, mask, position))
 
 
-def drawings(config: Config, encoder: PromptEncoder, split: str) -> digits.Drawings:
-    return digits.Drawings(split, config.autoencoder, encoder, config.data.prompts)
-
-
-def caption_prompts(config: Config, encoder: PromptEncoder) -> Prompts:
-    """The prompts of all captions, and last the empty one."""
-    prompts = [encoder.drawing(caption) for caption in digits.CAPTIONS]
+def caption_prompts(config: Config, encoder: PromptEncoder, captions: Sequence[str]) -> Prompts:
+    """The prompts of captions, and last the empty one."""
+    prompts = [encoder.drawing(caption) for caption in captions]
     return encoder.batch([*prompts, encoder.unconditional()], config.data.prompt_length)
 
 
-def image_batch(config: Config, encoder: PromptEncoder, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Latents, with the numbers of their captions where those are read once, and otherwise with their prompts."""
-    batch = {"latents": np.stack([record["latents"] for record in records])}
-    if config.train.share_contexts:
-        return batch | {"caption": np.stack([record["caption"] for record in records])}
-    return batch | {"prompts": encoder.batch([record["prompt"] for record in records], config.data.prompt_length)}
-
-
-def generation_flops(config: Config) -> float:
-    """Of one image's share of a training step."""
+def generation_flops(config: Config, num_captions: int) -> float:
+    """Of one image's share of a training step; captions that are read ahead of training are not in it."""
     model, stage, tokens = config.model_config, config.train, config.data.prompt_length
     reading = flops.reading(model.vlm.text, tokens)
     passes = TRAINING_PASSES * flops.velocity(model.generation, tokens)
@@ -194,7 +202,7 @@ def generation_flops(config: Config) -> float:
     if not stage.share_contexts:
         passes += reading
     elif config.trains_answers:
-        passes += reading * (len(digits.CAPTIONS) + 1) * stage.accumulation / stage.batch_size
+        passes += reading * (num_captions + 1) * stage.accumulation / stage.batch_size
     if config.trains_answers:
         passes += TRAINING_PASSES * question_flops(config) * stage.answer_batch_size / stage.batch_size
     return passes
@@ -203,15 +211,14 @@ def generation_flops(config: Config) -> float:
 # ---- Samples
 
 
-def sample_grid(config: Config, encoder: PromptEncoder, weights: Params) -> Image.Image:
+def sample_grid(config: Config, sampler: ImageSampler) -> Image.Image:
     """Draws the config's prompts, or where prompts are pictures one of each digit."""
     settings = config.eval
     if config.data.prompts == "captions":
-        labels, prompts = settings.prompts, [encoder.drawing(prompt) for prompt in settings.prompts]
+        labels, prompts = settings.prompts, [sampler.encoder.drawing(prompt) for prompt in settings.prompts]
     else:
         labels = [f"{digits.REQUEST} {word}" for word in digits.WORDS]
-        prompts = drawings(config, encoder, "test").one_of_each()
-    sampler = ImageSampler(config.model_config, config.autoencoder, encoder, weights)
+        prompts = digits.requests(sampler.encoder, config.data.prompts)
     images = sampler(
         prompts,
         settings.sampling,
@@ -222,11 +229,10 @@ def sample_grid(config: Config, encoder: PromptEncoder, weights: Params) -> Imag
     return labelled_grid(images, labels)
 
 
-def draw_digits(config: Config, encoder: PromptEncoder, weights: Params, count: int, sampling: Sampling) -> np.ndarray:
-    """Draws `count` images, zeros first, as many of each digit, from the prompts of held-out records."""
-    sampler = ImageSampler(config.model_config, config.autoencoder, encoder, weights)
+def draw_digits(config: Config, sampler: ImageSampler, count: int, sampling: Sampling) -> np.ndarray:
+    """Draws `count` images, zeros first, as many of each digit."""
     return sampler(
-        drawings(config, encoder, "test").one_of_each(),
+        digits.requests(sampler.encoder, config.data.prompts),
         sampling,
         images_per_prompt=count // len(digits.WORDS),
         batch_size=config.eval.batch_size,

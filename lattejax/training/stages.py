@@ -8,19 +8,29 @@ from etils import epath
 
 from lattejax import configuration
 from lattejax.configuration import Config
-from lattejax.data import digits
 from lattejax.data import tokenizer as tokenizers
+from lattejax.data.examples import Source, open_source
+from lattejax.data.pipeline import every
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
-from lattejax.evaluation.digits import DigitReader, answer_accuracy, frechet_train_test
-from lattejax.files import write_whole
+from lattejax.evaluation.digits import DigitReader, frechet_train_test
+from lattejax.files import located, write_whole
+from lattejax.sampling.images import ImageSampler
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.loop import run_stage
-from lattejax.training.metrics import RunClock
-from lattejax.training.plans import caption_prompts, draw_digits, drawings, generation_plan, pretrain_plan
+from lattejax.training.metrics import RunClock, read_records
+from lattejax.training.plans import (
+    caption_prompts,
+    draw_digits,
+    first_vlm,
+    generation_plan,
+    held_out_answers,
+    pretrain_plan,
+)
 from lattejax.weights import checkpoints, shards
-from lattejax.weights.pretrained import Pretrained
-from lattejax.weights.runs import Run, Workdir, abstract_trained, inference_weights, open_vlm, prompt_encoder
+from lattejax.weights.autoencoders import Identity, StoredAutoencoder
+from lattejax.weights.pretrained import Pretrained, is_converted
+from lattejax.weights.runs import Run, Workdir, abstract_trained, open_vlm, prompt_encoder
 
 
 def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict[str, float]:
@@ -50,13 +60,17 @@ def pretrain(config: Config, path: str | epath.Path, guard: InterruptGuard) -> N
 
 
 def train_vlm(run: Run, clock: RunClock, guard: InterruptGuard) -> None:
-    """Runs the first stage, unless it has finished."""
+    """Runs the first stage, unless it has finished. Of no steps, it takes the weights to start from as they are."""
     workdir, config = run.workdir, run.config
-    if not checkpoints.is_complete(workdir.vlm):
-        key, _ = jax.random.split(jax.random.key(config.seed))
-        plan = pretrain_plan(config, run.encoder, key)
-        weights = run_stage(plan, config, workdir, clock, guard).ema if config.pretrain.steps else plan.init()
-        checkpoints.save_weights(workdir.vlm, weights)
+    key, _ = jax.random.split(jax.random.key(config.seed))
+    if not run.has_vlm:
+        if config.pretrain.steps:
+            plan = pretrain_plan(run, key)
+            checkpoints.save_weights(workdir.vlm, run_stage(plan, config, workdir, clock, guard).ema)
+        elif config.pretrain.init_from and is_converted(located(config.pretrain.init_from)):
+            run.refer_to(Pretrained.open(config.pretrain.init_from))
+        else:
+            checkpoints.save_weights(workdir.vlm, first_vlm(config, jax.random.split(key)[0]))
     if workdir.checkpoints("pretrain").exists():
         workdir.checkpoints("pretrain").rmtree()  # from here on the VLM is stored once
 
@@ -68,10 +82,14 @@ def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]
     """Checks that everything fits, and makes the workdir a run's, or finds that it is this run's."""
     workdir = Workdir.at(path)
     refuse_another_config(config, workdir)
-    encoder = prompt_encoder(config, find_tokenizer(config, workdir))
+    source = open_source(config)
+    encoder = prompt_encoder(config, find_tokenizer(config, workdir, source))
+    identity = check_autoencoder(config)
     check_fit(config, encoder)
     if not workdir.config.exists():
+        check_lengths(config, encoder, source)
         tokenizers.save(encoder.tokenizer, workdir.tokenizer)
+        identity.save(workdir.autoencoder)
         configuration.save(config, workdir.config)
     return Run.open(workdir.path), RunClock(workdir)
 
@@ -89,7 +107,7 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
             )
 
 
-def find_tokenizer(config: Config, workdir: Workdir) -> tokenizers.Tokenizer:
+def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenizers.Tokenizer:
     """Returns the run's tokenizer: the saved one, else that of the run to start from, else the one that the config
     names, else one trained on the data's texts."""
     if tokenizers.is_saved(workdir.tokenizer):
@@ -98,23 +116,50 @@ def find_tokenizer(config: Config, workdir: Workdir) -> tokenizers.Tokenizer:
         return open_vlm(config.pretrain.init_from).encoder.tokenizer
     if config.tokenizer.path:
         return tokenizers.load(epath.Path(config.tokenizer.path))
-    return tokenizers.train(digits.texts(), config.tokenizer.vocab_size)
+    return tokenizers.train(source.texts(), config.tokenizer.vocab_size)
+
+
+def check_autoencoder(config: Config) -> Identity:
+    """Returns which autoencoder the config's latents are of; raises `UserError` if there is none, or it does not fit."""
+    data, stored = config.data, StoredAutoencoder.open(config.data.autoencoder)
+    try:
+        shape = stored.autoencoder.latent_shape(data.image_size)
+    except ValueError as error:
+        raise UserError(f"config.data.{error} of {data.autoencoder}") from error
+    if shape != data.latent_shape:
+        raise UserError(
+            f"config.data.latent_shape={data.latent_shape}, but {data.autoencoder} makes {shape} of "
+            f"image_size={data.image_size}"
+        )
+    return stored.identity
 
 
 def check_fit(config: Config, encoder: PromptEncoder) -> None:
-    """Raises `UserError` if tokenizer, prompts or the weights to start from do not fit the config."""
+    """Raises `UserError` if tokenizer or the weights to start from do not fit the config."""
     entries, room = len(encoder.tokenizer), config.model.text.vocab_size
     if entries > room:
         raise UserError(f"the tokenizer has {entries} entries, more than config.model.text.vocab_size={room}")
-    caption_prompts(config, encoder)
-    encoder.check_length(drawings(config, encoder, "train").prompts, config.data.prompt_length)
-    questions = digits.Questions("train", encoder)
-    encoder.check_length((questions[i] for i in range(len(questions))), config.data.answer_length)
     if config.pretrain.init_from:
         check_same_vlm(config, encoder, open_vlm(config.pretrain.init_from))
     if config.train.init_from:
         theirs = abstract_trained(Run.open(config.train.init_from).config)
         checkpoints.check_shapes(theirs, abstract_trained(config), f"the weights of {config.train.init_from}")
+
+
+def check_lengths(config: Config, encoder: PromptEncoder, source: Source) -> None:
+    """Raises `UserError` if contexts cannot be shared, or a prompt of the data set is longer than the config allows."""
+    if config.train.share_contexts and not source.captions:
+        raise UserError(
+            f"{config.data.latents} has more captions than can be read ahead; set config.train.share_contexts=False"
+        )
+    caption_prompts(config, encoder, source.captions)
+    for split in ("train", "test"):
+        drawings, questions = source.drawings(split, encoder), source.questions(split, encoder)
+        if not (source.captions and config.data.prompts == "captions"):
+            prompts = (encoder.drawing(drawing.caption, drawing.images) for drawing in every(drawings))
+            encoder.check_length(prompts, config.data.prompt_length)
+        if questions is not None:
+            encoder.check_length(every(questions), config.data.answer_length)
 
 
 def check_same_vlm(config: Config, encoder: PromptEncoder, source: Run | Pretrained) -> None:
@@ -138,14 +183,20 @@ def check_same_vlm(config: Config, encoder: PromptEncoder, source: Run | Pretrai
 
 
 def final_scores(run: Run) -> dict[str, float]:
-    """Scores answers, and digits drawn at guidance 1 and 2; see `evaluation.digits`."""
-    config, encoder = run.config, run.encoder
-    weights, vlm = inference_weights(config, run.params()), config.model_config.vlm
-    accuracy = answer_accuracy(vlm, weights["vlm"], encoder, examples=0, batch_size=config.eval.batch_size)
-    scores, reader = {"answer_accuracy": accuracy}, DigitReader()
-    for guidance in (1, 2):
-        sampling = dataclasses.replace(config.eval.sampling, guidance=float(guidance))
-        images = draw_digits(config, encoder, weights, config.eval.final_images, sampling)
-        for name, score in reader.score(images).items():
-            scores[f"{name}_guidance_{guidance}"] = score
+    """The last held-out loss; of the digits also the share of right answers, and scores of digits drawn at guidance 1
+    and 2, see `evaluation.digits`."""
+    config = run.config
+    losses = [record["held_out_loss"] for record in read_records(run.workdir.metrics) if "held_out_loss" in record]
+    scores = {"held_out_loss": losses[-1]} if losses else {}
+    if config.data.source != "digits":
+        return scores
+    params, reader = run.params(), DigitReader()
+    scores["answer_accuracy"] = held_out_answers(run, params["vlm"], examples=0)
+    if config.eval.final_images:
+        sampler = ImageSampler.of(run, params)
+        for guidance in (1, 2):
+            sampling = dataclasses.replace(config.eval.sampling, guidance=float(guidance))
+            images = draw_digits(config, sampler, config.eval.final_images, sampling)
+            for name, score in reader.score(images).items():
+                scores[f"{name}_guidance_{guidance}"] = score
     return scores | {"frechet_train_test": frechet_train_test()}

@@ -25,16 +25,17 @@ from ml_collections import ConfigDict
 
 from lattejax import configuration
 from lattejax.configuration import Config
+from lattejax.data import digits
+from lattejax.data.examples import open_source
 from lattejax.errors import UserError
 from lattejax.evaluation.comparison import write_comparison
 from lattejax.evaluation.digits import DigitReader
 from lattejax.files import write_whole
 from lattejax.sampling.images import ImageSampler
 from lattejax.training.interrupt import Interrupted, InterruptGuard
-from lattejax.training.plans import drawings
-from lattejax.training.stages import check_fit, find_tokenizer, pretrain, train
+from lattejax.training.stages import check_fit, check_lengths, find_tokenizer, pretrain, train
 from lattejax.weights import checkpoints
-from lattejax.weights.runs import Run, Workdir, abstract_params, inference_weights, prompt_encoder
+from lattejax.weights.runs import Run, Workdir, abstract_params, prompt_encoder
 
 KEYS = ("base", "variants", "seeds", "sample_steps")
 
@@ -67,6 +68,8 @@ def resolve_sweep(config: ConfigDict) -> Sweep:
     for name, variant in variants.items():
         checkpoints.check_shapes(vlm, abstract_params(variant)["vlm"], f"variant {name}: the base config's VLM weights")
         batch, images = variant.eval.batch_size, variant.eval.final_images
+        if variant.data.source != "digits" or not images:
+            raise UserError(f"variant {name}: a sweep scores digits; it needs data.source='digits', eval.final_images")
         if batch % 10 or images % batch:
             raise UserError(f"variant {name}: eval.batch_size={batch} must be a multiple of 10 that divides {images}")
         if not variant.train.steps:
@@ -101,9 +104,12 @@ def run_sweep(sweep: Sweep, path: str | epath.Path, guard: InterruptGuard) -> st
     directory = Workdir.at(path).path
     if jax.config.jax_compilation_cache_dir is None:  # seeds of one variant compile the same programs
         jax.config.update("jax_compilation_cache_dir", str(directory / "compilation_cache"))
-    tokenizer = find_tokenizer(sweep.base, Workdir(directory / "vlm"))
+    source = open_source(sweep.base)
+    tokenizer = find_tokenizer(sweep.base, Workdir(directory / "vlm"), source)
     for variant in {variant.data: variant for variant in sweep.variants.values()}.values():
-        check_fit(variant, prompt_encoder(variant, tokenizer))
+        encoder = prompt_encoder(variant, tokenizer)
+        check_fit(variant, encoder)
+        check_lengths(variant, encoder, open_source(variant))
     pretrain(sweep.base, directory / "vlm", guard)
     runs = {}
     for seed in sweep.seeds:
@@ -163,9 +169,8 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
 def _drawer(run: Run) -> Callable[[int, int], np.ndarray]:
     """Returns what draws one batch of digits, zeros first, given the number of steps and a seed."""
     config = run.config
-    weights = inference_weights(config, run.params())
-    sampler = ImageSampler(config.model_config, config.autoencoder, run.encoder, weights)
-    prompts = drawings(config, run.encoder, "test").one_of_each()
+    sampler = ImageSampler.of(run, run.params())
+    prompts = digits.requests(run.encoder, config.data.prompts)
     size = config.eval.batch_size
 
     def draw(steps: int, seed: int) -> np.ndarray:

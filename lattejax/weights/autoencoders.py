@@ -1,145 +1,128 @@
-"""Autoencoders' checkpoints: DC-AE and TAESD as diffusers keeps them, and TAESD in its own two files.
+"""An autoencoder's directory: what `lattejax.convert` makes of a checkpoint, and how it is read.
 
-Scaling is not read: some of the published config files do not say it, and a wrong scale goes unnoticed.
+encoder/, decoder/   float32 weights (Orbax); encoding reads the one, drawing the other
+config.json          geometry, as diffusers writes it
+autoencoder.json     scale and shift of the latents, and the hash of every weight file; written last
+
+Latents are of no use with another scale, shift or network than they were made with, and nothing would show it but bad
+images. So the three go wherever latents go, as an `Identity`, and are compared wherever latents meet an autoencoder.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import dataclasses
+import hashlib
+import json
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from flax import traverse_util
 
 from lattejax.errors import UserError
-from lattejax.files import read_json
-from lattejax.models import autoencoders
-from lattejax.models.autoencoders import NetworkConfig
-from lattejax.models.dc_ae import DCAEConfig, Stage
+from lattejax.files import located, new_directory, read_json, write_whole
+from lattejax.models.autoencoders import PIXELS, Autoencoder
 from lattejax.models.functional import Params
-from lattejax.models.taesd import TAESDConfig
-from lattejax.weights import shards
-from lattejax.weights.shards import Shards
+from lattejax.models.pixels import PixelConfig
+from lattejax.weights import checkpoints, diffusers, hugging_face
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+RECORD = "autoencoder.json"
 
 
-def read_geometry(directory: epath.Path) -> NetworkConfig:
-    """Returns the geometry that a checkpoint's config.json describes.
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What makes latents fit an autoencoder."""
+
+    sha256: str  # of its weight files' hashes, or PIXELS
+    scale: float
+    shift: float
+
+    @classmethod
+    def load(cls, path: epath.Path) -> "Identity":
+        """Reads what `save` has written; raises `UserError` where it cannot be read."""
+        values = read_json(path)
+        if values.keys() != {field.name for field in dataclasses.fields(cls)}:
+            raise UserError(f"{path} does not say which autoencoder its latents are of: {values!r:.200}")
+        return cls(**values)
+
+    def save(self, path: epath.Path) -> None:
+        write_whole(path, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
+
+    def check(self, other: "Identity", ours: str, theirs: str) -> None:
+        """Raises `UserError` where the two differ, naming whose they are."""
+        different = [
+            f"{field.name} {getattr(self, field.name)} of {ours}, {getattr(other, field.name)} of {theirs}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]
+        if different:
+            raise UserError(f"the latents of {theirs} are not those of {ours}: {'; '.join(different)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredAutoencoder:
+    """An autoencoder opened for reading; `directory` is None for bare pixels."""
+
+    directory: epath.Path | None
+    autoencoder: Autoencoder
+    identity: Identity
+
+    @classmethod
+    def open(cls, path: str) -> "StoredAutoencoder":
+        """Opens a converted autoencoder, or "pixels"; raises `UserError` where there is none, or none whole."""
+        if path == PIXELS:
+            return cls(None, Autoencoder(PixelConfig()), Identity(PIXELS, 1.0, 0.0))
+        directory = located(path)
+        if not (directory / RECORD).is_file():
+            raise UserError(f"{path} holds no converted autoencoder: it has no {RECORD}; make it with lattejax.convert")
+        record = read_json(directory / RECORD)
+        try:
+            identity = Identity(_fingerprint(record["sha256"]), record["scale"], record["shift"])
+            autoencoder = Autoencoder(diffusers.read_geometry(directory), identity.scale, identity.shift)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{directory / RECORD} cannot be read: {type(error).__name__}: {error}") from error
+        return cls(directory, autoencoder, identity)
+
+    def weights(self, part: str) -> Params:
+        """Reads the weights of the "encoder" or the "decoder"; raises `UserError` where they are damaged."""
+        if self.directory is None:
+            return {}
+        abstract = jax.eval_shape(self.autoencoder.init, jax.random.key(0))
+        return checkpoints.load_weights(self.directory / part, abstract[part])
+
+
+def _fingerprint(hashes: dict[str, str]) -> str:
+    """One hash for those of all files, whatever the files' names."""
+    return hashlib.sha256(" ".join(sorted(hashes.values())).encode()).hexdigest()
+
+
+def convert(source: str, out: str | epath.Path, scale: float | None = None, shift: float | None = None) -> None:
+    """Converts a checkpoint of diffusers, or TAESD's own files, into the directory `out`.
+
+    Args:
+      source: a hub id or a local directory.
+      out: the directory to make.
+      scale: of the latents; None: as the checkpoint states.
+      shift: likewise.
 
     Raises:
-      UserError: it is not there, is of another class, lacks a key, or asks for what is not done here.
+      UserError: the checkpoint is not whole, states no scale, or another one; or `out` exists. Nothing is left there.
     """
-    path = directory / CONFIG
-    values = read_json(path)
-    if values.get("_class_name") not in CLASSES:
-        raise UserError(f"{directory} holds a {values.get('_class_name')!r}; expected one of {list(CLASSES)}")
+    checkpoint = hugging_face.find(source)
+    listed_scale, listed_shift = diffusers.listed_scaling(checkpoint)
+    if scale is None and listed_scale is None:
+        raise UserError(
+            f"{source} does not state the scale of its latents; give it with --scale "
+            "(published: 0.3189 for dc-ae-f32c32-in-1.0, 0.41407 for dc-ae-f32c32-sana-1.0)"
+        )
+    for name, given, listed in (("scale", scale, listed_scale), ("shift", shift, listed_shift or None)):
+        if given is not None and listed is not None and given != listed:
+            raise UserError(f"--{name}={given}, but {source} states {listed}; leave the flag out")
+    scale, shift = listed_scale if scale is None else scale, listed_shift if shift is None else shift
+    network, params, hashes = diffusers.read_checkpoint(checkpoint)
     try:
-        return CLASSES[values["_class_name"]](values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as that of an {values['_class_name']}: {error}") from error
-
-
-def _dc_ae(values: dict) -> DCAEConfig:
-    return DCAEConfig(
-        encoder=_stages(values, "encoder", norms="rms_norm", activations="silu"),
-        decoder=_stages(values, "decoder", values["decoder_norm_types"], values["decoder_act_fns"]),
-        in_channels=values["in_channels"],
-        latent_channels=values["latent_channels"],
-        head_dim=values["attention_head_dim"],
-        unshuffle=values["downsample_block_type"] == "pixel_unshuffle",
-        shuffle=values["upsample_block_type"] == "pixel_shuffle",
-        encoder_shortcut=values.get("encoder_out_shortcut", True),
-        decoder_shortcut=values.get("decoder_in_shortcut", True),
-        last_activation=values.get("decoder_conv_act_fn", "relu"),
-    )
-
-
-def _stages(values: dict, part: str, norms: str | list[str], activations: str | list[str]) -> tuple[Stage, ...]:
-    widths = values[f"{part}_block_out_channels"]
-
-    def each(of_stages: str | list[str]) -> list[str]:
-        return [of_stages] * len(widths) if isinstance(of_stages, str) else of_stages
-
-    columns = zip(
-        widths,
-        values[f"{part}_layers_per_block"],
-        each(values[f"{part}_block_types"]),
-        each(norms),
-        each(activations),
-        map(tuple, values[f"{part}_qkv_multiscales"]),
-        strict=True,
-    )
-    return tuple(Stage(*column) for column in columns)
-
-
-def _taesd(values: dict) -> TAESDConfig:
-    for name, supported in (("act_fn", "relu"), ("upsample_fn", "nearest"), ("upsampling_scaling_factor", 2)):
-        if values[name] != supported:
-            raise ValueError(f"{name}={values[name]!r} is not supported; only {supported!r} is")
-    if len({*values["encoder_block_out_channels"], *values["decoder_block_out_channels"]}) != 1:
-        raise ValueError("the widths of all blocks must be one and the same")
-    return TAESDConfig(
-        width=values["encoder_block_out_channels"][0],
-        encoder_blocks=tuple(values["num_encoder_blocks"]),
-        decoder_blocks=tuple(values["num_decoder_blocks"]),
-        in_channels=values["in_channels"],
-        latent_channels=values["latent_channels"],
-    )
-
-
-CLASSES = {"AutoencoderDC": _dc_ae, "AutoencoderTiny": _taesd}
-
-
-def read(directory: epath.Path) -> tuple[NetworkConfig, Params]:
-    """Reads a checkpoint: its geometry and its float32 weights.
-
-    Raises:
-      UserError: a name or a shape is not what the config asks for, or a file is missing or cut short.
-    """
-    config, stored = read_geometry(directory), Shards.open(directory, WEIGHTS)
-    return config, _assemble(config, stored.shapes, stored.read, directory / CONFIG)
-
-
-def read_taesd(encoder: epath.Path, decoder: epath.Path) -> tuple[TAESDConfig, Params]:
-    """Reads TAESD's own two files, whose tensors are named by the number of their layer.
-
-    Raises:
-      UserError: a file is missing or cut short, or its tensors are not TAESD's.
-    """
-    parts = {part: Shards.open(file.parent, file.name) for part, file in (("encoder", encoder), ("decoder", decoder))}
-    # Where diffusers' decoder begins with a convolution, theirs begins with the clamp.
-    first = {"encoder": 0, "decoder": 1}
-    places = {
-        f"{part}.layers.{int(number) - first[part]}.{rest}": (part, f"{number}.{rest}")
-        for part, shards_of_part in parts.items()
-        for number, rest in (name.split(".", 1) for name in shards_of_part.files)
-    }
-    shapes = {name: parts[part].shapes[stored] for name, (part, stored) in places.items()}
-    channels = shapes.get("decoder.layers.0.weight", (0, 0))[1]
-    config = TAESDConfig(latent_channels=channels)
-    return config, _assemble(config, shapes, lambda name: parts[places[name][0]].read(places[name][1]), encoder)
-
-
-def _assemble(config: NetworkConfig, shapes: Mapping, read_tensor: Callable[[str], np.ndarray], source: Any) -> Params:
-    paths = traverse_util.flatten_dict(jax.eval_shape(lambda: autoencoders.init(config, jax.random.key(0))), sep="/")
-    names = {path: _name(path) for path in paths}
-    shards.check_tensors(shapes, {names[path]: _to_torch(array.shape) for path, array in paths.items()}, source)
-    weights = {path: jnp.asarray(_from_torch(read_tensor(name)), jnp.float32) for path, name in names.items()}
-    return traverse_util.unflatten_dict(weights, sep="/")
-
-
-def _name(path: str) -> str:
-    module, leaf = path.rsplit("/", 1)
-    return f"{module.replace('/', '.')}.{LEAVES[leaf]}"
-
-
-def _to_torch(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[height, width, in, out] is PyTorch's [out, in, height, width], and [in, out] its [out, in]."""
-    return (*shape[::-1][:2], *shape[:-2])
-
-
-def _from_torch(tensor: np.ndarray) -> np.ndarray:
-    return np.moveaxis(tensor, (0, 1), (-1, -2)) if tensor.ndim > 1 else tensor
+        autoencoder = Autoencoder(network, float(scale), float(shift))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: {error}") from error
+    with new_directory(out) as directory:
+        for part in ("encoder", "decoder"):
+            checkpoints.save_weights(directory / part, params[part])
+        diffusers.write_geometry(checkpoint, network, directory)
+        record = {"source": source, "scale": autoencoder.scale, "shift": autoencoder.shift, "sha256": hashes}
+        (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n")

@@ -3,6 +3,8 @@
 config.json           the resolved config
 tokenizer/            the tokenizer, as transformers writes it
 vlm/                  the VLM's weights as the first stage ends with them, written once
+vlm.json              instead of them, where converted weights are taken as they are: where those are, and their hashes
+autoencoder.json      which autoencoder the latents are of
 checkpoints/<stage>/  the stage's latest checkpoints
 metrics.jsonl         one JSON object a line; also in tensorboard/
 samples/              a grid of samples for each evaluation
@@ -11,6 +13,7 @@ results.json          the final scores
 
 import dataclasses
 import functools
+import json
 
 import jax
 from etils import epath
@@ -21,11 +24,12 @@ from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
-from lattejax.files import located, new_directory
+from lattejax.files import located, new_directory, read_json, write_whole
 from lattejax.models import functional, latte_flow, qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.weights import checkpoints, exports, shards
+from lattejax.weights.autoencoders import Identity, StoredAutoencoder
 from lattejax.weights.checkpoints import Checkpoints
 from lattejax.weights.pretrained import Pretrained, is_converted
 
@@ -52,6 +56,14 @@ class Workdir:
     @property
     def vlm(self) -> epath.Path:
         return self.path / "vlm"
+
+    @property
+    def vlm_reference(self) -> epath.Path:
+        return self.path / "vlm.json"
+
+    @property
+    def autoencoder(self) -> epath.Path:
+        return self.path / "autoencoder.json"
 
     def checkpoints(self, stage: str) -> epath.Path:
         return self.path / "checkpoints" / stage
@@ -126,11 +138,43 @@ class Run:
         """Whether this is what `export` has written: weights to be read, but no run to go on with."""
         return shards.are_stored(self.workdir.path)
 
-    def pretrained_vlm(self) -> Params:
-        """Reads the float32 weights that the first stage ended with."""
-        if not checkpoints.is_complete(self.workdir.vlm):
+    @property
+    def has_vlm(self) -> bool:
+        """Whether the first stage has ended."""
+        return checkpoints.is_complete(self.workdir.vlm) or self.workdir.vlm_reference.exists()
+
+    def pretrained_vlm(self, dtype: str = "float32") -> Params:
+        """Reads the weights that the first stage ended with, stacked.
+
+        Raises:
+          UserError: it has not ended, or the converted weights that it has taken are gone, or others.
+        """
+        if self.workdir.vlm_reference.exists():
+            reference = read_json(self.workdir.vlm_reference)
+            source = Pretrained.open(reference["path"])
+            if source.record["sha256"] != reference["sha256"]:
+                raise UserError(f"{reference['path']} holds other weights than {self.workdir.path} was trained beside")
+            return source.params(dtype)
+        if not self.has_vlm:
             raise UserError(f"{self.workdir.path} has no finished VLM yet; let its first stage of training end")
-        return checkpoints.load_weights(self.workdir.vlm, abstract_params(self.config)["vlm"])
+        vlm = checkpoints.load_weights(self.workdir.vlm, abstract_params(self.config)["vlm"])
+        return functional.cast_floats(vlm, dtype)
+
+    def refer_to(self, source: Pretrained) -> None:
+        """Takes converted weights for the first stage's, without a copy of them."""
+        reference = {"path": str(source.directory), "sha256": source.record["sha256"]}
+        write_whole(self.workdir.vlm_reference, (json.dumps(reference, indent=2) + "\n").encode())
+
+    def open_autoencoder(self, path: str = "") -> StoredAutoencoder:
+        """Opens the autoencoder of the run's latents, where the config says, or at `path` if it has moved.
+
+        Raises:
+          UserError: there is none, or another one: other weights, scale or shift.
+        """
+        path = path or self.config.data.autoencoder
+        stored = StoredAutoencoder.open(path)
+        Identity.load(self.workdir.autoencoder).check(stored.identity, f"the run {self.workdir.path}", path)
+        return stored
 
     def trained(self, target: Config | None = None) -> Params:
         """Reads the average of what the second stage trains, float32, from its latest checkpoint."""
@@ -173,6 +217,7 @@ class Run:
         with new_directory(out) as directory:
             exports.write(directory, self.params())
             tokenizers.save(self.encoder.tokenizer, Workdir(directory).tokenizer)
+            Identity.load(self.workdir.autoencoder).save(Workdir(directory).autoencoder)
             configuration.save(self.config, Workdir(directory).config)
 
 

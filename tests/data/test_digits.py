@@ -6,8 +6,10 @@ import numpy as np
 from PIL import Image
 
 from lattejax.data import digits
-from lattejax.data.pipeline import training_batches
-from lattejax.models.autoencoders import PixelAutoencoder
+from lattejax.data.pipeline import every, training_batches
+from lattejax.models.autoencoders import Autoencoder
+from lattejax.models.pixels import PixelConfig
+from lattejax.sampling.images import decode_images
 from tests.helpers import encoder_for, tiny_config
 
 
@@ -30,33 +32,36 @@ def test_answers_are_true():
 
 
 def test_latents_decode_to_the_pictures():
-    autoencoder = PixelAutoencoder(8)
-    source = digits.Drawings("test", autoencoder, encoder_for(tiny_config()), "captions")
-    pixels = np.clip(127.5 * np.asarray(autoencoder.decode(source.latents)) + 128, 0, 255).astype(np.uint8)
+    source = digits.Drawings("test", encoder_for(tiny_config()), "captions")
+    pixels = np.asarray(decode_images(Autoencoder(PixelConfig()), {}, source.latents))
     np.testing.assert_array_equal(pixels, digits.load("test").images)
-    assert digits.CAPTIONS[source[5]["caption"]] == f"a handwritten {digits.WORDS[source.labels[5]]}"
+    (drawing,) = source.__getitems__([5])
+    assert drawing.caption == f"a handwritten {digits.WORDS[source.labels[5]]}"
 
 
 def test_picture_prompts_show_another_picture_of_the_same_digit():
     """Every picture of the split is shown once, none with itself."""
     encoder = encoder_for(tiny_config())
-    source = digits.Drawings("test", PixelAutoencoder(8), encoder, "pictures")
+    source = digits.Drawings("test", encoder, "pictures")
     others = source._others()
     assert sorted(others) == list(range(len(source))) and np.all(others != np.arange(len(source)))
     np.testing.assert_array_equal(source.labels[others], source.labels)
     shown = encoder.read_image(Image.fromarray(digits.load("test").images[others[7]]))
-    np.testing.assert_array_equal(source[7]["prompt"].images[0].patches, shown.patches)
-    assert digits.REQUEST in encoder.tokenizer.decode(source[7]["prompt"].input_ids)
-    firsts = [np.flatnonzero(source.labels == label)[0] for label in range(10)]
-    assert source.one_of_each() == [source.prompts[first] for first in firsts]
+    (drawing,) = source.__getitems__([7])
+    np.testing.assert_array_equal(drawing.images[0].patches, shown.patches)
+    assert drawing.caption == digits.REQUEST
+    asked = [source.__getitems__([np.flatnonzero(source.labels == label)[0]])[0] for label in range(10)]
+    for request, drawing in zip(digits.requests(encoder, "pictures"), asked, strict=True):
+        np.testing.assert_array_equal(request.images[0].patches, drawing.images[0].patches)
+        assert digits.REQUEST in encoder.tokenizer.decode(request.input_ids)
 
 
 class Numbers:
     def __len__(self):
         return 10
 
-    def __getitem__(self, index):
-        return int(index)
+    def __getitems__(self, indices):
+        return list(map(int, indices))
 
 
 def take(iterator, count):
@@ -91,4 +96,4 @@ def test_every_question_fits_the_configs_length():
     config = tiny_config()
     for split in ("train", "test"):
         questions = digits.Questions(split, encoder_for(config))
-        assert max(len(questions[i].input_ids) for i in range(len(questions))) <= config.data.answer_length
+        assert max(len(question.input_ids) for question in every(questions)) <= config.data.answer_length

@@ -11,6 +11,8 @@ from PIL import Image
 from lattejax.data import digits
 from lattejax.flow.schedule import Sampling, plan_segments
 from lattejax.models import generation, latte_flow, qwen2_vl
+from lattejax.models.autoencoders import Autoencoder
+from lattejax.models.pixels import PixelConfig
 from lattejax.sampling import images as sampling_module
 from lattejax.sampling.images import ImageSampler, draw_latents, sample_noise
 from tests.helpers import encoder_for, randomize, tiny_config
@@ -27,7 +29,8 @@ PROMPTS = [ENCODER.drawing(text) for text in ("a handwritten seven", "a handwrit
 def sampler(variant: str = "couple") -> ImageSampler:
     model = CONFIGS[variant].model_config
     params = latte_flow.init(model, qwen2_vl.init(model.vlm, jax.random.key(0)), jax.random.key(1))
-    return ImageSampler(model, CONFIG.autoencoder, ENCODER, latte_flow.unstack(randomize(params, 2, 0.1)))
+    weights = latte_flow.unstack(randomize(params, 2, 0.1))
+    return ImageSampler(model, Autoencoder(PixelConfig()), ENCODER, weights, {})
 
 
 FIVE_STEPS = Sampling(5)

@@ -9,19 +9,20 @@ import optax
 import pytest
 
 from lattejax.data import digits
+from lattejax.data.examples import image_batcher, open_source
 from lattejax.data.prompts import question_batch
 from lattejax.flow.path import interpolate
 from lattejax.models import functional, generation, latte_flow, qwen2_vl
 from lattejax.sampling.images import read_prompts
 from lattejax.training.objectives import AnswerLoss, FlowLoss, Frozen, answer_loss, norms_per_group
-from lattejax.training.plans import caption_prompts, drawings, image_batch
+from lattejax.training.plans import caption_prompts
 from lattejax.training.step import init_state, learning_rate, make_train_step
 from tests.helpers import encoder_for, randomize, tiny_config
 
 CONFIG = tiny_config()
 ENCODER = encoder_for(CONFIG)
 MODEL = CONFIG.model_config
-PROMPTS = caption_prompts(CONFIG, ENCODER)
+PROMPTS = caption_prompts(CONFIG, ENCODER, digits.CAPTIONS)
 EMPTY = jax.tree.map(lambda x: x[-1:], PROMPTS)
 
 
@@ -55,14 +56,15 @@ def flow_loss(config=CONFIG, **overrides) -> FlowLoss:
 
 @functools.cache
 def batch(rows: int = 8, config=CONFIG) -> dict:
-    source = drawings(config, ENCODER, "train")
-    return {"images": image_batch(config, ENCODER, [source[i] for i in range(rows)])}
+    source = open_source(config)
+    drawings = source.drawings("train", ENCODER).__getitems__(range(rows))
+    return {"images": image_batcher(config, ENCODER, source.captions)(drawings)}
 
 
 @functools.cache
 def questions(rows: int = 4) -> dict:
     source = digits.Questions("train", ENCODER)
-    return question_batch(ENCODER, [source[7 * i] for i in range(rows)], CONFIG.data.answer_length)
+    return question_batch(ENCODER, source.__getitems__([7 * i for i in range(rows)]), CONFIG.data.answer_length)
 
 
 def row_keys(rows: int = 8):
@@ -335,7 +337,7 @@ def test_learning_rate_warms_up_and_decays(decay, last):
 def test_answers_alone_are_learnt():
     """The loss is the mean negative log-likelihood of answer tokens; those before count for nothing."""
     source = digits.Questions("train", ENCODER)
-    records = [source[i] for i in (0, 1, 6)]
+    records = source.__getitems__([0, 1, 6])
     rows = question_batch(ENCODER, records, CONFIG.data.answer_length)
     value, _ = AnswerLoss(MODEL, jnp.float32, "none", False)(VLM, None, {"questions": rows}, None)
     hidden, _ = qwen2_vl.forward(CONFIG.model_config.vlm, VLM, rows["prompts"])

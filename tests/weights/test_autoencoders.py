@@ -1,5 +1,6 @@
 """DC-AE and TAESD against diffusers, from checkpoints that diffusers wrote; TAESD3's own weights on a photo."""
 
+import functools
 import json
 import os
 
@@ -13,12 +14,21 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 
 from lattejax.errors import UserError
-from lattejax.models import autoencoders
-from lattejax.weights.autoencoders import WEIGHTS, read, read_taesd
+from lattejax.models.autoencoders import Autoencoder
+from lattejax.weights.diffusers import WEIGHTS, read, read_taesd
 from tests.helpers import assert_same_bits, shared_data
 
-encode = jax.jit(autoencoders.encode, static_argnames="config")
-decode = jax.jit(autoencoders.decode, static_argnames="config")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(config, params, images):
+    return Autoencoder(config).encode(params["encoder"], images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(config, params, latents):
+    return Autoencoder(config).decode(params["decoder"], latents)
+
 
 VIT = "EfficientViTBlock"
 FAMILIES = {

@@ -1,0 +1,90 @@
+"""What the two stages train on: the interface of a source, and how its records become batches."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from lattejax.configuration import Config
+from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawing:
+    """Latents [h, w, C] as the flow sees them, and what they show: in words, perhaps after images to look at."""
+
+    latents: np.ndarray
+    caption: str
+    images: tuple[ReadableImage, ...] = ()
+
+
+class Drawings(Protocol):
+    """Random access to what is to be drawn."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Drawing]: ...
+
+
+class Questions(Protocol):
+    """Random access to questions about pictures, each with its answer."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> list[EncodedPrompt]: ...
+
+    def text(self, index: int) -> tuple[str, str]:
+        """Question and answer."""
+
+    def unanswered(self, index: int) -> EncodedPrompt:
+        """The same prompt, up to where the answer is to be given."""
+
+
+class Source(Protocol):
+    """A data set, in the splits "train" and "test".
+
+    `captions` are all there are, where they are few enough to be read once for all; otherwise none.
+    """
+
+    captions: tuple[str, ...]
+
+    def drawings(self, split: str, encoder: PromptEncoder) -> Drawings: ...
+
+    def questions(self, split: str, encoder: PromptEncoder) -> Questions | None: ...
+
+    def texts(self) -> Iterable[str]:
+        """Everything that is said, to train a tokenizer on."""
+
+
+def open_source(config: Config) -> Source:
+    """Opens the config's data set.
+
+    Raises:
+      UserError: the data set is not whole, or was made with another autoencoder or for another size.
+    """
+    # Imported here, since neither scikit-learn nor tensorflow-datasets is quick to import.
+    if config.data.source == "digits":
+        from lattejax.data.digits import DigitSource
+
+        return DigitSource(config.data.prompts)
+    from lattejax.data.latents import LatentSource
+
+    return LatentSource.open(config)
+
+
+def image_batcher(
+    config: Config, encoder: PromptEncoder, captions: Sequence[str]
+) -> Callable[[Sequence[Drawing]], dict[str, Any]]:
+    """Returns what makes a batch of drawings: latents, with the numbers of their captions in the table of `captions`
+    where those are read once for all, and otherwise with their prompts."""
+    numbers = {caption: number for number, caption in enumerate(captions)}
+
+    def batch(drawings: Sequence[Drawing]) -> dict[str, Any]:
+        images = {"latents": np.stack([drawing.latents for drawing in drawings])}
+        if config.train.share_contexts:
+            return images | {"caption": np.array([numbers[drawing.caption] for drawing in drawings], np.int32)}
+        prompts = [encoder.drawing(drawing.caption, drawing.images) for drawing in drawings]
+        return images | {"prompts": encoder.batch(prompts, config.data.prompt_length)}
+
+    return batch

@@ -1,0 +1,202 @@
+"""Autoencoders' checkpoints: DC-AE and TAESD as diffusers keeps them, and TAESD in its own two files."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from lattejax.errors import UserError
+from lattejax.files import read_json
+from lattejax.models.autoencoders import Autoencoder, NetworkConfig
+from lattejax.models.dc_ae import DCAEConfig, Stage
+from lattejax.models.functional import Params
+from lattejax.models.taesd import TAESDConfig
+from lattejax.weights import shards
+from lattejax.weights.shards import Shards
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+TAESD_FILES = {"encoder": "*_encoder.safetensors", "decoder": "*_decoder.safetensors"}
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def is_autoencoder(directory: epath.Path) -> bool:
+    """Whether a directory holds an autoencoder: one of diffusers' classes, or TAESD's own two files."""
+    if (directory / CONFIG).exists():
+        return "_class_name" in read_json(directory / CONFIG)
+    return all(any(directory.glob(pattern)) for pattern in TAESD_FILES.values())
+
+
+def read_checkpoint(directory: epath.Path) -> tuple[NetworkConfig, Params, dict[str, str]]:
+    """Reads an autoencoder: its geometry, its float32 weights, and the SHA-256 of its weight files.
+
+    Raises:
+      UserError: a name or a shape is not what the config asks for, or a file is missing or cut short.
+    """
+    if (directory / CONFIG).exists():
+        return *read(directory), Shards.open(directory, WEIGHTS).hashes()
+    files = {part: sorted(directory.glob(pattern)) for part, pattern in TAESD_FILES.items()}
+    for part, found in files.items():
+        if len(found) != 1:
+            raise UserError(f"{directory} has {len(found)} files {TAESD_FILES[part]}, expected one")
+    (encoder,), (decoder,) = files["encoder"], files["decoder"]
+    hashes = [Shards.open(file.parent, file.name).hashes() for file in (encoder, decoder)]
+    return *read_taesd(encoder, decoder), hashes[0] | hashes[1]
+
+
+def listed_scaling(directory: epath.Path) -> tuple[float | None, float]:
+    """Returns the scale and the shift of latents that a checkpoint states; the scale is None where it states none.
+
+    A DC-AE's scale of 1 is none: diffusers writes that where the checkpoint that it has read did not say. TAESD's own
+    files are meant for latents as they are.
+    """
+    if not (directory / CONFIG).exists():
+        return 1.0, 0.0
+    values = read_json(directory / CONFIG)
+    scale, shift = values.get("scaling_factor"), values.get("shift_factor") or 0.0
+    if values["_class_name"] == "AutoencoderDC" and scale == 1:
+        scale = None
+    return scale, shift
+
+
+def read_geometry(directory: epath.Path) -> NetworkConfig:
+    """Returns the geometry that a checkpoint's config.json describes.
+
+    Raises:
+      UserError: it is not there, is of another class, lacks a key, or asks for what is not done here.
+    """
+    path = directory / CONFIG
+    values = read_json(path)
+    if values.get("_class_name") not in CLASSES:
+        raise UserError(f"{directory} holds a {values.get('_class_name')!r}; expected one of {list(CLASSES)}")
+    try:
+        return CLASSES[values["_class_name"]](values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as that of an {values['_class_name']}: {error}") from error
+
+
+def _dc_ae(values: dict) -> DCAEConfig:
+    return DCAEConfig(
+        encoder=_stages(values, "encoder", norms="rms_norm", activations="silu"),
+        decoder=_stages(values, "decoder", values["decoder_norm_types"], values["decoder_act_fns"]),
+        in_channels=values["in_channels"],
+        latent_channels=values["latent_channels"],
+        head_dim=values["attention_head_dim"],
+        unshuffle=values["downsample_block_type"] == "pixel_unshuffle",
+        shuffle=values["upsample_block_type"] == "pixel_shuffle",
+        encoder_shortcut=values.get("encoder_out_shortcut", True),
+        decoder_shortcut=values.get("decoder_in_shortcut", True),
+        last_activation=values.get("decoder_conv_act_fn", "relu"),
+    )
+
+
+def _stages(values: dict, part: str, norms: str | list[str], activations: str | list[str]) -> tuple[Stage, ...]:
+    widths = values[f"{part}_block_out_channels"]
+
+    def each(of_stages: str | list[str]) -> list[str]:
+        return [of_stages] * len(widths) if isinstance(of_stages, str) else of_stages
+
+    columns = zip(
+        widths,
+        values[f"{part}_layers_per_block"],
+        each(values[f"{part}_block_types"]),
+        each(norms),
+        each(activations),
+        map(tuple, values[f"{part}_qkv_multiscales"]),
+        strict=True,
+    )
+    return tuple(Stage(*column) for column in columns)
+
+
+def _taesd(values: dict) -> TAESDConfig:
+    for name, supported in (("act_fn", "relu"), ("upsample_fn", "nearest"), ("upsampling_scaling_factor", 2)):
+        if values[name] != supported:
+            raise ValueError(f"{name}={values[name]!r} is not supported; only {supported!r} is")
+    if len({*values["encoder_block_out_channels"], *values["decoder_block_out_channels"]}) != 1:
+        raise ValueError("the widths of all blocks must be one and the same")
+    return TAESDConfig(
+        width=values["encoder_block_out_channels"][0],
+        encoder_blocks=tuple(values["num_encoder_blocks"]),
+        decoder_blocks=tuple(values["num_decoder_blocks"]),
+        in_channels=values["in_channels"],
+        latent_channels=values["latent_channels"],
+    )
+
+
+def write_geometry(checkpoint: epath.Path, config: NetworkConfig, out: epath.Path) -> None:
+    """Writes the config.json of a checkpoint, its own, or for TAESD's own files what diffusers would write."""
+    if (checkpoint / CONFIG).exists():
+        (out / CONFIG).write_bytes((checkpoint / CONFIG).read_bytes())
+        return
+    values = {
+        "_class_name": "AutoencoderTiny",
+        "act_fn": "relu",
+        "upsample_fn": "nearest",
+        "upsampling_scaling_factor": 2,
+        "encoder_block_out_channels": [config.width] * len(config.encoder_blocks),
+        "decoder_block_out_channels": [config.width] * len(config.decoder_blocks),
+        "num_encoder_blocks": config.encoder_blocks,
+        "num_decoder_blocks": config.decoder_blocks,
+        "in_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+    }
+    (out / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+
+
+CLASSES = {"AutoencoderDC": _dc_ae, "AutoencoderTiny": _taesd}
+
+
+def read(directory: epath.Path) -> tuple[NetworkConfig, Params]:
+    """Reads a checkpoint: its geometry and its float32 weights.
+
+    Raises:
+      UserError: a name or a shape is not what the config asks for, or a file is missing or cut short.
+    """
+    config, stored = read_geometry(directory), Shards.open(directory, WEIGHTS)
+    return config, _assemble(config, stored.shapes, stored.read, directory / CONFIG)
+
+
+def read_taesd(encoder: epath.Path, decoder: epath.Path) -> tuple[TAESDConfig, Params]:
+    """Reads TAESD's own two files, whose tensors are named by the number of their layer.
+
+    Raises:
+      UserError: a file is missing or cut short, or its tensors are not TAESD's.
+    """
+    parts = {part: Shards.open(file.parent, file.name) for part, file in (("encoder", encoder), ("decoder", decoder))}
+    # Where diffusers' decoder begins with a convolution, theirs begins with the clamp.
+    first = {"encoder": 0, "decoder": 1}
+    places = {
+        f"{part}.layers.{int(number) - first[part]}.{rest}": (part, f"{number}.{rest}")
+        for part, shards_of_part in parts.items()
+        for number, rest in (name.split(".", 1) for name in shards_of_part.files)
+    }
+    shapes = {name: parts[part].shapes[stored] for name, (part, stored) in places.items()}
+    channels = shapes.get("decoder.layers.0.weight", (0, 0))[1]
+    config = TAESDConfig(latent_channels=channels)
+    return config, _assemble(config, shapes, lambda name: parts[places[name][0]].read(places[name][1]), encoder)
+
+
+def _assemble(config: NetworkConfig, shapes: Mapping, read_tensor: Callable[[str], np.ndarray], source: Any) -> Params:
+    paths = traverse_util.flatten_dict(jax.eval_shape(Autoencoder(config).init, jax.random.key(0)), sep="/")
+    names = {path: _name(path) for path in paths}
+    shards.check_tensors(shapes, {names[path]: _to_torch(array.shape) for path, array in paths.items()}, source)
+    weights = {path: jnp.asarray(_from_torch(read_tensor(name)), jnp.float32) for path, name in names.items()}
+    return traverse_util.unflatten_dict(weights, sep="/")
+
+
+def _name(path: str) -> str:
+    module, leaf = path.rsplit("/", 1)
+    return f"{module.replace('/', '.')}.{LEAVES[leaf]}"
+
+
+def _to_torch(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[height, width, in, out] is PyTorch's [out, in, height, width], and [in, out] its [out, in]."""
+    return (*shape[::-1][:2], *shape[:-2])
+
+
+def _from_torch(tensor: np.ndarray) -> np.ndarray:
+    return np.moveaxis(tensor, (0, 1), (-1, -2)) if tensor.ndim > 1 else tensor
