@@ -16,7 +16,8 @@ from absl import flags
 
 from lattejax import cli
 from lattejax.configuration import DTYPES
-from lattejax.data.prompts import ReadableImage, Turn, open_image
+from lattejax.data.images import open_image
+from lattejax.data.prompts import ReadableImage, Turn
 from lattejax.errors import UserError
 from lattejax.parallel.mesh import make_mesh
 from lattejax.sampling.answers import Answerer, Decoding

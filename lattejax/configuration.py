@@ -68,7 +68,7 @@ class Images:
     source: str  # "tfds", a data set of tensorflow-datasets; "folder", image files with captions; "digits"
     name: str  # the data set's (with ":version", if wanted); or the folder
     data_dir: str  # where tensorflow-datasets keeps its data; empty: where it does by itself
-    train: str  # the split to train on, as tensorflow-datasets writes it: "train", "train[500:]"; a folder is all "train"
+    train: str  # the split to train on, as tensorflow-datasets writes it: "train", "train[500:]"; folders are "train"
     test: str  # the split that is held out: "validation", "train[:500]"
     image_key: str  # which of a data set's features is the picture
     caption_key: str  # and which is to be its prompt: texts, or class labels

@@ -8,7 +8,7 @@ from absl import flags
 from etils import epath
 
 from lattejax import cli
-from lattejax.data.prompts import open_image
+from lattejax.data.images import open_image
 from lattejax.errors import UserError
 from lattejax.files import write_with
 from lattejax.flow.schedule import Sampling

@@ -9,7 +9,8 @@ from PIL import Image
 
 from lattejax import configuration
 from lattejax.data import tokenizer as tokenizers
-from lattejax.data.prompts import Turn, open_image
+from lattejax.data.images import open_image
+from lattejax.data.prompts import Turn
 from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard

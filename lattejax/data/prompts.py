@@ -5,8 +5,7 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from etils import epath
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from lattejax.data.tokenizer import IMAGE_PAD, TEXT_END, TURN_END, VISION_START, Tokenizer
@@ -40,18 +39,6 @@ class Turn:
     role: str  # "system", "user" or "assistant"
     text: str
     images: tuple[ReadableImage, ...] = ()
-
-
-def open_image(path: str) -> Image.Image:
-    """Opens an image file, turned as its camera says; raises `UserError` where there is none, or it is no image."""
-    file = epath.Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: there is no such file")
-    try:
-        with file.open("rb") as opened:
-            return ImageOps.exif_transpose(Image.open(opened)).convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
 class PromptEncoder:

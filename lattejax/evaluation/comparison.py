@@ -38,10 +38,7 @@ def write_comparison(directory: epath.Path, runs: dict[tuple[str, int], Run]) ->
     rows = []
     for variant in variants:
         own = [key for key in runs if key[0] == variant]
-        scores = [
-            json.loads(runs[key].workdir.results.read_text()) | {"held_out_loss": evaluations[key][-1]["held_out_loss"]}
-            for key in own
-        ]
+        scores = [json.loads(runs[key].workdir.results.read_text()) for key in own]
         rows.append({"variant": variant, "seeds": len(own)})
         for name, _ in COLUMNS:
             values = [score[name] for score in scores]

@@ -28,7 +28,7 @@ from lattejax.training.plans import (
     pretrain_plan,
 )
 from lattejax.weights import checkpoints, shards
-from lattejax.weights.autoencoders import Identity, StoredAutoencoder
+from lattejax.weights.autoencoders import StoredAutoencoder
 from lattejax.weights.pretrained import Pretrained, is_converted
 from lattejax.weights.runs import Run, Workdir, abstract_trained, open_vlm, prompt_encoder
 
@@ -84,7 +84,7 @@ def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]
     refuse_another_config(config, workdir)
     source = open_source(config)
     encoder = prompt_encoder(config, find_tokenizer(config, workdir, source))
-    identity = check_autoencoder(config)
+    identity = StoredAutoencoder.open_for(config.data).identity
     check_fit(config, encoder)
     if not workdir.config.exists():
         check_lengths(config, encoder, source)
@@ -117,21 +117,6 @@ def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenize
     if config.tokenizer.path:
         return tokenizers.load(epath.Path(config.tokenizer.path))
     return tokenizers.train(source.texts(), config.tokenizer.vocab_size)
-
-
-def check_autoencoder(config: Config) -> Identity:
-    """Returns which autoencoder the config's latents are of; raises `UserError` if there is none, or it does not fit."""
-    data, stored = config.data, StoredAutoencoder.open(config.data.autoencoder)
-    try:
-        shape = stored.autoencoder.latent_shape(data.image_size)
-    except ValueError as error:
-        raise UserError(f"config.data.{error} of {data.autoencoder}") from error
-    if shape != data.latent_shape:
-        raise UserError(
-            f"config.data.latent_shape={data.latent_shape}, but {data.autoencoder} makes {shape} of "
-            f"image_size={data.image_size}"
-        )
-    return stored.identity
 
 
 def check_fit(config: Config, encoder: PromptEncoder) -> None:

@@ -15,6 +15,7 @@ import json
 import jax
 from etils import epath
 
+from lattejax.configuration import Data
 from lattejax.errors import UserError
 from lattejax.files import located, new_directory, read_json, write_whole
 from lattejax.models.autoencoders import PIXELS, Autoencoder
@@ -78,6 +79,21 @@ class StoredAutoencoder:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{directory / RECORD} cannot be read: {type(error).__name__}: {error}") from error
         return cls(directory, autoencoder, identity)
+
+    @classmethod
+    def open_for(cls, data: Data) -> "StoredAutoencoder":
+        """Opens a config's autoencoder; raises `UserError` also where image size and latents' shape do not fit it."""
+        stored = cls.open(data.autoencoder)
+        try:
+            shape = stored.autoencoder.latent_shape(data.image_size)
+        except ValueError as error:
+            raise UserError(f"config.data.{error} of {data.autoencoder}") from error
+        if shape != data.latent_shape:
+            raise UserError(
+                f"config.data.latent_shape={data.latent_shape}, but {data.autoencoder} makes {shape} of "
+                f"image_size={data.image_size}"
+            )
+        return stored
 
     def weights(self, part: str) -> Params:
         """Reads the weights of the "encoder" or the "decoder"; raises `UserError` where they are damaged."""

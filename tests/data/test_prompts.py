@@ -7,7 +7,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from lattejax.data import tokenizer as tokenizers
-from lattejax.data.prompts import open_image
+from lattejax.data.images import open_image
 from lattejax.errors import UserError
 from tests.helpers import encoder_for, tiny_config
 

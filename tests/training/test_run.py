@@ -87,6 +87,7 @@ def test_generation_training_leaves_the_vlms_logits_bit_identical(finished):
 def test_a_run_writes_all_that_it_promises(finished):
     path, results, _ = finished
     assert set(results) == {
+        "held_out_loss",
         "answer_accuracy",
         "generated_accuracy_guidance_1",
         "generated_accuracy_guidance_2",

@@ -19,7 +19,6 @@ from lattejax.weights.diffusers import WEIGHTS, read, read_taesd
 from tests.helpers import assert_same_bits, shared_data
 
 
-
 @functools.partial(jax.jit, static_argnums=0)
 def encode(config, params, images):
     return Autoencoder(config).encode(params["encoder"], images)

@@ -1,0 +1,309 @@
+"""Turning pictures into latents, once: what `lattejax.encode` does.
+
+The pictures of a split are cut into shards, a file each. Every worker encodes every workers-th shard, by itself: the
+workers share nothing but the directory, and whichever ends last writes the manifest. What a shard holds depends on the
+config alone, so a killed worker starts again with the shard that it was at.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float, UInt8
+from tqdm import tqdm
+
+from lattejax.configuration import Config
+from lattejax.data import images, latents
+from lattejax.data.latents import CROP, ENCODING, MANIFEST, MOST_CAPTIONS, SPLITS, Encoding, File, Shard
+from lattejax.data.pictures import Pictures, open_pictures
+from lattejax.errors import UserError
+from lattejax.files import is_remote, located, read_json, write_whole
+from lattejax.parallel.mesh import make_mesh
+from lattejax.weights.autoencoders import StoredAutoencoder
+
+
+def encode(config: Config, out: str | epath.Path, worker: int = 0, workers: int = 1) -> bool:
+    """Encodes the config's pictures into the directory `out`, or goes on with that.
+
+    Args:
+      config: what to encode, and with what.
+      out: the directory.
+      worker: which of the workers this is.
+      workers: how many processes encode into the same directory, on one host or many.
+
+    Returns:
+      Whether everything is encoded, by this worker and the others.
+
+    Raises:
+      UserError: pictures, captions or autoencoder are not as the config says, more pictures than allowed cannot be
+        read, `out` holds other latents, or one of its files has changed since it was written.
+    """
+    out = located(out)
+    if is_remote(out):
+        raise UserError(f"--out={out} is remote; latents are written to a disk, or to what is mounted as one")
+    stored = StoredAutoencoder.open_for(config.data)
+    pictures = {split: open_pictures(config.images, split) for split in SPLITS}
+    encoding = _encoding(config, stored, {split: len(of_split) for split, of_split in pictures.items()})
+    _begin(out, encoding)
+    files = latents.files(encoding.pictures, encoding.shard_pictures)
+    missing = []
+    for file in files[worker::workers]:
+        written = _read_description(out, file)
+        if written is None:
+            missing.append(file)
+        else:
+            _check_shard(out, written.shard)
+    encoder = make_encoder(stored, config.images.batch_size) if missing else None
+    with _progress_bar(sum(len(file.pictures) for file in missing)) as bar:
+        for file in missing:
+            _report(bar, _write_shard(out, config, pictures[file.split], file, encoder, bar))
+            _check_unreadable(out, files, config.images.most_unreadable)
+    _check_unreadable(out, files, config.images.most_unreadable)
+    return _finish(out, encoding, files)
+
+
+def _encoding(config: Config, stored: StoredAutoencoder, pictures: dict[str, int]) -> Encoding:
+    ours = config.images
+    return Encoding(
+        autoencoder=stored.identity,
+        image_size=config.data.image_size,
+        latent_shape=config.data.latent_shape,
+        crop=CROP,
+        flip=ours.flip,
+        images={key: getattr(ours, key) for key in ("source", "name", "train", "test", "image_key", "caption_key")},
+        pictures=pictures,
+        shard_pictures=ours.shard_pictures,
+    )
+
+
+def _begin(out: epath.Path, encoding: Encoding) -> None:
+    """Makes the directory this encoding's, or finds that it is."""
+    values = encoding.as_json()
+    if not (out / ENCODING).exists():
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"--out={out} is no directory of latents, and not empty; choose another")
+        write_whole(out / ENCODING, (json.dumps(values, indent=2) + "\n").encode())
+    theirs = read_json(out / ENCODING)
+    different = [f"{key}: {theirs.get(key)} -> {values[key]}" for key in values if theirs.get(key) != values[key]]
+    if different:
+        raise UserError(f"--out={out} holds other latents ({'; '.join(different)}); choose another")
+
+
+# ---- One file
+
+
+class Cropped(NamedTuple):
+    """A picture ready to be encoded, or why it cannot be."""
+
+    name: str
+    caption: str
+    pixels: UInt8[np.ndarray, "S S 3"] | None
+    problem: str
+
+
+Encoder = Callable[[UInt8[np.ndarray, "B S S 3"]], Float[jax.Array, "B h w C"]]
+
+
+def make_encoder(stored: StoredAutoencoder, batch_size: int) -> Encoder:
+    """Returns the encoder, compiled for batches of pictures that are cut over this process's devices.
+
+    Raises:
+      UserError: the devices do not divide the batch.
+    """
+    mesh = make_mesh({"data": -1}, jax.local_devices())
+    if batch_size % mesh.size:
+        raise UserError(f"config.images.batch_size={batch_size} must be a multiple of this host's {mesh.size} devices")
+    rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    weights = jax.device_put(stored.weights("encoder"), everywhere)
+
+    @jax.jit
+    def compiled(weights, pixels):
+        # In whole float32 also where a device's default is less: latents are made once and used for long.
+        with jax.default_matmul_precision("float32"):
+            return stored.autoencoder.encode(weights, pixels.astype(np.float32) / 127.5 - 1)
+
+    return lambda pixels: compiled(weights, jax.device_put(pixels, rows))
+
+
+def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File, encoder: Encoder, bar: tqdm) -> Shard:
+    """Encodes a file's pictures into it, and describes it in another, which is written last."""
+    features, settings = latents.features(config.data.latent_shape), config.images
+    unreadable, captions, records = [], set(), 0
+
+    def readable() -> Iterator[Cropped]:
+        for cropped in _crop(config, pictures, file.pictures):
+            bar.update()
+            if cropped.pixels is None:
+                unreadable.append(cropped.problem)
+            else:
+                yield cropped
+
+    partial, whole = out / f"{file.name}.partial", out / file.name
+    with contextlib.closing(ArrayRecordWriter(os.fspath(partial), "group_size:1")) as writer:
+        for cropped, views in _encode(readable(), settings.batch_size, settings.flip, encoder):
+            captions.add(cropped.caption)
+            for view in views:
+                record = {"latents": view, "caption": cropped.caption, "picture": cropped.name}
+                writer.write(features.serialize_example(record))
+                records += 1
+    partial.replace(whole)
+    shard = Shard(file.name, records, whole.stat().length, _sha256(whole), unreadable)
+    values = {
+        "shard": dataclasses.asdict(shard),
+        "captions": sorted(captions) if len(captions) <= MOST_CAPTIONS else None,
+    }
+    write_whole(_description(out, file), (json.dumps(values) + "\n").encode())
+    return shard
+
+
+def _crop(config: Config, pictures: Pictures, numbers: range) -> Iterator[Cropped]:
+    """Reads and crops pictures in threads, and yields them in order."""
+
+    def crop(number: int) -> Cropped:
+        picture = pictures[number]
+        try:
+            pixels = None if picture.image is None else images.square(picture.image, config.data.image_size)
+            return Cropped(picture.name, picture.caption, pixels, picture.problem)
+        except OSError as error:  # a file cut short is only found out when its pixels are asked for
+            return Cropped(picture.name, picture.caption, None, f"{picture.name} cannot be read as an image: {error}")
+
+    settings = config.images
+    ahead = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.batch_size)
+    return iter(grain.MapDataset.source(numbers).map(crop).to_iter_dataset(ahead))
+
+
+def _encode(
+    pictures: Iterator[Cropped], batch_size: int, flip: bool, encoder: Encoder
+) -> Iterator[tuple[Cropped, list[Float[np.ndarray, "h w C"]]]]:
+    """Yields each picture with its latents, and if it is to be flipped those of its mirror image.
+
+    The device works on one batch while the one before is written and the next one is read.
+    """
+    waiting = iter(())
+    while batch := list(itertools.islice(pictures, batch_size)):
+        pixels = np.stack([picture.pixels for picture in batch])
+        pixels = np.pad(pixels, [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)])
+        views = [encoder(view) for view in ((pixels, pixels[:, :, ::-1]) if flip else (pixels,))]
+        yield from waiting
+        waiting = _fetch(batch, views)
+    yield from waiting
+
+
+def _fetch(
+    batch: list[Cropped], views: list[Float[jax.Array, "B h w C"]]
+) -> Iterator[tuple[Cropped, list[Float[np.ndarray, "h w C"]]]]:
+    views = jax.device_get(views)
+    for i, picture in enumerate(batch):
+        yield picture, [view[i] for view in views]
+
+
+# ---- What is there
+
+
+class Written(NamedTuple):
+    """A file that has been written whole."""
+
+    shard: Shard
+    captions: list[str] | None  # the different ones, unless there are too many for a table
+
+
+def _description(out: epath.Path, file: File) -> epath.Path:
+    return out / f"{file.name}.json"
+
+
+def _read_description(out: epath.Path, file: File) -> Written | None:
+    """What is known of a file; None if it has not been written whole."""
+    path = _description(out, file)
+    if not path.exists():
+        return None
+    values = read_json(path)
+    try:
+        return Written(Shard(**values["shard"]), values["captions"])
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path} does not describe a file of latents ({error!r}); remove it") from error
+
+
+def _check_shard(out: epath.Path, shard: Shard) -> None:
+    latents.check_size(out, shard)
+    if _sha256(out / shard.file) != shard.sha256:
+        file = out / shard.file
+        raise UserError(f"{file} has changed since it was written; remove it and {shard.file}.json, and encode again")
+
+
+def _sha256(path: epath.Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int) -> Iterator[tqdm]:
+    """A progress bar with images/s and the time left; it counts on where there is no terminal to show it."""
+    with open(os.devnull, "w") as nowhere:
+        file = sys.stderr if sys.stderr.isatty() else nowhere
+        with tqdm(total=total, unit="image", file=file, dynamic_ncols=True) as bar:
+            yield bar
+
+
+def _report(bar: tqdm, shard: Shard) -> None:
+    """Says what a file has become, and how far this worker is."""
+    for problem in shard.unreadable:
+        bar.write(f"left out: {problem}")
+    rate = bar.n / max(bar.format_dict["elapsed"], 1e-9)
+    left = tqdm.format_interval((bar.total - bar.n) / rate)
+    bar.write(f"{shard.file}: {shard.records:,} records; {bar.n:,} of {bar.total:,}, {rate:.1f} images/s, {left} left")
+
+
+def _check_unreadable(out: epath.Path, files: Sequence[File], most: int) -> None:
+    """Raises `UserError` if all workers together had to leave out more pictures than allowed, and names the last."""
+    written = [_read_description(out, file) for file in files]
+    unreadable = [problem for one in written if one is not None for problem in one.shard.unreadable]
+    if len(unreadable) > most:
+        raise UserError(
+            f"{len(unreadable)} pictures cannot be read, more than config.images.most_unreadable={most}: "
+            f"{'; '.join(unreadable[-5:])}"
+        )
+
+
+def _finish(out: epath.Path, encoding: Encoding, files: Sequence[File]) -> bool:
+    """Writes the manifest if every file is there; returns whether it is."""
+    written = {file: _read_description(out, file) for file in files}
+    if None in written.values():
+        return False
+    infos = []
+    for split in SPLITS:
+        shards = [written[file].shard for file in files if file.split == split]
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=out, dataset_name=latents.NAME, split=split, filetype_suffix="array_record"
+        )
+        lengths, size = [shard.records for shard in shards], sum(shard.bytes for shard in shards)
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template))
+    features = latents.features(encoding.latent_shape)
+    tfds.folder_dataset.write_metadata(data_dir=out, features=features, split_infos=infos, check_data=False)
+    manifest = {
+        "encoding": encoding.as_json(),
+        "captions": _join([one.captions for one in written.values()]),
+        "shards": [dataclasses.asdict(one.shard) for one in written.values()],
+    }
+    write_whole(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    return True
+
+
+def _join(tables: Sequence[list[str] | None]) -> list[str] | None:
+    """The different captions of all tables, sorted; None if there are too many."""
+    if None in tables:
+        return None
+    captions = sorted(set().union(*tables))
+    return captions if len(captions) <= MOST_CAPTIONS else None

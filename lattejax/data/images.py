@@ -1,0 +1,46 @@
+"""Image files: how they are read, and how they are cut to squares."""
+
+from typing import BinaryIO
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lattejax.errors import UserError
+
+
+def open_image(path: str) -> Image.Image:
+    """Opens an image file, turned as its camera says; raises `UserError` where there is none, or it is no image."""
+    file = epath.Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: there is no such file")
+    with file.open("rb") as opened:
+        return decode_image(opened, path).convert("RGB")
+
+
+def decode_image(opened: BinaryIO, name: str) -> Image.Image:
+    """Reads an image whole, turned as its camera says; raises `UserError` with its name where it cannot be read."""
+    try:
+        return ImageOps.exif_transpose(Image.open(opened))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{name} cannot be read as an image: {error}") from error
+
+
+def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Returns the middle of an image as ADM's evaluation cuts it, and with it every FID on ImageNet since.
+
+    The image is halved by boxes while its shorter side is at least twice `size`, brought to `size` with bicubic
+    interpolation, and cut in the middle (github.com/openai/guided-diffusion, `center_crop_arr`). What is transparent
+    becomes white.
+    """
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size]

@@ -1,0 +1,172 @@
+"""Latents on disk: what `lattejax.encode` writes and training reads.
+
+latents-<split>.array_record-00007-of-00100   records (ArrayRecord, as tensorflow-datasets writes it)
+latents-….json                                how many records that file holds, its size and hash, what was left out
+encoding.json                                 what makes these latents what they are; written first
+dataset_info.json, features.json              for tensorflow-datasets: `tfds.builder_from_directory` opens it too
+manifest.json                                 all of it together; written last, and without it nothing is read
+
+Latents are stored as the flow sees them, scaled. Axes: n records, h row, w column, C latent channel.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core.decode import DeserializeMethod
+from tensorflow_datasets.proto import tf_example_pb2
+
+from lattejax.configuration import Config
+from lattejax.data.examples import Drawing
+from lattejax.data.pipeline import every
+from lattejax.data.prompts import PromptEncoder
+from lattejax.errors import UserError
+from lattejax.files import located, read_json
+from lattejax.weights.autoencoders import Identity, StoredAutoencoder
+
+NAME = "latents"
+ENCODING, MANIFEST = "encoding.json", "manifest.json"
+SPLITS = ("train", "test")
+CROP = "ADM centre crop"
+MOST_CAPTIONS = 10_000  # that are kept as a table
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """What makes latents what they are."""
+
+    autoencoder: Identity
+    image_size: int
+    latent_shape: tuple[int, int, int]
+    crop: str
+    flip: bool
+    images: dict[str, Any]  # where the pictures come from
+    pictures: dict[str, int]  # in each split
+    shard_pictures: int
+
+    def as_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file."""
+
+    file: str
+    records: int
+    bytes: int
+    sha256: str
+    unreadable: list[str]  # the pictures that were left out, each with the reason
+
+
+class File(NamedTuple):
+    """One file that is to be."""
+
+    split: str
+    name: str
+    pictures: range
+
+
+def features(latent_shape: tuple[int, int, int]) -> tfds.features.FeaturesDict:
+    """What a record holds."""
+    return tfds.features.FeaturesDict(
+        {
+            "latents": tfds.features.Tensor(
+                shape=latent_shape, dtype=np.float32, encoding=tfds.features.Encoding.BYTES
+            ),
+            "caption": tfds.features.Text(),
+            "picture": tfds.features.Text(),
+        }
+    )
+
+
+def files(pictures: dict[str, int], shard_pictures: int) -> list[File]:
+    """All files of so many pictures in each split."""
+    planned = []
+    for split in SPLITS:
+        starts = range(0, pictures[split], shard_pictures)
+        for number, start in enumerate(starts):
+            name = f"{NAME}-{split}.array_record-{number:05d}-of-{len(starts):05d}"
+            planned.append(File(split, name, range(start, min(start + shard_pictures, pictures[split]))))
+    return planned
+
+
+# ---- Reading
+
+
+class LatentDrawings:
+    """Random access to one split, see `examples.Drawings`."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, latent_shape: tuple[int, int, int]):
+        # Decoded here and not by tensorflow-datasets, which takes three times as long.
+        self.records = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
+        self.latent_shape = latent_shape
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Drawing]:
+        return [self._decode(record) for record in self.records.__getitems__(list(indices))]
+
+    def _decode(self, record: bytes) -> Drawing:
+        feature = tf_example_pb2.Example.FromString(record).features.feature
+        latents, caption = (feature[name].bytes_list.value[0] for name in ("latents", "caption"))
+        return Drawing(np.frombuffer(latents, np.float32).reshape(self.latent_shape), caption.decode())
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSource:
+    """Cached latents as a data set, see `examples.Source`; they come without questions."""
+
+    directory: epath.Path
+    latent_shape: tuple[int, int, int]
+    captions: tuple[str, ...]
+
+    @classmethod
+    def open(cls, config: Config) -> "LatentSource":
+        """Opens the config's latents.
+
+        Raises:
+          UserError: encoding them has not ended, a file is missing or cut short, or they are of another autoencoder,
+            scale, shift, size or shape than the config's.
+        """
+        data, directory = config.data, located(config.data.latents)
+        if not (directory / MANIFEST).is_file():
+            raise UserError(f"config.data.latents={data.latents!r} has no {MANIFEST}; let lattejax.encode end there")
+        manifest = read_json(directory / MANIFEST)
+        try:
+            encoding, shards = manifest["encoding"], [Shard(**shard) for shard in manifest["shards"]]
+            made_by = Identity(**encoding["autoencoder"])
+            made = {"image_size": encoding["image_size"], "latent_shape": tuple(encoding["latent_shape"])}
+            captions = tuple(manifest["captions"] or ())
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{directory / MANIFEST} is none of lattejax.encode: {error!r}") from error
+        made_by.check(StoredAutoencoder.open(data.autoencoder).identity, data.latents, data.autoencoder)
+        for key, value in made.items():
+            if getattr(data, key) != value:
+                raise UserError(f"config.data.{key}={getattr(data, key)!r}, but {data.latents} was made with {value!r}")
+        for shard in shards:
+            check_size(directory, shard)
+        return cls(directory, data.latent_shape, captions)
+
+    def drawings(self, split: str, encoder: PromptEncoder | None = None) -> LatentDrawings:
+        return LatentDrawings(tfds.builder_from_directory(self.directory), split, self.latent_shape)
+
+    def questions(self, split: str, encoder: PromptEncoder) -> None:
+        return None
+
+    def texts(self) -> Sequence[str]:
+        return self.captions or [drawing.caption for split in SPLITS for drawing in every(self.drawings(split))]
+
+
+def check_size(directory: epath.Path, shard: Shard) -> None:
+    """Raises `UserError` if a file is not there, or not as long as it should be."""
+    file = directory / shard.file
+    size = file.stat().length if file.exists() else None
+    if size != shard.bytes:
+        found = "is missing" if size is None else f"is cut short or overwritten: {size} bytes, expected {shard.bytes}"
+        raise UserError(f"{file} {found}; remove it and run lattejax.encode again")

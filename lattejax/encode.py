@@ -1,0 +1,32 @@
+"""Turns pictures into latents, once, for training to read:
+
+python -m lattejax.encode --config=configs/captions256.py --out=latents/captions256
+
+The pictures are the config's `images`, the autoencoder its `data.autoencoder`. The same command goes on where it was
+stopped, and on what is whole checks every file. Several processes, on one host or many that share --out, take a part
+each with --worker and --workers.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from lattejax import cli, configuration
+from lattejax.data.encoding import encode
+from lattejax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
+OUT = flags.DEFINE_string("out", None, "The directory of the latents.")
+WORKER = flags.DEFINE_integer("worker", 0, "Which of the workers this process is.", lower_bound=0)
+WORKERS = flags.DEFINE_integer("workers", 1, "Processes that encode into --out.", lower_bound=1)
+flags.mark_flags_as_required(["config", "out"])
+
+
+def main() -> None:
+    if WORKER.value >= WORKERS.value:
+        raise UserError(f"--worker={WORKER.value} must be below --workers={WORKERS.value}; the first is 0")
+    whole = encode(configuration.resolve(CONFIG.value), OUT.value, WORKER.value, WORKERS.value)
+    print(f"{OUT.value} is whole" if whole else f"worker {WORKER.value} has ended; {OUT.value} waits for the others")
+
+
+if __name__ == "__main__":
+    cli.run(main, cli.check_config_flags)
