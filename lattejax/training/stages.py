@@ -14,7 +14,7 @@ from lattejax.data.pipeline import every
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
 from lattejax.evaluation.digits import DigitReader, frechet_train_test
-from lattejax.files import located, write_whole
+from lattejax.files import write_whole
 from lattejax.sampling.images import ImageSampler
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.loop import run_stage
@@ -29,7 +29,7 @@ from lattejax.training.plans import (
 )
 from lattejax.weights import checkpoints, shards
 from lattejax.weights.autoencoders import StoredAutoencoder
-from lattejax.weights.pretrained import Pretrained, is_converted
+from lattejax.weights.pretrained import Pretrained
 from lattejax.weights.runs import Run, Workdir, abstract_trained, open_vlm, prompt_encoder
 
 
@@ -67,12 +67,18 @@ def train_vlm(run: Run, clock: RunClock, guard: InterruptGuard) -> None:
         if config.pretrain.steps:
             plan = pretrain_plan(run, key)
             checkpoints.save_weights(workdir.vlm, run_stage(plan, config, workdir, clock, guard).ema)
-        elif config.pretrain.init_from and is_converted(located(config.pretrain.init_from)):
-            run.refer_to(Pretrained.open(config.pretrain.init_from))
+        elif (converted := converted_vlm(config)) is not None:
+            run.refer_to(converted)
         else:
             checkpoints.save_weights(workdir.vlm, first_vlm(config, jax.random.split(key)[0]))
     if workdir.checkpoints("pretrain").exists():
         workdir.checkpoints("pretrain").rmtree()  # from here on the VLM is stored once
+
+
+def converted_vlm(config: Config) -> Pretrained | None:
+    """The converted weights that the config starts from, itself or through a run that has taken them as they are."""
+    source = open_vlm(config.pretrain.init_from) if config.pretrain.init_from else None
+    return source.converted_vlm() if isinstance(source, Run) else source
 
 
 # ---- Before any work starts

@@ -77,9 +77,11 @@ def check_shapes(theirs: Any, ours: Any, name: str) -> None:
 
 
 def load_weights(path: epath.Path, target: Any) -> Any:
-    """Reads weights into a tree like `target`; raises `UserError` if names or shapes differ."""
+    """Reads weights into a tree like `target`; raises `UserError` if names or shapes differ, or files are gone."""
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             return checkpointer.restore(path, like(target))
         except (ValueError, KeyError) as error:
             raise UserError(f"the weights in {path} do not fit the config: {error}") from error
+        except OSError as error:
+            raise UserError(f"the weights in {path} cannot be read: {error}") from error

@@ -149,16 +149,22 @@ class Run:
         Raises:
           UserError: it has not ended, or the converted weights that it has taken are gone, or others.
         """
-        if self.workdir.vlm_reference.exists():
-            reference = read_json(self.workdir.vlm_reference)
-            source = Pretrained.open(reference["path"])
-            if source.record["sha256"] != reference["sha256"]:
-                raise UserError(f"{reference['path']} holds other weights than {self.workdir.path} was trained beside")
-            return source.params(dtype)
+        if (converted := self.converted_vlm()) is not None:
+            return converted.params(dtype)
         if not self.has_vlm:
             raise UserError(f"{self.workdir.path} has no finished VLM yet; let its first stage of training end")
         vlm = checkpoints.load_weights(self.workdir.vlm, abstract_params(self.config)["vlm"])
         return functional.cast_floats(vlm, dtype)
+
+    def converted_vlm(self) -> Pretrained | None:
+        """The converted weights that the run has taken as they are, if it has."""
+        if not self.workdir.vlm_reference.exists():
+            return None
+        reference = read_json(self.workdir.vlm_reference)
+        source = Pretrained.open(reference["path"])
+        if source.record["sha256"] != reference["sha256"]:
+            raise UserError(f"{reference['path']} holds other weights than {self.workdir.path} was trained beside")
+        return source
 
     def refer_to(self, source: Pretrained) -> None:
         """Takes converted weights for the first stage's, without a copy of them."""

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -15,7 +16,9 @@ from sklearn.datasets import load_sample_image
 
 from lattejax.errors import UserError
 from lattejax.models.autoencoders import Autoencoder
+from lattejax.weights.autoencoders import StoredAutoencoder, convert
 from lattejax.weights.diffusers import WEIGHTS, read, read_taesd
+from tests import checkpoints
 from tests.helpers import assert_same_bits, shared_data
 
 
@@ -29,57 +32,9 @@ def decode(config, params, latents):
     return Autoencoder(config).decode(params["decoder"], latents)
 
 
-VIT = "EfficientViTBlock"
-FAMILIES = {
-    "in-1.0": dict(
-        encoder_block_types=("ResBlock", "ResBlock", VIT, VIT),
-        decoder_block_types=("ResBlock", "ResBlock", VIT, VIT),
-        encoder_block_out_channels=(8, 16, 32, 64),
-        decoder_block_out_channels=(8, 16, 32, 64),
-        encoder_layers_per_block=(0, 2, 1, 1),
-        decoder_layers_per_block=(0, 1, 2, 1),
-        encoder_qkv_multiscales=((), (), (), ()),
-        decoder_qkv_multiscales=((), (), (), ()),
-        decoder_norm_types=("batch_norm", "batch_norm", "rms_norm", "rms_norm"),
-        decoder_act_fns=("relu", "relu", "silu", "silu"),
-    ),
-    "sana-1.0": dict(
-        encoder_block_types=("ResBlock", "ResBlock", VIT),
-        decoder_block_types=("ResBlock", "ResBlock", VIT),
-        encoder_block_out_channels=(16, 32, 64),
-        decoder_block_out_channels=(16, 32, 64),
-        encoder_layers_per_block=(1, 1, 2),
-        decoder_layers_per_block=(1, 2, 1),
-        encoder_qkv_multiscales=((), (), (5,)),
-        decoder_qkv_multiscales=((), (), (5,)),
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-    ),
-}
-
-
-TINY = dict(
-    encoder_block_out_channels=(8, 8, 8),
-    decoder_block_out_channels=(8, 8, 8),
-    num_encoder_blocks=(1, 2, 1),
-    num_decoder_blocks=(2, 1, 1),
-    latent_channels=5,
-)
-
-
-@pytest.fixture(scope="module", params=[*FAMILIES, "TAESD"])
+@pytest.fixture(scope="module", params=[*checkpoints.DC_AE, "TAESD"])
 def checkpoint(request, tmp_path_factory):
-    torch.manual_seed(0)
-    if request.param == "TAESD":
-        model = AutoencoderTiny(**TINY).eval()
-    else:
-        model = AutoencoderDC(latent_channels=8, attention_head_dim=8, **FAMILIES[request.param]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # away from zeros and ones
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if "running" in name:
-                buffer.add_(torch.rand_like(buffer))
+    model = checkpoints.random_autoencoder(request.param)
     path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(path)
     return model, epath.Path(path)
@@ -173,7 +128,81 @@ def edit(path, change):
     ],
 )
 def test_a_broken_checkpoint_is_named(damage, named, tmp_path):
-    AutoencoderDC(latent_channels=8, attention_head_dim=8, **FAMILIES["sana-1.0"]).save_pretrained(tmp_path)
+    AutoencoderDC(latent_channels=8, attention_head_dim=8, **checkpoints.DC_AE["sana-1.0"]).save_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=named):
         read(epath.Path(tmp_path))
+
+
+# ---- Converted
+
+
+def save(family: str, directory, **stated) -> str:
+    """Saves a checkpoint whose config.json states what is given, and neither scale nor shift otherwise."""
+    checkpoints.random_autoencoder(family).save_pretrained(directory)
+
+    def state(values):
+        values.pop("scaling_factor", None)
+        values.pop("shift_factor", None)
+        values.update(stated)
+
+    edit(directory, state)
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    "family, stated, flags, scale, shift",
+    [
+        ("in-1.0", {}, {"scale": 0.3189}, 0.3189, 0.0),
+        ("sana-1.0", {"scaling_factor": 0.41407}, {}, 0.41407, 0.0),
+        ("sana-1.0", {"scaling_factor": 0.41407}, {"scale": 0.41407}, 0.41407, 0.0),
+        ("TAESD", {"scaling_factor": 1.0, "shift_factor": 0.5}, {}, 1.0, 0.5),
+    ],
+)
+def test_a_converted_autoencoder_scales_as_its_checkpoint_or_the_user_says(
+    family, stated, flags, scale, shift, tmp_path
+):
+    source = save(family, tmp_path / "checkpoint", **stated)
+    convert(source, tmp_path / "out", **flags)
+    stored = StoredAutoencoder.open(str(tmp_path / "out"))
+    assert (stored.identity.scale, stored.identity.shift) == (scale, shift)
+    config, params = read(epath.Path(source))
+    for part in ("encoder", "decoder"):
+        assert_same_bits(stored.weights(part), params[part])
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+    latents = stored.autoencoder.encode(stored.weights("encoder"), images)
+    np.testing.assert_allclose(latents, (encode(config, params, images) - shift) * scale, rtol=1e-4, atol=1e-4)
+    drawn = stored.autoencoder.decode(stored.weights("decoder"), latents)
+    np.testing.assert_allclose(drawn, decode(config, params, latents / scale + shift), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "stated, flags, named",
+    [
+        ({}, {}, r"does not state the scale .* --scale"),
+        ({"scaling_factor": 1.0}, {}, r"does not state the scale"),  # what diffusers writes where none was stated
+        ({"scaling_factor": 0.41407}, {"scale": 0.3189}, r"--scale=0\.3189, but .* states 0\.41407"),
+        ({}, {"scale": -1.0}, r"scale=-1\.0 must be positive"),
+        ({}, {"scale": float("nan")}, r"scale=nan must be positive"),
+        ({"scaling_factor": "large"}, {}, "large"),
+        ({}, {"scale": 0.3, "shift": float("inf")}, "shift=inf must be finite"),
+    ],
+)
+def test_a_bad_scale_is_refused(stated, flags, named, tmp_path):
+    source = save("in-1.0", tmp_path / "checkpoint", **stated)
+    with pytest.raises(UserError, match=named):
+        convert(source, tmp_path / "out", **flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_conversions_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"no autoencoder\.json"):
+        StoredAutoencoder.open(str(tmp_path))
+    path = epath.Path(shutil.copytree(checkpoints.convert_autoencoder(), tmp_path / "copy"))
+    stored = StoredAutoencoder.open(str(path))
+    (path / "decoder").rmtree()
+    with pytest.raises(UserError, match="decoder"):
+        stored.weights("decoder")
+    (path / "autoencoder.json").write_text('{"scale": 1.0}')
+    with pytest.raises(UserError, match="sha256"):
+        StoredAutoencoder.open(str(path))

@@ -1,0 +1,255 @@
+"""Pictures to latents on disk, and back to training: exact, resumable, and refused where something does not fit."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from lattejax.data import encoding
+from lattejax.data.digits import DigitSource
+from lattejax.data.encoding import encode
+from lattejax.data.examples import image_batcher, open_source
+from lattejax.data.images import square
+from lattejax.data.latents import LatentSource
+from lattejax.data.pictures import open_pictures
+from lattejax.data.pipeline import every, training_batches
+from lattejax.errors import UserError
+from lattejax.weights.autoencoders import StoredAutoencoder
+from tests import checkpoints, pictures
+from tests.helpers import assert_same_bits, encoder_for, tiny_config
+
+COUNT = 21  # pieces: shards of 6, 6 and 5 to train on, one of 4 held out
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    return checkpoints.convert_autoencoder()
+
+
+@pytest.fixture(scope="module")
+def config(autoencoder, tmp_path_factory):
+    """A config whose latents have been encoded, each picture twice."""
+    path = pictures.folder(tmp_path_factory.mktemp("pictures") / "mine", COUNT)
+    config = pictures.config(path, autoencoder, images__flip=True)
+    assert encode(config, config.data.latents)
+    return config
+
+
+def change(config, section, **changes):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
+
+
+def contents(directory):
+    return {name: (directory / name).read_bytes() for name in sorted(os.listdir(directory))}
+
+
+def copy(config, tmp_path):
+    return change(config, "data", latents=str(shutil.copytree(config.data.latents, tmp_path / "latents")))
+
+
+# ---- What is stored
+
+
+def test_records_are_the_scaled_latents_of_the_crops_and_of_their_mirror_images(config):
+    stored = StoredAutoencoder.open(config.data.autoencoder)
+    weights, encoded = stored.weights("encoder"), jax.jit(stored.autoencoder.encode)
+    source = LatentSource.open(config)
+    assert source.captions == ("a flower", "a temple in China") and stored.identity.scale == 0.25
+    for split, count in (("train", COUNT - 4), ("test", 4)):
+        records, shown = list(every(source.drawings(split))), open_pictures(config.images, split)
+        assert len(records) == 2 * count
+        crops = np.stack([square(shown[i].image, pictures.SIZE) for i in range(count)])
+        views = np.stack([crops, crops[:, :, ::-1]], axis=1).reshape(-1, *crops.shape[1:])
+        expected = encoded(weights, views.astype(np.float32) / 127.5 - 1)
+        np.testing.assert_allclose(np.stack([r.latents for r in records]), expected, rtol=1e-4, atol=1e-5)
+        assert [r.caption for r in records] == [shown[i].caption for i in range(count) for _ in range(2)]
+
+
+def test_cached_digits_are_the_digits(tmp_path):
+    config = tiny_config(data__source="latents", data__latents=str(tmp_path / "latents"), **WITHOUT_SCORES)
+    encode(config, config.data.latents)
+    encoder = encoder_for(config)
+    for split in ("train", "test"):
+        cached = every(open_source(config).drawings(split, encoder))
+        for ours, theirs in zip(cached, every(DigitSource("captions").drawings(split, encoder)), strict=True):
+            assert ours.caption == theirs.caption
+            np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-6)
+
+
+WITHOUT_SCORES = dict(pretrain__steps=0, eval__scored_images=0, eval__final_images=0)
+
+
+def test_the_manifest_has_every_file_and_what_made_it(config):
+    manifest = json.loads((LatentSource.open(config).directory / "manifest.json").read_text())
+    assert [shard["records"] for shard in manifest["shards"]] == [12, 12, 10, 8]
+    assert manifest["encoding"]["autoencoder"]["scale"] == 0.25
+    assert manifest["encoding"]["crop"] == "ADM centre crop" and manifest["encoding"]["flip"]
+    assert len({shard["sha256"] for shard in manifest["shards"]}) == 4
+
+
+# ---- Going on
+
+
+def test_a_killed_worker_goes_on_at_its_file_and_several_workers_do_what_one_does(config, tmp_path, monkeypatch):
+    """Byte for byte the same directory, and no picture of a whole file is encoded again."""
+    out, expected = tmp_path / "latents", contents(LatentSource.open(config).directory)
+    write, encoded = encoding._write_shard, []
+
+    def killed(out, config, pictures, file, *rest):
+        if len(encoded) == 1:
+            (out / f"{file.name}.partial").write_bytes(b"begun")
+            raise KeyboardInterrupt
+        encoded.append(file.name)
+        return write(out, config, pictures, file, *rest)
+
+    monkeypatch.setattr(encoding, "_write_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        encode(config, out)
+    with pytest.raises(UserError, match=r"no manifest\.json; let lattejax\.encode end"):
+        LatentSource.open(change(config, "data", latents=str(out)))
+    monkeypatch.setattr(encoding, "_write_shard", lambda *rest: encoded.append(rest[3].name) or write(*rest))
+    assert not encode(config, out, worker=1, workers=2)
+    assert encode(config, out, worker=0, workers=2)
+    assert len(encoded) == len(set(encoded)) == 4
+    assert contents(out) == expected
+    assert encode(config, out), "and once more, which only checks"
+    assert len(encoded) == 4
+
+
+# ---- What does not fit
+
+
+@pytest.mark.parametrize(
+    "section, changes, named",
+    [
+        ("images", dict(flip=False), "flip: True -> False"),
+        ("images", dict(test="train[:3]"), "pictures: "),
+        ("data", dict(image_size=32, latent_shape=(4, 4, 8)), "image_size: 16 -> 32"),
+    ],
+)
+def test_latents_of_another_config_are_refused(section, changes, named, config):
+    with pytest.raises(UserError, match=f"holds other latents.*{named}"):
+        encode(change(config, section, **changes), config.data.latents)
+    if section == "data":
+        with pytest.raises(UserError, match=r"config\.data\.image_size=32, but .* was made with 16"):
+            open_source(change(config, section, **changes))
+
+
+@pytest.mark.parametrize("family, scale, named", [("in-1.0", 0.5, "scale 0.25 of"), ("sana-1.0", 0.25, "sha256")])
+def test_latents_of_another_autoencoder_or_scale_are_refused(family, scale, named, config):
+    other = change(config, "data", autoencoder=str(checkpoints.convert_autoencoder(family, scale)))
+    with pytest.raises(UserError, match=named):
+        open_source(other)
+
+
+def test_shapes_that_the_autoencoder_does_not_make_are_refused(config, tmp_path):
+    for changes, named in (
+        (dict(latent_shape=(2, 2, 32)), r"makes \(2, 2, 8\) of image_size=16"),
+        (dict(image_size=20), "image_size=20 is no multiple of 8"),
+    ):
+        with pytest.raises(UserError, match=named):
+            encode(change(config, "data", **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_or_changed_shard_is_named(config, tmp_path):
+    config = copy(config, tmp_path)
+    file = LatentSource.open(config).directory / "latents-train.array_record-00001-of-00003"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    for refused in (lambda: open_source(config), lambda: encode(config, config.data.latents)):
+        with pytest.raises(UserError, match=f"{file.name} is cut short"):
+            refused()
+    file.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(UserError, match=f"{file.name} has changed since"):
+        encode(config, config.data.latents)
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file.name} is missing"):
+        open_source(config)
+
+
+def test_a_directory_of_something_else_is_not_written_to(config, tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match="not empty"):
+        encode(config, tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def test_pictures_that_cannot_be_read_are_counted_and_named_up_to_a_limit(autoencoder, tmp_path, capsys):
+    path = pictures.folder(tmp_path / "mine", 12)
+    (path / "003.jpg").write_bytes((path / "003.jpg").read_bytes()[:300])  # cut short
+    (path / "007.jpg").write_text("no picture")
+    config = pictures.config(path, autoencoder, images__most_unreadable=1)
+    with pytest.raises(UserError, match=r"2 pictures cannot be read, more than .*most_unreadable=1: .*00\d\.jpg"):
+        encode(config, config.data.latents)
+    config = change(config, "images", most_unreadable=2)
+    assert encode(config, config.data.latents)
+    assert capsys.readouterr().out.count("left out: 00") == 2
+    manifest = json.loads((LatentSource.open(config).directory / "manifest.json").read_text())
+    assert sum(len(shard["unreadable"]) for shard in manifest["shards"]) == 2
+    source = open_source(config)
+    assert sum(len(source.drawings(split)) for split in ("train", "test")) == 10
+
+
+def test_a_file_whose_pictures_are_all_unreadable_is_empty(autoencoder, tmp_path):
+    path = pictures.folder(tmp_path / "mine", 7)
+    config = pictures.config(path, autoencoder, images__shard_pictures=1, images__most_unreadable=1)
+    broken = open_pictures(config.images, "train")[1]
+    (path / broken.name).write_text("no picture")
+    assert encode(config, config.data.latents)
+    drawings = open_source(config).drawings("train")
+    assert len(drawings) == len(list(every(drawings))) == 2
+
+
+# ---- Read by training
+
+
+def stream(config, seed=0, part=(0, 1)):
+    source, encoder = open_source(config), encoder_for(config)
+    batcher = image_batcher(config, encoder, source.captions)
+    drawings = source.drawings("train", encoder)
+    return training_batches(drawings, batcher, batch_size=8, seed=seed, threads=2, part=part)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_runs_with_one_seed_read_the_same_batches_and_a_stopped_one_goes_on(shared, config):
+    config = change(config, "train", share_contexts=shared)
+    one = take(stream(config), 9)
+    assert_same_bits(take(stream(config), 9), one)
+    assert not np.array_equal(next(stream(config, seed=1))["latents"], one[0]["latents"])
+    for stop in (0, 1, 4):
+        stopped = stream(config)
+        take(stopped, stop)
+        state = json.loads(json.dumps(stopped.get_state()))
+        resumed = stream(config)
+        resumed.set_state(state)
+        assert_same_bits(take(resumed, 4), one[stop : stop + 4])
+
+
+def test_hosts_read_parts_of_one_batch_and_go_on_as_another_number_of_hosts(config):
+    whole = take(stream(config), 6)
+    two = [stream(config, part=(i, 2)) for i in range(2)]
+    for batch in whole[:3]:
+        assert_same_bits(jax.tree.map(lambda *parts: np.concatenate(parts), *map(next, two)), batch)
+    four = [stream(config, part=(i, 4)) for i in range(4)]
+    for part in four:
+        part.set_state(two[0].get_state())
+    for batch in whole[3:]:
+        assert_same_bits(jax.tree.map(lambda *parts: np.concatenate(parts), *map(next, four)), batch)
+    with pytest.raises(ValueError, match="a multiple of the 3 parts"):
+        stream(config, part=(0, 3))
+
+
+def test_numbers_of_captions_are_their_places_in_the_table(config):
+    source, batch = open_source(config), next(stream(config))
+    stored = {drawing.latents.tobytes(): drawing.caption for drawing in every(source.drawings("train"))}
+    for latents, number in zip(batch["latents"], batch["caption"], strict=True):
+        assert source.captions[number] == stored[latents.tobytes()]

@@ -1,0 +1,67 @@
+"""Pictures to encode: pieces of scikit-learn's two photos, as users keep theirs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from lattejax.configuration import Config
+from tests.helpers import tiny_config
+
+SIZE = 16  # of what is encoded; the tiny autoencoder makes 2×2 latents of 8 channels of it
+SUBJECTS = {"china.jpg": "a temple in China", "flower.jpg": "a flower"}
+
+
+def pieces(count: int) -> list[tuple[str, str, Image.Image]]:
+    """Names, captions and pictures of different sizes, upright and lying."""
+    rng, made = np.random.default_rng(0), []
+    for i in range(count):
+        subject = list(SUBJECTS)[i % 2]
+        height, width = rng.integers(20, 60, 2)
+        top, left = rng.integers(0, 300, 2)
+        piece = Image.fromarray(load_sample_image(subject)[top : top + height, left : left + width])
+        made.append((f"{i:03d}.jpg", SUBJECTS[subject], piece))
+    return made
+
+
+def folder(path: Path, count: int, listed: bool = False) -> Path:
+    """Writes pieces as JPEGs, each beside a text file, or listed in metadata.jsonl."""
+    path.mkdir()
+    lines = []
+    for name, caption, image in pieces(count):
+        image.save(path / name)
+        if listed:
+            lines.append(json.dumps({"file_name": name, "text": caption}) + "\n")
+        else:
+            (path / name).with_suffix(".txt").write_text(caption + "\n")
+    if listed:
+        (path / "metadata.jsonl").write_text("".join(lines))
+    return path
+
+
+def config(pictures: Path, autoencoder: Path, **overrides: Any) -> Config:
+    """The tiny config, on a folder of pictures."""
+    settings = dict(
+        images__source="folder",
+        images__name=str(pictures),
+        images__train="train[4:]",
+        images__test="train[:4]",
+        images__batch_size=4,
+        images__shard_pictures=6,
+        data__source="latents",
+        data__latents="",
+        data__autoencoder=str(autoencoder),
+        data__image_size=SIZE,
+        data__latent_shape=(2, 2, 8),
+        data__prompt_length=32,
+        pretrain__steps=0,
+        eval__scored_images=0,
+        eval__final_images=0,
+        model__patch_size=1,
+    )
+    settings |= overrides
+    settings["data__latents"] = str(settings["data__latents"] or pictures.with_name("latents"))
+    return tiny_config(**settings)
