@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
     config.data.answer_length = 512
     config.data.min_pixels = 56 * 56
     config.data.max_pixels = 512 * 512
-    config.data.threads = 4
+    config.data.threads = 1
 
     config.tokenizer = ConfigDict()
     config.tokenizer.path = ""

@@ -14,27 +14,34 @@ from lattejax import configuration
 from lattejax.errors import UserError
 
 
-def run(main: Callable[[], None], check: Callable[[list[str]], None] = lambda arguments: None) -> None:
+def run(
+    main: Callable[..., None],
+    check: Callable[[list[str]], None] = lambda arguments: None,
+    commands: tuple[str, ...] = (),
+) -> None:
     """Parses the flags and runs a door's `main`. Bad input is one line on standard error and exit code 2.
 
     Args:
-      main: takes nothing; reads its flags.
+      main: takes nothing, or the command; reads its flags.
       check: looks at the raw arguments first; raises `UserError`.
+      commands: words of which one has to stand among the flags.
     """
 
     def parse(argv: list[str]) -> list[str]:
         try:
             check(argv[1:])
             rest = flags.FLAGS(argv)
-            if rest[1:]:
-                raise UserError(f"unexpected argument {rest[1]!r}; every argument is a --flag=value")
+            if commands and (not rest[1:] or rest[1] not in commands):
+                raise UserError(f"say what: {', '.join(commands)}; found {' '.join(rest[1:]) or 'nothing'}")
+            if unexpected := rest[2:] if commands else rest[1:]:
+                raise UserError(f"unexpected argument {unexpected[0]!r}; every argument is a --flag=value")
         except (flags.Error, UserError, ValueError) as error:  # a config file's own complaint is a ValueError
             fail(error)
         return rest
 
-    def guarded(_) -> None:
+    def guarded(argv: list[str]) -> None:
         try:
-            main()
+            main(*argv[1:])
         except UserError as error:
             fail(error)
 

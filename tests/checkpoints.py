@@ -18,6 +18,19 @@ from lattejax.weights import autoencoders, pretrained
 
 VOCABULARY = 400
 
+# configs/digits.py's tiny form, as transformers would say it.
+OF_DIGITS = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    rope_parameters=dict(rope_type="default", rope_theta=2.0, mrope_section=[1, 2, 1]),
+    vision_depth=1,
+    vision_embed_dim=16,
+    vision_mlp_ratio=4,
+    vision_patch_size=2,
+)
+
 
 @functools.cache
 def tokenizer() -> Tokenizer:

@@ -90,7 +90,7 @@ def tiny_config(**overrides: Any) -> Config:
 def tiny_flags(**overrides: Any) -> list[str]:
     """The same as command-line flags of `lattejax.train`."""
     values = TINY | {key.replace("__", "."): value for key, value in overrides.items()}
-    text = {key: ",".join(map(str, value)) if isinstance(value, tuple) else value for key, value in values.items()}
+    text = {key: ",".join(map(repr, value)) if isinstance(value, tuple) else value for key, value in values.items()}
     return ["--config=configs/digits.py", *(f"--config.{key}={value}" for key, value in text.items())]
 
 

@@ -42,26 +42,31 @@ def folder(path: Path, count: int, listed: bool = False) -> Path:
     return path
 
 
-def config(pictures: Path, autoencoder: Path, **overrides: Any) -> Config:
-    """The tiny config, on a folder of pictures."""
-    settings = dict(
-        images__source="folder",
-        images__name=str(pictures),
-        images__train="train[4:]",
-        images__test="train[:4]",
-        images__batch_size=4,
-        images__shard_pictures=6,
-        data__source="latents",
-        data__latents="",
-        data__autoencoder=str(autoencoder),
-        data__image_size=SIZE,
-        data__latent_shape=(2, 2, 8),
-        data__prompt_length=32,
-        pretrain__steps=0,
-        eval__scored_images=0,
-        eval__final_images=0,
-        model__patch_size=1,
+def settings(pictures: Path, autoencoder: Path, **overrides: Any) -> dict[str, Any]:
+    """Overrides of the tiny config that train on a folder of pictures."""
+    return (
+        dict(
+            images__source="folder",
+            images__name=str(pictures),
+            images__train="train[4:]",
+            images__test="train[:4]",
+            images__batch_size=4,
+            images__shard_pictures=6,
+            data__source="latents",
+            data__latents=str(pictures.with_name("latents")),
+            data__autoencoder=str(autoencoder),
+            data__image_size=SIZE,
+            data__latent_shape=(2, 2, 8),
+            data__prompt_length=40,
+            pretrain__steps=0,
+            eval__scored_images=0,
+            eval__final_images=0,
+            eval__prompts=("a flower", "a temple"),
+            model__patch_size=1,
+        )
+        | overrides
     )
-    settings |= overrides
-    settings["data__latents"] = str(settings["data__latents"] or pictures.with_name("latents"))
-    return tiny_config(**settings)
+
+
+def config(pictures: Path, autoencoder: Path, **overrides: Any) -> Config:
+    return tiny_config(**settings(pictures, autoencoder, **overrides))

@@ -18,8 +18,6 @@ from typing import NamedTuple
 import grain
 import jax
 import numpy as np
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
@@ -140,8 +138,7 @@ def make_encoder(stored: StoredAutoencoder, batch_size: int) -> Encoder:
 
 def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File, encoder: Encoder, bar: tqdm) -> Shard:
     """Encodes a file's pictures into it, and describes it in another, which is written last."""
-    features, settings = latents.features(config.data.latent_shape), config.images
-    unreadable, captions, records = [], set(), 0
+    settings, unreadable, captions = config.images, [], set()
 
     def readable() -> Iterator[Cropped]:
         for cropped in _crop(config, pictures, file.pictures):
@@ -149,16 +146,16 @@ def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File
             if cropped.pixels is None:
                 unreadable.append(cropped.problem)
             else:
+                captions.add(cropped.caption)
                 yield cropped
 
     partial, whole = out / f"{file.name}.partial", out / file.name
-    with contextlib.closing(ArrayRecordWriter(os.fspath(partial), "group_size:1")) as writer:
-        for cropped, views in _encode(readable(), settings.batch_size, settings.flip, encoder):
-            captions.add(cropped.caption)
-            for view in views:
-                record = {"latents": view, "caption": cropped.caption, "picture": cropped.name}
-                writer.write(features.serialize_example(record))
-                records += 1
+    encoded = _encode(readable(), settings.batch_size, settings.flip, encoder)
+    records = latents.write_records(
+        partial,
+        config.data.latent_shape,
+        ({"latents": latent, "caption": cropped.caption, "picture": cropped.name} for cropped, latent in encoded),
+    )
     partial.replace(whole)
     shard = Shard(file.name, records, whole.stat().length, _sha256(whole), unreadable)
     values = {
@@ -187,8 +184,8 @@ def _crop(config: Config, pictures: Pictures, numbers: range) -> Iterator[Croppe
 
 def _encode(
     pictures: Iterator[Cropped], batch_size: int, flip: bool, encoder: Encoder
-) -> Iterator[tuple[Cropped, list[Float[np.ndarray, "h w C"]]]]:
-    """Yields each picture with its latents, and if it is to be flipped those of its mirror image.
+) -> Iterator[tuple[Cropped, Float[np.ndarray, "h w C"]]]:
+    """Yields each picture with its latents, and if it is to be flipped once more with those of its mirror image.
 
     The device works on one batch while the one before is written and the next one is read.
     """
@@ -204,10 +201,11 @@ def _encode(
 
 def _fetch(
     batch: list[Cropped], views: list[Float[jax.Array, "B h w C"]]
-) -> Iterator[tuple[Cropped, list[Float[np.ndarray, "h w C"]]]]:
+) -> Iterator[tuple[Cropped, Float[np.ndarray, "h w C"]]]:
     views = jax.device_get(views)
     for i, picture in enumerate(batch):
-        yield picture, [view[i] for view in views]
+        for view in views:
+            yield picture, view[i]
 
 
 # ---- What is there
@@ -282,16 +280,8 @@ def _finish(out: epath.Path, encoding: Encoding, files: Sequence[File]) -> bool:
     written = {file: _read_description(out, file) for file in files}
     if None in written.values():
         return False
-    infos = []
-    for split in SPLITS:
-        shards = [written[file].shard for file in files if file.split == split]
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=out, dataset_name=latents.NAME, split=split, filetype_suffix="array_record"
-        )
-        lengths, size = [shard.records for shard in shards], sum(shard.bytes for shard in shards)
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template))
-    features = latents.features(encoding.latent_shape)
-    tfds.folder_dataset.write_metadata(data_dir=out, features=features, split_infos=infos, check_data=False)
+    shards = {split: [written[file].shard for file in files if file.split == split] for split in SPLITS}
+    latents.write_metadata(out, encoding.latent_shape, shards)
     manifest = {
         "encoding": encoding.as_json(),
         "captions": _join([one.captions for one in written.values()]),

@@ -9,13 +9,16 @@ manifest.json                                 all of it together; written last, 
 Latents are stored as the flow sees them, scaled. Axes: n records, h row, w column, C latent channel.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
@@ -95,13 +98,41 @@ def files(pictures: dict[str, int], shard_pictures: int) -> list[File]:
     return planned
 
 
+# ---- Writing
+
+
+def write_records(path: epath.Path, latent_shape: tuple[int, int, int], records: Iterable[dict[str, Any]]) -> int:
+    """Writes a file of records, see `features`; returns how many."""
+    serializer, count = features(latent_shape), 0
+    with contextlib.closing(ArrayRecordWriter(os.fspath(path), "group_size:1")) as writer:
+        for record in records:
+            writer.write(serializer.serialize_example(record))
+            count += 1
+    return count
+
+
+def write_metadata(directory: epath.Path, latent_shape: tuple[int, int, int], shards: dict[str, list[Shard]]) -> None:
+    """Writes what tensorflow-datasets reads about the files of each split."""
+    infos = []
+    for split, of_split in shards.items():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=directory, dataset_name=NAME, split=split, filetype_suffix="array_record"
+        )
+        lengths, size = [shard.records for shard in of_split], sum(shard.bytes for shard in of_split)
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template))
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory, features=features(latent_shape), split_infos=infos, check_data=False
+    )
+
+
 # ---- Reading
 
 
 class LatentDrawings:
     """Random access to one split, see `examples.Drawings`."""
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, latent_shape: tuple[int, int, int]):
+    def __init__(self, directory: epath.Path, split: str, latent_shape: tuple[int, int, int]):
+        builder = tfds.builder_from_directory(directory)
         # Decoded here and not by tensorflow-datasets, which takes three times as long.
         self.records = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
         self.latent_shape = latent_shape
@@ -154,7 +185,7 @@ class LatentSource:
         return cls(directory, data.latent_shape, captions)
 
     def drawings(self, split: str, encoder: PromptEncoder | None = None) -> LatentDrawings:
-        return LatentDrawings(tfds.builder_from_directory(self.directory), split, self.latent_shape)
+        return LatentDrawings(self.directory, split, self.latent_shape)
 
     def questions(self, split: str, encoder: PromptEncoder) -> None:
         return None

@@ -1,5 +1,6 @@
 """Deterministic batches: row j of batch n is record π(n·B + j), π a shuffle of each epoch, drawn from the seed."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -44,10 +45,13 @@ def training_batches(
         raise ValueError(f"batch_size={batch_size} must be a multiple of the {count} parts that read it")
     if not len(source):
         raise ValueError("the data set has no records")
-    rows = slice(index * batch_size // count, (index + 1) * batch_size // count)
-    numbers = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    dataset = numbers.batch(batch_size, drop_remainder=True, batch_fn=list)
-    dataset = dataset.map(lambda batch: make_batch(source.__getitems__(batch[rows])))
+    shuffled = grain.MapDataset.range(len(source)).seed(seed).shuffle()  # goes on, reshuffled, beyond its length
+
+    def batch(number: int) -> Any:
+        start = number * batch_size + index * batch_size // count
+        return make_batch(source.__getitems__([shuffled[row] for row in range(start, start + batch_size // count)]))
+
+    dataset = grain.MapDataset.range(sys.maxsize // batch_size).map(batch)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 

@@ -65,6 +65,7 @@ def token_positions(
     """
     columns: list[np.ndarray] = []
     images = iter(grids)
+    image_tokens = np.flatnonzero(np.asarray(input_ids) == image_token)
     start = index = 0
     while index < len(input_ids):
         if input_ids[index] == image_token:
@@ -73,7 +74,9 @@ def token_positions(
             if block.shape[1] == 0 or np.any(input_ids[index : index + block.shape[1]] != image_token):
                 raise ValueError(f"the prompt's image tokens do not match the image grids {grids}")
         else:
-            block = np.full((3, 1), start)
+            following = image_tokens[np.searchsorted(image_tokens, index) :]  # text up to the next image at once
+            end = following[0] if len(following) else len(input_ids)
+            block = np.tile(np.arange(start, start + end - index), (3, 1))
         columns.append(block)
         start = block.max() + 1
         index += block.shape[1]

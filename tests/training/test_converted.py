@@ -15,19 +15,6 @@ from lattejax.weights.runs import Run
 from tests import checkpoints
 from tests.helpers import assert_same_bits, tiny_config
 
-# configs/digits.py's tiny form, as transformers would say it.
-GEOMETRY = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    rope_parameters=dict(rope_type="default", rope_theta=2.0, mrope_section=[1, 2, 1]),
-    vision_depth=1,
-    vision_embed_dim=16,
-    vision_mlp_ratio=4,
-    vision_patch_size=2,
-)
-
 
 def config(converted, **overrides):
     settings = dict(model__text__vocab_size=checkpoints.VOCABULARY, pretrain__init_from=str(converted))
@@ -37,7 +24,7 @@ def config(converted, **overrides):
 
 @pytest.fixture(scope="module")
 def converted():
-    return checkpoints.convert(checkpoints.random_model(checkpoints.tiny_config(**GEOMETRY)))
+    return checkpoints.convert(checkpoints.random_model(checkpoints.tiny_config(**checkpoints.OF_DIGITS)))
 
 
 @pytest.fixture(scope="module")
