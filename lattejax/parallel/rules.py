@@ -37,3 +37,16 @@ def shardings(mesh: Mesh, params: Params) -> Params:
         return NamedSharding(mesh, PartitionSpec(*(None,) * (array.ndim - len(axes)), *axes))
 
     return jax.tree.map_with_path(sharding, params)
+
+
+def by_layer(mesh: Mesh, stacked: Params) -> Params:
+    """Returns a NamedSharding for each leaf of what has an entry for each of the L layers on its leading axis: the
+    experts' weights, or the contexts that they see. A device along `expert` holds its own groups' layers and no others.
+
+    Raises:
+      ValueError: L is no multiple of the mesh axis.
+    """
+    for leaf in jax.tree.leaves(stacked):
+        if leaf.shape[0] % mesh.shape["expert"]:
+            raise ValueError(f"mesh axis expert={mesh.shape['expert']} does not divide the {leaf.shape[0]} layers")
+    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec("expert")), stacked)
