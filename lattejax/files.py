@@ -29,7 +29,7 @@ def write_whole(path: epath.Path, data: bytes) -> None:
     if is_remote(path):
         path.write_bytes(data)
     else:
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # processes may write one file at once
         temporary.write_bytes(data)
         temporary.replace(path)
 

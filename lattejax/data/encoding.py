@@ -54,7 +54,7 @@ def encode(config: Config, out: str | epath.Path, worker: int = 0, workers: int 
         raise UserError(f"--out={out} is remote; latents are written to a disk, or to what is mounted as one")
     stored = StoredAutoencoder.open_for(config.data)
     pictures = {split: open_pictures(config.images, split) for split in SPLITS}
-    encoding = _encoding(config, stored, {split: len(of_split) for split, of_split in pictures.items()})
+    encoding = _encoding(config, stored, pictures)
     _begin(out, encoding)
     files = latents.files(encoding.pictures, encoding.shard_pictures)
     missing = []
@@ -73,17 +73,16 @@ def encode(config: Config, out: str | epath.Path, worker: int = 0, workers: int 
     return _finish(out, encoding, files)
 
 
-def _encoding(config: Config, stored: StoredAutoencoder, pictures: dict[str, int]) -> Encoding:
-    ours = config.images
+def _encoding(config: Config, stored: StoredAutoencoder, pictures: dict[str, Pictures]) -> Encoding:
     return Encoding(
         autoencoder=stored.identity,
         image_size=config.data.image_size,
         latent_shape=config.data.latent_shape,
         crop=CROP,
-        flip=ours.flip,
-        images={key: getattr(ours, key) for key in ("source", "name", "train", "test", "image_key", "caption_key")},
-        pictures=pictures,
-        shard_pictures=ours.shard_pictures,
+        flip=config.images.flip,
+        images={split: of_split.identity for split, of_split in pictures.items()},
+        pictures={split: len(of_split) for split, of_split in pictures.items()},
+        shard_pictures=config.images.shard_pictures,
     )
 
 
@@ -91,7 +90,7 @@ def _begin(out: epath.Path, encoding: Encoding) -> None:
     """Makes the directory this encoding's, or finds that it is."""
     values = encoding.as_json()
     if not (out / ENCODING).exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(not file.name.startswith(ENCODING) for file in out.iterdir()):
             raise UserError(f"--out={out} is no directory of latents, and not empty; choose another")
         write_whole(out / ENCODING, (json.dumps(values, indent=2) + "\n").encode())
     theirs = read_json(out / ENCODING)
@@ -281,6 +280,9 @@ def _finish(out: epath.Path, encoding: Encoding, files: Sequence[File]) -> bool:
     if None in written.values():
         return False
     shards = {split: [written[file].shard for file in files if file.split == split] for split in SPLITS}
+    for split in SPLITS:
+        if not any(shard.records for shard in shards[split]):
+            raise UserError(f"none of the pictures of config.images.{split} could be read")
     latents.write_metadata(out, encoding.latent_shape, shards)
     manifest = {
         "encoding": encoding.as_json(),

@@ -47,8 +47,8 @@ class Encoding:
     latent_shape: tuple[int, int, int]
     crop: str
     flip: bool
-    images: dict[str, Any]  # where the pictures come from
-    pictures: dict[str, int]  # in each split
+    images: dict[str, str]  # which pictures there are in each split, see `pictures.Pictures.identity`
+    pictures: dict[str, int]  # and how many
     shard_pictures: int
 
     def as_json(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ written as tensorflow-datasets writes splits: "train", "validation[:500]", "trai
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -36,6 +37,10 @@ class Picture:
 
 
 class Pictures(Protocol):
+    """Random access; `identity` tells which pictures with which captions they are."""
+
+    identity: str
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Picture: ...
@@ -98,6 +103,7 @@ class DatasetPictures:
         ):
             if not isinstance(features.get(key), kinds):
                 raise UserError(f"{images.name} has no such feature as {key!r}; it has {', '.join(features)}")
+        self.identity = f"{builder.info.full_name} {split}, {self.image_key} as {self.caption_key}"
         label = features[self.caption_key]
         self.classes = readable(label.names) if isinstance(label, tfds.features.ClassLabel) else None
         try:
@@ -142,6 +148,8 @@ class FolderPictures:
         names = sorted(captions)
         self.folder, self.captions = folder, captions
         self.names = [names[order[i]] for i in _part(split, {"train": len(captions)})]
+        chosen = json.dumps([(name, captions[name]) for name in self.names])
+        self.identity = f"files and captions {hashlib.sha256(chosen.encode()).hexdigest()}"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -195,6 +203,7 @@ class DigitPictures:
         name = split.partition("[")[0]
         sizes = {known: len(digits.load(known).labels) for known in ("train", "test")}
         self.part, self.digits = _part(split, sizes), digits.load(name)
+        self.identity = f"scikit-learn's digits, {split}"
 
     def __len__(self) -> int:
         return len(self.part)

@@ -5,6 +5,7 @@ import json
 
 import jax
 from etils import epath
+from tqdm import tqdm
 
 from lattejax import configuration
 from lattejax.configuration import Config
@@ -147,7 +148,8 @@ def check_lengths(config: Config, encoder: PromptEncoder, source: Source) -> Non
     for split in ("train", "test"):
         drawings, questions = source.drawings(split, encoder), source.questions(split, encoder)
         if not (source.captions and config.data.prompts == "captions"):
-            prompts = (encoder.drawing(drawing.caption, drawing.images) for drawing in every(drawings))
+            shown = tqdm(every(drawings), f"checking {split} prompts", len(drawings), unit="prompt", disable=None)
+            prompts = (encoder.drawing(drawing.caption, drawing.images) for drawing in shown)
             encoder.check_length(prompts, config.data.prompt_length)
         if questions is not None:
             encoder.check_length(every(questions), config.data.answer_length)

@@ -127,7 +127,8 @@ def test_a_killed_worker_goes_on_at_its_file_and_several_workers_do_what_one_doe
     "section, changes, named",
     [
         ("images", dict(flip=False), "flip: True -> False"),
-        ("images", dict(test="train[:3]"), "pictures: "),
+        ("images", dict(test="train[:3]"), "images: .*pictures: "),
+        ("images", dict(train="train[:17]"), "images: "),
         ("data", dict(image_size=32, latent_shape=(4, 4, 8)), "image_size: 16 -> 32"),
     ],
 )
