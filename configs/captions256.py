@@ -3,11 +3,11 @@
 The folder `pictures` has name.jpg beside name.txt, or a metadata.jsonl with {"file_name": …, "text": …} a line. Before:
 
 python -m lattejax.convert --source=Qwen/Qwen2-VL-2B-Instruct --out=weights/qwen2_vl_2b
-python -m lattejax.convert --source=mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers --out=weights/dc_ae
+python -m lattejax.convert --source=mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers --out=weights/dc_ae_sana
 python -m lattejax.encode --config=configs/captions256.py --out=latents/captions256
 
 Captions that are all different are read in every step. Where they repeat, 10,000 of them or fewer, share_contexts saves
-that. To go on from a run on ImageNet, set train.init_from and pretrain.init_from to it.
+that. To go on from a run on ImageNet, set train.init_from and pretrain.init_from to it, and data.autoencoder to its.
 """
 
 from ml_collections import ConfigDict
@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
     config.data.source = "latents"
     config.data.latents = "latents/captions256"
     config.data.prompts = "captions"
-    config.data.autoencoder = "weights/dc_ae"
+    config.data.autoencoder = "weights/dc_ae_sana"
     config.data.image_size = 256
     config.data.latent_shape = (8, 8, 32)
     config.data.prompt_length = 128

@@ -3,8 +3,8 @@
 The latents are 8×8×32, DC-AE's; 240,000 steps of 2,048 images. Before it:
 
 python -m lattejax.convert --source=Qwen/Qwen2-VL-2B-Instruct --out=weights/qwen2_vl_2b
-python -m lattejax.convert --source=mit-han-lab/dc-ae-f32c32-in-1.0-diffusers --scale=0.3189 --out=weights/dc_ae
-tfds build imagenet2012 --file_format=array_record
+python -m lattejax.convert --source=mit-han-lab/dc-ae-f32c32-in-1.0-diffusers --scale=0.3189 --out=weights/dc_ae_in
+pip install tensorflow && tfds build imagenet2012 --file_format=array_record
 python -m lattejax.encode --config=configs/imagenet256.py --out=latents/imagenet256
 """
 
@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     config.data.source = "latents"
     config.data.latents = "latents/imagenet256"
     config.data.prompts = "captions"
-    config.data.autoencoder = "weights/dc_ae"
+    config.data.autoencoder = "weights/dc_ae_in"
     config.data.image_size = 256
     config.data.latent_shape = (8, 8, 32)
     config.data.prompt_length = 40

@@ -23,8 +23,7 @@ flags.mark_flag_as_required("config")
 
 def main(what: str) -> None:
     config = configuration.resolve(CONFIG.value)
-    # A tokenizer as small as can be: which one it is makes no difference to speed.
-    encoder = prompt_encoder(config, tokenizers.train(speed.CAPTIONS, 400))
+    encoder = prompt_encoder(config, tokenizers.train(speed.make_captions(100), 400))
     result = {"data": speed.data_rate}[what](config, encoder, RECORDS.value)
     for name, value in result.items():
         print(f"{name:24} {value:,.4g}" if isinstance(value, float) else f"{name:24} {value:,}")

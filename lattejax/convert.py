@@ -5,7 +5,7 @@ python -m lattejax.convert --source=weights/qwen2_vl_2b --to=hf --out=exported/q
 
 an autoencoder, DC-AE or TAESD, with the scale of its latents where the checkpoint does not state it:
 
-python -m lattejax.convert --source=mit-han-lab/dc-ae-f32c32-in-1.0-diffusers --scale=0.3189 --out=weights/dc_ae
+python -m lattejax.convert --source=mit-han-lab/dc-ae-f32c32-in-1.0-diffusers --scale=0.3189 --out=weights/dc_ae_in
 
 and a run's average weights to safetensors, in a directory that `sample` and `chat` read like the run's:
 

@@ -29,7 +29,7 @@ def write_whole(path: epath.Path, data: bytes) -> None:
     if is_remote(path):
         path.write_bytes(data)
     else:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # processes may write one file at once
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # several processes may write one file
         temporary.write_bytes(data)
         temporary.replace(path)
 

@@ -55,7 +55,7 @@ def main() -> None:
     run = Run.open(WORKDIR.value)
     images = [run.encoder.read_image(open_image(path)) for path in IMAGE.value]
     prompts = [run.encoder.drawing(prompt, images) for prompt in PROMPT.value]
-    sampler = ImageSampler.of(run, run.params(), AUTOENCODER.value)
+    sampler = ImageSampler.of(run, run.params(run.config.dtype), AUTOENCODER.value)
     images = sampler(prompts, sampling, images_per_prompt=NUM.value, batch_size=BATCH_SIZE.value, seed=SEED.value)
     write_with(out, lambda file: labelled_grid(images, PROMPT.value).save(file, format="PNG"))
     if NPZ.value:

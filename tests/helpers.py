@@ -1,9 +1,11 @@
 """What several tests share: the smallest config of the real thing, and its parts."""
 
+import dataclasses
 import functools
 import importlib.util
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -18,6 +20,7 @@ from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.digits import DigitSource
 from lattejax.data.prompts import PromptEncoder
+from lattejax.training.loop import run_stage
 from lattejax.weights.runs import prompt_encoder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -129,3 +132,29 @@ def start_door(door: str, *arguments: str, **kwargs: Any) -> subprocess.Popen:
     """The same, without waiting for its end."""
     command = [sys.executable, "-m", f"lattejax.{door}", *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **kwargs)
+
+
+# ---- A signal while a stage trains
+
+
+def run_interrupted(plan, *args, before_step: int):
+    """Runs a stage; in the second one, a signal comes just before the given step."""
+    if plan.name == "train":
+        plan = dataclasses.replace(plan, batches=InterruptingBatches(plan.batches, before_step))
+    return run_stage(plan, *args)
+
+
+class InterruptingBatches:
+    """Batches, with a signal before the given one."""
+
+    def __init__(self, batches, at: int):
+        self.batches, self.left = batches, at
+
+    def __next__(self):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next(self.batches)
+
+    def __getattr__(self, name):
+        return getattr(self.batches, name)

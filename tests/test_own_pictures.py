@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lattejax.data.encoding import encode
+from lattejax.data.latents import LatentSource
+from lattejax.data.pipeline import every
 from lattejax.errors import UserError
 from lattejax.flow.schedule import Sampling
 from lattejax.sampling.images import ImageSampler
@@ -48,6 +51,13 @@ def test_pictures_become_latents_a_trained_pathway_and_drawings(vlm, tmp_path):
     two_devices = ENVIRONMENT | {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
     said = succeed(run_door("encode", *flags, f"--out={latents}", env=two_devices))
     assert "16 of 20" in said and "images/s" in said and "is whole" in said
+    again = pictures.config(photos, dc_ae, data__latents=str(tmp_path / "again"))
+    encode(again, again.data.latents)
+    ours, theirs = (
+        np.stack([drawing.latents for drawing in every(LatentSource.open(config).drawings("train"))])
+        for config in (pictures.config(photos, dc_ae), again)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert "held_out_loss" in succeed(run_door("train", *flags, f"--workdir={workdir}"))
     assert not (workdir / "vlm").exists(), "the frozen VLM is referred to, not copied"
     out = tmp_path / "drawn.png"

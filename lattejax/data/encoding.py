@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from lattejax.configuration import Config
 from lattejax.data import images, latents
 from lattejax.data.latents import CROP, ENCODING, MANIFEST, MOST_CAPTIONS, SPLITS, Encoding, File, Shard
-from lattejax.data.pictures import Pictures, open_pictures
+from lattejax.data.pictures import Pictures, check_disjoint, open_pictures
 from lattejax.errors import UserError
 from lattejax.files import is_remote, located, read_json, write_whole
 from lattejax.parallel.mesh import make_mesh
@@ -54,23 +55,33 @@ def encode(config: Config, out: str | epath.Path, worker: int = 0, workers: int 
         raise UserError(f"--out={out} is remote; latents are written to a disk, or to what is mounted as one")
     stored = StoredAutoencoder.open_for(config.data)
     pictures = {split: open_pictures(config.images, split) for split in SPLITS}
-    encoding = _encoding(config, stored, pictures)
+    check_disjoint(**pictures)
+    encoding, most_unreadable = _encoding(config, stored, pictures), config.images.most_unreadable
     _begin(out, encoding)
     files = latents.files(encoding.pictures, encoding.shard_pictures)
+    written = _read_descriptions(out, files)
+    if _count_unreadable(written) > most_unreadable:  # they may have been mended since
+        written = {file: one for file, one in written.items() if not one.shard.unreadable}
     missing = []
     for file in files[worker::workers]:
-        written = _read_description(out, file)
-        if written is None:
-            missing.append(file)
+        if file in written:
+            _check_shard(out, written[file].shard)
         else:
-            _check_shard(out, written.shard)
-    encoder = make_encoder(stored, config.images.batch_size) if missing else None
+            missing.append(file)
+    if missing:
+        (out / MANIFEST).unlink(missing_ok=True)
+        encoder = make_encoder(stored, config.images.batch_size)
     with _progress_bar(sum(len(file.pictures) for file in missing)) as bar:
         for file in missing:
-            _report(bar, _write_shard(out, config, pictures[file.split], file, encoder, bar))
-            _check_unreadable(out, files, config.images.most_unreadable)
-    _check_unreadable(out, files, config.images.most_unreadable)
-    return _finish(out, encoding, files)
+            written[file] = _write_shard(out, config, pictures[file.split], file, encoder, bar)
+            _report(bar, written[file].shard)
+            _check_unreadable(written, most_unreadable)
+    written = _read_descriptions(out, files)
+    _check_unreadable(written, most_unreadable)
+    if len(written) < len(files):
+        return False
+    _finish(out, encoding, written)
+    return True
 
 
 def _encoding(config: Config, stored: StoredAutoencoder, pictures: dict[str, Pictures]) -> Encoding:
@@ -148,7 +159,7 @@ def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File
                 captions.add(cropped.caption)
                 yield cropped
 
-    partial, whole = out / f"{file.name}.partial", out / file.name
+    partial, whole = out / f"{file.name}.partial-{secrets.token_hex(4)}", out / file.name
     encoded = _encode(readable(), settings.batch_size, settings.flip, encoder)
     records = latents.write_records(
         partial,
@@ -157,12 +168,12 @@ def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File
     )
     partial.replace(whole)
     shard = Shard(file.name, records, whole.stat().length, _sha256(whole), unreadable)
-    values = {
-        "shard": dataclasses.asdict(shard),
-        "captions": sorted(captions) if len(captions) <= MOST_CAPTIONS else None,
-    }
+    written = Written(shard, sorted(captions) if len(captions) <= MOST_CAPTIONS else None)
+    values = {"shard": dataclasses.asdict(shard), "captions": written.captions}
     write_whole(_description(out, file), (json.dumps(values) + "\n").encode())
-    return shard
+    for left in out.glob(f"{file.name}.partial-*"):  # by workers that were killed
+        left.unlink()
+    return written
 
 
 def _crop(config: Config, pictures: Pictures, numbers: range) -> Iterator[Cropped]:
@@ -170,11 +181,8 @@ def _crop(config: Config, pictures: Pictures, numbers: range) -> Iterator[Croppe
 
     def crop(number: int) -> Cropped:
         picture = pictures[number]
-        try:
-            pixels = None if picture.image is None else images.square(picture.image, config.data.image_size)
-            return Cropped(picture.name, picture.caption, pixels, picture.problem)
-        except OSError as error:  # a file cut short is only found out when its pixels are asked for
-            return Cropped(picture.name, picture.caption, None, f"{picture.name} cannot be read as an image: {error}")
+        pixels = None if picture.image is None else images.square(picture.image, config.data.image_size)
+        return Cropped(picture.name, picture.caption, pixels, picture.problem)
 
     settings = config.images
     ahead = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.batch_size)
@@ -221,16 +229,18 @@ def _description(out: epath.Path, file: File) -> epath.Path:
     return out / f"{file.name}.json"
 
 
-def _read_description(out: epath.Path, file: File) -> Written | None:
-    """What is known of a file; None if it has not been written whole."""
-    path = _description(out, file)
-    if not path.exists():
-        return None
-    values = read_json(path)
-    try:
-        return Written(Shard(**values["shard"]), values["captions"])
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{path} does not describe a file of latents ({error!r}); remove it") from error
+def _read_descriptions(out: epath.Path, files: Sequence[File]) -> dict[File, Written]:
+    """What is known of the files that have been written whole, by any worker."""
+    written = {}
+    for file in files:
+        path = _description(out, file)
+        if path.exists():
+            values = read_json(path)
+            try:
+                written[file] = Written(Shard(**values["shard"]), values["captions"])
+            except (TypeError, KeyError) as error:
+                raise UserError(f"{path} does not describe a file of latents ({error!r}); remove it") from error
+    return written
 
 
 def _check_shard(out: epath.Path, shard: Shard) -> None:
@@ -263,34 +273,35 @@ def _report(bar: tqdm, shard: Shard) -> None:
     bar.write(f"{shard.file}: {shard.records:,} records; {bar.n:,} of {bar.total:,}, {rate:.1f} images/s, {left} left")
 
 
-def _check_unreadable(out: epath.Path, files: Sequence[File], most: int) -> None:
-    """Raises `UserError` if all workers together had to leave out more pictures than allowed, and names the last."""
-    written = [_read_description(out, file) for file in files]
-    unreadable = [problem for one in written if one is not None for problem in one.shard.unreadable]
-    if len(unreadable) > most:
+def _count_unreadable(written: dict[File, Written]) -> int:
+    return sum(len(one.shard.unreadable) for one in written.values())
+
+
+def _check_unreadable(written: dict[File, Written], most: int) -> None:
+    """Raises `UserError` if more pictures than allowed had to be left out, and names the last."""
+    if (count := _count_unreadable(written)) > most:
+        named = [problem for one in written.values() for problem in one.shard.unreadable][-5:]
         raise UserError(
-            f"{len(unreadable)} pictures cannot be read, more than config.images.most_unreadable={most}: "
-            f"{'; '.join(unreadable[-5:])}"
+            f"{count} pictures cannot be read, more than config.images.most_unreadable={most}: {'; '.join(named)}; "
+            "mend them or allow more, and run lattejax.encode again"
         )
 
 
-def _finish(out: epath.Path, encoding: Encoding, files: Sequence[File]) -> bool:
-    """Writes the manifest if every file is there; returns whether it is."""
-    written = {file: _read_description(out, file) for file in files}
-    if None in written.values():
-        return False
-    shards = {split: [written[file].shard for file in files if file.split == split] for split in SPLITS}
+def _finish(out: epath.Path, encoding: Encoding, written: dict[File, Written]) -> None:
+    """Writes what needs all files: the metadata, and the manifest."""
+    shards = {split: [one.shard for file, one in written.items() if file.split == split] for split in SPLITS}
     for split in SPLITS:
         if not any(shard.records for shard in shards[split]):
             raise UserError(f"none of the pictures of config.images.{split} could be read")
-    latents.write_metadata(out, encoding.latent_shape, shards)
     manifest = {
         "encoding": encoding.as_json(),
         "captions": _join([one.captions for one in written.values()]),
         "shards": [dataclasses.asdict(one.shard) for one in written.values()],
     }
+    if (out / MANIFEST).exists() and read_json(out / MANIFEST) == manifest:
+        return
+    latents.write_metadata(out, encoding.latent_shape, shards)
     write_whole(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-    return True
 
 
 def _join(tables: Sequence[list[str] | None]) -> list[str] | None:

@@ -44,10 +44,12 @@ class Questions(Protocol):
 class Source(Protocol):
     """A data set, in the splits "train" and "test".
 
-    `captions` are all there are, where they are few enough to be read once for all; otherwise none.
+    `captions` are all there are, where they are few enough to be read once for all; otherwise none. `identity` tells
+    one data set from another, in what it holds and in which order.
     """
 
     captions: tuple[str, ...]
+    identity: str
 
     def drawings(self, split: str, encoder: PromptEncoder) -> Drawings: ...
 
@@ -73,6 +75,12 @@ def open_source(config: Config) -> Source:
     return LatentSource.open(config)
 
 
+def encode_prompts(encoder: PromptEncoder, drawings: Sequence[Drawing]) -> list[EncodedPrompt]:
+    if any(drawing.images for drawing in drawings):
+        return [encoder.drawing(drawing.caption, drawing.images) for drawing in drawings]
+    return encoder.drawings([drawing.caption for drawing in drawings])
+
+
 def image_batcher(
     config: Config, encoder: PromptEncoder, captions: Sequence[str]
 ) -> Callable[[Sequence[Drawing]], dict[str, Any]]:
@@ -84,7 +92,6 @@ def image_batcher(
         images = {"latents": np.stack([drawing.latents for drawing in drawings])}
         if config.train.share_contexts:
             return images | {"caption": np.array([numbers[drawing.caption] for drawing in drawings], np.int32)}
-        prompts = [encoder.drawing(drawing.caption, drawing.images) for drawing in drawings]
-        return images | {"prompts": encoder.batch(prompts, config.data.prompt_length)}
+        return images | {"prompts": encoder.batch(encode_prompts(encoder, drawings), config.data.prompt_length)}
 
     return batch

@@ -19,10 +19,18 @@ def open_image(path: str) -> Image.Image:
         return decode_image(opened, path).convert("RGB")
 
 
-def decode_image(opened: BinaryIO, name: str) -> Image.Image:
-    """Reads an image whole, turned as its camera says; raises `UserError` with its name where it cannot be read."""
+def decode_image(opened: BinaryIO, name: str, *, turn: bool = True) -> Image.Image:
+    """Reads an image whole, turned as its camera says unless `turn` is false.
+
+    Raises:
+      UserError: it cannot be read, or its grey levels are not of 8 bits, which nothing says how to make 8 bits of.
+    """
     try:
-        return ImageOps.exif_transpose(Image.open(opened))
+        image = Image.open(opened)
+        image.load()
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits a channel")
+        return ImageOps.exif_transpose(image) if turn else image
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{name} cannot be read as an image: {error}") from error
 

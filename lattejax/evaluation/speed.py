@@ -15,7 +15,8 @@ from lattejax.data.latents import LatentDrawings, Shard
 from lattejax.data.pipeline import training_batches
 from lattejax.data.prompts import PromptEncoder
 
-CAPTIONS = tuple(f"number {i}" for i in range(1000))
+NUM_CAPTIONS = 1000  # where contexts are shared
+WORDS = ("a", "red", "blue", "bicycle", "against", "the", "wall", "wooden", "soup", "from", "above", "dog", "photo")
 REPEATS = 7
 
 
@@ -23,16 +24,18 @@ def data_rate(config: Config, encoder: PromptEncoder, num_records: int) -> dict[
     """How many latents a second the loader alone delivers, as training reads them, after warm-up.
 
     Random latents of the config's shape are written in the real format, in ten files, and read back in the config's
-    batches with its threads, shuffled. The limit is the rate at which the same records can be read as bytes, so many at
-    a time and in the same disorder, but not decoded, shuffled or put together. Both are medians over repeats that
-    alternate.
+    batches with its threads, shuffled: with the numbers of 1,000 captions where contexts are shared, and otherwise each
+    with a caption of its own, of twenty words, which is made into a prompt. The limit is the rate at which the same
+    records can be read as bytes, so many at a time and in the same disorder, but not decoded, shuffled or put together.
+    Both are medians over repeats that alternate.
     """
     data, batch_size = config.data, config.train.batch_size
     with tempfile.TemporaryDirectory() as path:
-        drawings = _write(epath.Path(path), data.latent_shape, num_records)
+        captions = make_captions(NUM_CAPTIONS if config.train.share_contexts else num_records)
+        drawings = _write(epath.Path(path), data.latent_shape, num_records, captions)
         batches = training_batches(
             drawings,
-            image_batcher(config, encoder, CAPTIONS),
+            image_batcher(config, encoder, captions),
             batch_size=batch_size,
             seed=config.seed,
             threads=data.threads,
@@ -61,14 +64,22 @@ def data_rate(config: Config, encoder: PromptEncoder, num_records: int) -> dict[
     }
 
 
-def _write(directory: epath.Path, latent_shape: tuple[int, int, int], num_records: int) -> LatentDrawings:
+def make_captions(count: int) -> list[str]:
+    """So many captions of twenty words and a number, all different."""
+    rng = np.random.default_rng(0)
+    return [f"{' '.join(rng.choice(WORDS, 20))} {number}" for number in range(count)]
+
+
+def _write(
+    directory: epath.Path, latent_shape: tuple[int, int, int], num_records: int, captions: list[str]
+) -> LatentDrawings:
     rng, shards = np.random.default_rng(0), []
     files = latents.files({"train": num_records, "test": 0}, -(-num_records // 10))
     for file in files:
         records = (
             {
                 "latents": rng.standard_normal(latent_shape, np.float32),
-                "caption": CAPTIONS[i % len(CAPTIONS)],
+                "caption": captions[i % len(captions)],
                 "picture": str(i),
             }
             for i in file.pictures

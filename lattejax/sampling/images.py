@@ -126,7 +126,7 @@ class ImageSampler:
           UserError: there is no run, it has no checkpoint of the pathway, or the autoencoder is another one.
         """
         run = Run.open(workdir)
-        return cls.of(run, run.params(), autoencoder)
+        return cls.of(run, run.params(run.config.dtype), autoencoder)
 
     def read(self, prompts: Sequence[EncodedPrompt]) -> Context:
         """Returns the contexts of the prompts and, last, of the empty one."""

@@ -118,6 +118,9 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
     held_out = source.drawings("test", encoder)
     few = list(range(len(held_out))[: config.eval.examples or None])
     reader = DigitReader() if config.eval.scored_images else None
+    stored = run.open_autoencoder()
+    # Read now, when nothing is lost if it cannot be; kept on the host until an evaluation draws.
+    autoencoder, decoder = stored.autoencoder, jax.device_get(stored.weights("decoder"))
 
     def init() -> Params:
         if stage.init_from:
@@ -131,7 +134,7 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
         params = functional.merge(fixed, state.ema)
         if config.trains_answers:
             metrics["answer_accuracy"] = held_out_answers(run, params["vlm"], config.eval.examples)
-        sampler = ImageSampler.of(run, params)
+        sampler = ImageSampler(model, autoencoder, encoder, inference_weights(config, params), decoder)
         log.image(int(state.step), "samples", sample_grid(config, sampler))
         if reader is not None:
             metrics |= reader.score(draw_digits(config, sampler, config.eval.scored_images, config.eval.sampling))

@@ -10,12 +10,12 @@ from tqdm import tqdm
 from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
-from lattejax.data.examples import Source, open_source
-from lattejax.data.pipeline import every
+from lattejax.data.examples import Source, encode_prompts, open_source
+from lattejax.data.pipeline import chunks, every
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
 from lattejax.evaluation.digits import DigitReader, frechet_train_test
-from lattejax.files import write_whole
+from lattejax.files import read_json, write_whole
 from lattejax.sampling.images import ImageSampler
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.loop import run_stage
@@ -29,7 +29,7 @@ from lattejax.training.plans import (
     pretrain_plan,
 )
 from lattejax.weights import checkpoints, shards
-from lattejax.weights.autoencoders import StoredAutoencoder
+from lattejax.weights.autoencoders import Identity, StoredAutoencoder
 from lattejax.weights.pretrained import Pretrained
 from lattejax.weights.runs import Run, Workdir, abstract_trained, open_vlm, prompt_encoder
 
@@ -77,9 +77,11 @@ def train_vlm(run: Run, clock: RunClock, guard: InterruptGuard) -> None:
 
 
 def converted_vlm(config: Config) -> Pretrained | None:
-    """The converted weights that the config starts from, itself or through a run that has taken them as they are."""
+    """The converted weights that the config starts from, itself or through a run that has left them as they are."""
     source = open_vlm(config.pretrain.init_from) if config.pretrain.init_from else None
-    return source.converted_vlm() if isinstance(source, Run) else source
+    if not isinstance(source, Run):
+        return source
+    return None if source.config.model_config.shares_layers else source.converted_vlm()
 
 
 # ---- Before any work starts
@@ -91,14 +93,24 @@ def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]
     refuse_another_config(config, workdir)
     source = open_source(config)
     encoder = prompt_encoder(config, find_tokenizer(config, workdir, source))
-    identity = StoredAutoencoder.open_for(config.data).identity
-    check_fit(config, encoder)
-    if not workdir.config.exists():
+    autoencoder = StoredAutoencoder.open_for(config.data).identity
+    check_fit(config, encoder, autoencoder)
+    if workdir.config.exists():
+        refuse_other_data(config, workdir, source, autoencoder)
+    else:
         check_lengths(config, encoder, source)
         tokenizers.save(encoder.tokenizer, workdir.tokenizer)
-        identity.save(workdir.autoencoder)
+        autoencoder.save(workdir.autoencoder)
+        write_whole(workdir.data, (json.dumps({"identity": source.identity}) + "\n").encode())
         configuration.save(config, workdir.config)
     return Run.open(workdir.path), RunClock(workdir)
+
+
+def refuse_other_data(config: Config, workdir: Workdir, source: Source, autoencoder: Identity) -> None:
+    """Raises `UserError` if what stands where the config says is not what the run has been trained on so far."""
+    Identity.load(workdir.autoencoder).check(autoencoder, f"the run {workdir.path}", config.data.autoencoder)
+    if read_json(workdir.data) != {"identity": source.identity}:
+        raise UserError(f"{config.data.latents} holds other latents than those that {workdir.path} was trained on")
 
 
 def refuse_another_config(config: Config, workdir: Workdir) -> None:
@@ -106,7 +118,8 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
     if shards.are_stored(workdir.path):
         raise UserError(f"{workdir.path} holds exported weights; use another --workdir, and set init_from to this one")
     if workdir.config.exists():
-        different = configuration.differences(config, configuration.load(workdir.config))
+        theirs = configuration.load(workdir.config)
+        different = configuration.differences(dataclasses.replace(config, images=theirs.images), theirs)
         if different:
             raise UserError(
                 f"{workdir.path} belongs to another config ({'; '.join(different)}); use another --workdir, "
@@ -126,7 +139,7 @@ def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenize
     return tokenizers.train(source.texts(), config.tokenizer.vocab_size)
 
 
-def check_fit(config: Config, encoder: PromptEncoder) -> None:
+def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity) -> None:
     """Raises `UserError` if tokenizer or the weights to start from do not fit the config."""
     entries, room = len(encoder.tokenizer), config.model.text.vocab_size
     if entries > room:
@@ -134,8 +147,9 @@ def check_fit(config: Config, encoder: PromptEncoder) -> None:
     if config.pretrain.init_from:
         check_same_vlm(config, encoder, open_vlm(config.pretrain.init_from))
     if config.train.init_from:
-        theirs = abstract_trained(Run.open(config.train.init_from).config)
-        checkpoints.check_shapes(theirs, abstract_trained(config), f"the weights of {config.train.init_from}")
+        theirs, name = Run.open(config.train.init_from), f"the weights of {config.train.init_from}"
+        checkpoints.check_shapes(abstract_trained(theirs.config), abstract_trained(config), name)
+        Identity.load(theirs.workdir.autoencoder).check(autoencoder, theirs.workdir.path, config.data.autoencoder)
 
 
 def check_lengths(config: Config, encoder: PromptEncoder, source: Source) -> None:
@@ -148,9 +162,10 @@ def check_lengths(config: Config, encoder: PromptEncoder, source: Source) -> Non
     for split in ("train", "test"):
         drawings, questions = source.drawings(split, encoder), source.questions(split, encoder)
         if not (source.captions and config.data.prompts == "captions"):
-            shown = tqdm(every(drawings), f"checking {split} prompts", len(drawings), unit="prompt", disable=None)
-            prompts = (encoder.drawing(drawing.caption, drawing.images) for drawing in shown)
-            encoder.check_length(prompts, config.data.prompt_length)
+            with tqdm(desc=f"checking {split} prompts", total=len(drawings), unit="prompt", disable=None) as bar:
+                for chunk in chunks(drawings):
+                    encoder.check_length(encode_prompts(encoder, chunk), config.data.prompt_length)
+                    bar.update(len(chunk))
         if questions is not None:
             encoder.check_length(every(questions), config.data.answer_length)
 

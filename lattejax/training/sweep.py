@@ -35,6 +35,7 @@ from lattejax.sampling.images import ImageSampler
 from lattejax.training.interrupt import Interrupted, InterruptGuard
 from lattejax.training.stages import check_fit, check_lengths, find_tokenizer, pretrain, train
 from lattejax.weights import checkpoints
+from lattejax.weights.autoencoders import StoredAutoencoder
 from lattejax.weights.runs import Run, Workdir, abstract_params, prompt_encoder
 
 KEYS = ("base", "variants", "seeds", "sample_steps")
@@ -108,7 +109,7 @@ def run_sweep(sweep: Sweep, path: str | epath.Path, guard: InterruptGuard) -> st
     tokenizer = find_tokenizer(sweep.base, Workdir(directory / "vlm"), source)
     for variant in {variant.data: variant for variant in sweep.variants.values()}.values():
         encoder = prompt_encoder(variant, tokenizer)
-        check_fit(variant, encoder)
+        check_fit(variant, encoder, StoredAutoencoder.open_for(variant.data).identity)
         check_lengths(variant, encoder, open_source(variant))
     pretrain(sweep.base, directory / "vlm", guard)
     runs = {}

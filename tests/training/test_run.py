@@ -1,6 +1,5 @@
 """Whole runs, tiny: what is written, what stays untouched, and what survives a kill."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -21,7 +20,7 @@ from lattejax.training.loop import run_stage
 from lattejax.training.step import init_state
 from lattejax.weights.checkpoints import Checkpoints
 from lattejax.weights.runs import Run, abstract_params, abstract_trained
-from tests.helpers import ROOT, assert_same_bits, run_door, start_door, tiny_config, tiny_flags
+from tests.helpers import ROOT, assert_same_bits, run_door, run_interrupted, start_door, tiny_config, tiny_flags
 
 STAGE_KEYS = {
     "stage",
@@ -155,29 +154,6 @@ def test_a_signal_saves_the_step_under_way(finished, tmp_path):
     assert Checkpoints(Run.open(tmp_path).workdir.checkpoints("train")).latest_step == 7
     stages.train(tiny_config(), tmp_path, InterruptGuard())
     assert_same_bits(final_arrays(tmp_path), final_arrays(finished[0]))
-
-
-def run_interrupted(plan, *args, before_step: int):
-    """Runs a stage; in the second one, a signal comes just before the given step."""
-    if plan.name == "train":
-        plan = dataclasses.replace(plan, batches=InterruptingBatches(plan.batches, before_step))
-    return run_stage(plan, *args)
-
-
-class InterruptingBatches:
-    """Batches, with a signal before the given one."""
-
-    def __init__(self, batches, at: int):
-        self.batches, self.left = batches, at
-
-    def __next__(self):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return next(self.batches)
-
-    def __getattr__(self, name):
-        return getattr(self.batches, name)
 
 
 def test_a_workdir_of_another_config_is_refused_with_the_difference(finished):

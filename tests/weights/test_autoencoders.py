@@ -204,5 +204,5 @@ def test_damaged_conversions_are_named(tmp_path):
     with pytest.raises(UserError, match="decoder"):
         stored.weights("decoder")
     (path / "autoencoder.json").write_text('{"scale": 1.0}')
-    with pytest.raises(UserError, match="sha256"):
+    with pytest.raises(UserError, match="shift"):
         StoredAutoencoder.open(str(path))
