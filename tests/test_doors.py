@@ -1,7 +1,11 @@
 """The doors as a user meets them: results out, and bad input as one line and exit code 2."""
 
+import json
 import os
 import pty
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.weights.runs import Workdir
 from tests import checkpoints
-from tests.helpers import ROOT, encoder_for, run_door, tiny_config, tiny_flags
+from tests.helpers import ENVIRONMENT, ROOT, encoder_for, run_door, tiny_config, tiny_flags
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,23 @@ def digit(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def warm_door():
+    """Runs a door as `run_door` does, without waiting for its imports."""
+    command = [sys.executable, "-m", "tests.warm_doors"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as doors:
+
+        def run(*arguments: str) -> types.SimpleNamespace:
+            doors.stdin.write(json.dumps(arguments) + "\n")
+            doors.stdin.flush()
+            return types.SimpleNamespace(**json.loads(doors.stdout.readline()))
+
+        yield run
+        doors.stdin.close()
+
+
 def test_sample_draws_every_prompt_in_order(workdir, tmp_path):
     out = tmp_path / "new" / "grid.png"
     prompts = ["--prompt=a handwritten seven", "--prompt=a handwritten two"]
@@ -51,14 +72,14 @@ def test_sample_draws_every_prompt_in_order(workdir, tmp_path):
     assert np.array_equal(grid[108:172, 4:68], fourth), "the second prompt's"
 
 
-def test_sample_takes_every_setting_and_an_image_to_look_at(workdir, digit, tmp_path):
+def test_sample_takes_every_setting_and_an_image_to_look_at(workdir, digit, tmp_path, warm_door):
     """Each setting changes what is drawn, from the same noise."""
     settings = ["--guidance=2", "--solver=heun", "--shift=0.5", "--guidance_interval=0.4,0.6", f"--image={digit}"]
     drawn = []
     for i, setting in enumerate(settings):
         out = tmp_path / f"{i}.npz"
         common = [f"--workdir={workdir}", "--prompt=a handwritten two", "--num=1", "--steps=4", "--npz"]
-        done = run_door("sample", *common, setting, f"--out={out.with_suffix('.png')}")
+        done = warm_door("sample", *common, setting, f"--out={out.with_suffix('.png')}")
         assert done.returncode == 0, done.stderr
         assert ("steps per group: [3, 1]" in done.stdout) == (setting == "--shift=0.5")
         drawn.append(np.load(out)["arr_0"].tobytes())
@@ -138,6 +159,9 @@ TRAIN = ["train", "--workdir={tmp}/new"]
 SAMPLE = ["sample", "--workdir={workdir}"]
 CHAT = ["chat", "--workdir={workdir}", "--question=What is this?"]
 
+LATENTS = dict(data__source="latents", data__latents="{tmp}")
+LATENTS |= dict(pretrain__steps=0, eval__scored_images=0, eval__final_images=0)
+
 # The arguments, and what the error names.
 BAD_INPUT = {
     "unknown key": ([*TRAIN, *tiny_flags(), "--config.train.stepz=5"], "train.steps"),
@@ -170,13 +194,25 @@ BAD_INPUT = {
     "seed out of range": ([*CHAT, "--seed=9223372036854775808"], "seed"),
     "image too large to be true": ([*CHAT, "--image={tmp}/bomb.bmp"], "bomb.bmp"),
     "negative temperature": ([*CHAT, "--temperature=-1"], "--temperature=-1"),
+    "benchmark of nothing": (["benchmark", "--config=configs/digits.py"], "say what: data"),
+    "benchmark of the unknown": (["benchmark", "speed", "--config=configs/digits.py"], "say what: data; found speed"),
+    "worker of too few": (["encode", *tiny_flags(), "--out={tmp}/out", "--worker=2", "--workers=2"], "--worker=2"),
+    "latents without a manifest": (
+        [*TRAIN, *tiny_flags(**LATENTS)],
+        "no manifest.json",
+    ),
+    "autoencoder that is none": (
+        ["encode", "--out={tmp}/out", *tiny_flags(data__autoencoder="{tmp}", **LATENTS)],
+        "no autoencoder.json",
+    ),
+    "scale of what is no autoencoder": (["convert", "--source={workdir}", "--scale=1", "--out={tmp}/o"], "--scale"),
     "source that is no checkpoint": (["convert", "--source={tmp}", "--out={tmp}/out"], "no config.json"),
     "source that is no conversion": (["convert", "--to=hf", "--source={tmp}", "--out={tmp}/out"], "lattejax.convert"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, digit):
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, digit, warm_door):
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "cut.png").write_bytes(digit.read_bytes()[:200])
     Image.new("RGB", (1, 1)).save(tmp_path / "bomb.bmp")
@@ -184,18 +220,27 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, di
         file.seek(18)
         file.write((60000).to_bytes(4, "little") * 2)
     arguments, named = BAD_INPUT[case]
-    done = run_door(*(argument.format(tmp=tmp_path, workdir=workdir) for argument in arguments))
+    done = warm_door(*(argument.format(tmp=tmp_path, workdir=workdir) for argument in arguments))
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     assert named in lines[0]
 
 
-def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
+def test_a_workdir_without_a_checkpoint_is_refused(tmp_path, warm_door):
     """A run killed before its first checkpoint has a config and no weights."""
     config, workdir = tiny_config(), Workdir.at(tmp_path)
     tokenizers.save(encoder_for(config).tokenizer, workdir.tokenizer)
     configuration.save(config, workdir.config)
     for door, flag, missing in [("sample", "--prompt=a", "no checkpoint"), ("chat", "--question=a", "no finished VLM")]:
-        done = run_door(door, f"--workdir={tmp_path}", flag)
+        done = warm_door(door, f"--workdir={tmp_path}", flag)
         assert done.returncode == 2 and missing in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_loaders_benchmark_ends_with_a_json_object():
+    flags = tiny_flags(train__share_contexts=False, train__batch_size=200, data__prompt_length=100)
+    done = run_door("benchmark", "data", *flags, "--records=1000", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["benchmark"] == "data" and 0 < found["share_of_limit"] < 1
+    assert found["latents_per_second"] == pytest.approx(found["batch_size"] / found["seconds"])

@@ -43,6 +43,7 @@ def finished(config, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_stopped_run_reads_on_and_ends_where_a_whole_one_ends(config, finished, tmp_path):
     with pytest.MonkeyPatch.context() as patch, InterruptGuard() as guard:
         patch.setattr(stages, "run_stage", functools.partial(run_interrupted, before_step=2))

@@ -166,14 +166,20 @@ def test_a_converted_autoencoder_scales_as_its_checkpoint_or_the_user_says(
     convert(source, tmp_path / "out", **flags)
     stored = StoredAutoencoder.open(str(tmp_path / "out"))
     assert (stored.identity.scale, stored.identity.shift) == (scale, shift)
-    config, params = read(epath.Path(source))
+    _, params = read(epath.Path(source))
     for part in ("encoder", "decoder"):
         assert_same_bits(stored.weights(part), params[part])
+
+
+def test_a_converted_autoencoder_shifts_and_scales_its_networks_latents(tmp_path):
+    source = save("TAESD", tmp_path / "checkpoint", scaling_factor=0.3, shift_factor=0.5)
+    convert(source, tmp_path / "out")
+    stored, (config, params) = StoredAutoencoder.open(str(tmp_path / "out")), read(epath.Path(source))
     images = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
-    latents = stored.autoencoder.encode(stored.weights("encoder"), images)
-    np.testing.assert_allclose(latents, (encode(config, params, images) - shift) * scale, rtol=1e-4, atol=1e-4)
-    drawn = stored.autoencoder.decode(stored.weights("decoder"), latents)
-    np.testing.assert_allclose(drawn, decode(config, params, latents / scale + shift), rtol=1e-4, atol=1e-4)
+    latents = jax.jit(stored.autoencoder.encode)(stored.weights("encoder"), images)
+    np.testing.assert_allclose(latents, (encode(config, params, images) - 0.5) * 0.3, rtol=1e-4, atol=1e-4)
+    drawn = jax.jit(stored.autoencoder.decode)(stored.weights("decoder"), latents)
+    np.testing.assert_allclose(drawn, decode(config, params, latents / 0.3 + 0.5), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
