@@ -27,7 +27,8 @@ from tests.helpers import ENVIRONMENT, ROOT, encoder_for, run_door, tiny_config,
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     # A rate so high that two steps make a pathway whose velocities are far from its zero start.
-    config = tiny_config(pretrain__steps=1, train__steps=2, train__learning_rate=0.05, train__ema_decay=0.0)
+    settings = dict(pretrain__steps=1, train__steps=2, train__learning_rate=0.05, train__ema_decay=0.0)
+    config = tiny_config(**settings, eval__scored_images=0, eval__final_images=0)
     stages.train(config, path, InterruptGuard())
     return path
 

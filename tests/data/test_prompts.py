@@ -118,3 +118,16 @@ def test_a_directory_without_qwens_tokenizer_is_refused(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="lacks a chat template"):
         tokenizers.load(epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["part.text", "part.text | trim"])
+def test_many_captions_at_once_are_the_same_prompts(part):
+    """Also where the chat template changes texts, and they must be rendered one by one."""
+    encoder = encoder_for(CONFIG)
+    encoder.tokenizer.chat_template = tokenizers.CHAT_TEMPLATE.replace("part.text", part)
+    captions = ["a handwritten seven", "  two\nlines ", "ünïcode {{ x }}", "a handwritten seven", "@@"]
+    for ours, caption in zip(encoder.drawings(captions), captions, strict=True):
+        np.testing.assert_array_equal(ours.input_ids, encoder.drawing(caption).input_ids)
+    for bad, named in (("  ", "prompt is empty"), ("a <|image_pad|>", "stands for an image")):
+        with pytest.raises(UserError, match=named):
+            encoder.drawings(["good", bad])
