@@ -95,14 +95,14 @@ def test_chat_answers_for_a_run(workdir, digit):
     assert done.stdout.endswith("\n")
 
 
-def test_an_exported_run_draws_what_the_run_draws(workdir, tmp_path):
-    done = run_door("convert", f"--source={workdir}", "--to=safetensors", f"--out={tmp_path / 'export'}")
+def test_an_exported_run_draws_what_the_run_draws(workdir, tmp_path, warm_door):
+    done = warm_door("convert", f"--source={workdir}", "--to=safetensors", f"--out={tmp_path / 'export'}")
     assert done.returncode == 0 and "is whole" in done.stdout, done.stderr
     drawn = []
     for directory in (workdir, tmp_path / "export"):
         out = tmp_path / f"{directory.name}.png"
         settings = ["--prompt=a handwritten two", "--num=2", "--steps=4", f"--out={out}", "--npz"]
-        done = run_door("sample", f"--workdir={directory}", *settings)
+        done = warm_door("sample", f"--workdir={directory}", *settings)
         assert done.returncode == 0, done.stderr
         drawn.append(np.load(out.with_suffix(".npz"))["arr_0"])
     np.testing.assert_array_equal(*drawn)
