@@ -4,6 +4,7 @@ time of an error.
 Reads JSON lists of a door's name and its arguments, a line each, and answers each with exit code, output and errors.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -12,11 +13,8 @@ import tempfile
 import traceback
 import warnings
 
-import lattejax.data.encoding
-import lattejax.evaluation.speed
-import lattejax.sampling.answers
-import lattejax.training.sweep  # noqa: F401
-
+for heavy in ("data.encoding", "evaluation.speed", "sampling.answers", "training.sweep"):
+    importlib.import_module(f"lattejax.{heavy}")
 warnings.filterwarnings("ignore", "os.fork")  # nothing has been computed yet: there are no threads
 
 

@@ -207,4 +207,4 @@ def check_size(directory: epath.Path, shard: Shard) -> None:
     size = file.stat().length if file.exists() else None
     if size != shard.bytes:
         found = "is missing" if size is None else f"is cut short or overwritten: {size} bytes, expected {shard.bytes}"
-        raise UserError(f"{file} {found}; remove it and run lattejax.encode again")
+        raise UserError(f"{file} {found}; remove it and {shard.file}.json, and encode again")

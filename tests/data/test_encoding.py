@@ -171,6 +171,9 @@ def test_a_truncated_or_changed_shard_is_named(config, tmp_path):
     file.unlink()
     with pytest.raises(UserError, match=f"{file.name} is missing"):
         open_source(config)
+    file.with_name(f"{file.name}.json").unlink()  # as the error says
+    assert encode(config, config.data.latents)
+    assert file.read_bytes() == whole and len(list(every(open_source(config).drawings("train")))) == 34
 
 
 def test_a_directory_of_something_else_is_not_written_to(config, tmp_path):
