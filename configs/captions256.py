@@ -20,6 +20,14 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.dtype = "bfloat16"
     config.log_every = 100
+    config.most_skipped_steps = 100
+
+    # Each group on a quarter of the devices, its state cut over four of those: any pod slice of 16 chips or more.
+    config.mesh = ConfigDict()
+    config.mesh.expert = 4
+    config.mesh.data = -1
+    config.mesh.fsdp = 4
+    config.mesh.tensor = 1
 
     # Qwen2-VL-2B: 28 layers in 4 groups of 7.
     config.model = ConfigDict()
@@ -147,6 +155,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 2_000
     config.checkpoint.keep = 3
+    config.checkpoint.keep_every = 20_000
 
     config.profile = ConfigDict()
     config.profile.start = 100

@@ -13,6 +13,13 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.dtype = "float32"
     config.log_every = 50
+    config.most_skipped_steps = 10
+
+    config.mesh = ConfigDict()
+    config.mesh.expert = 1
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
 
     # Qwen2-VL's geometry in small: 8 layers in 4 groups of 2.
     config.model = ConfigDict()
@@ -141,6 +148,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 200
     config.checkpoint.keep = 2
+    config.checkpoint.keep_every = 0
 
     config.profile = ConfigDict()
     config.profile.start = 100

@@ -77,7 +77,7 @@ def load_answerer() -> Answerer:
         raise UserError("--mesh is for --weights; a run is read on one device")
     run = Run.open(WORKDIR.value)
     encoder = run.encoder  # complains before the weights are read
-    vlm = inference_weights(run.config, {"vlm": run.vlm()})["vlm"]
+    vlm = inference_weights(run.config, {"vlm": run.vlm()}, run.mesh)["vlm"]
     return Answerer(run.config.model_config.vlm, vlm, encoder)
 
 

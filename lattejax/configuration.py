@@ -48,6 +48,22 @@ def _check_one_of(name: str, value: str, known: typing.Iterable[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How many devices stand on each axis; one may be -1: all that are left. A run may go on with another mesh."""
+
+    expert: int  # the groups' layers, their optimizer state and their share of a batch; divides model.num_groups
+    data: int  # a batch's rows
+    fsdp: int  # rows, and weights and optimizer state besides
+    tensor: int  # heads and hidden units
+
+    def __post_init__(self):
+        for name, size in dataclasses.asdict(self).items():
+            _check(name, size, size > 0 or size == -1, "positive, or -1 for all devices that are left")
+        if list(dataclasses.asdict(self).values()).count(-1) > 1:
+            raise ValueError(f"{dataclasses.asdict(self)} leaves two axes open; only one may be -1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     variant: str  # "couple": a frozen VLM beside trained replicas of its layers; "blend": shared layers, all trained
     num_groups: int  # K, the timestep-expert groups; divides text.num_layers
@@ -217,12 +233,14 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    every: int  # steps between checkpoints; the last step always makes one
-    keep: int
+    every: int  # steps between checkpoints; the last step always makes one, and so does every evaluation
+    keep: int  # the latest that stay
+    keep_every: int  # those of steps that this divides stay besides; 0: none
 
     def __post_init__(self):
         _check("every", self.every, self.every > 0, "positive")
         _check("keep", self.keep, self.keep > 0, "positive")
+        _check("keep_every", self.keep_every, self.keep_every >= 0, "at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +254,8 @@ class Config:
     seed: int
     dtype: str  # of the computation: "float32" or "bfloat16"; master weights are always float32
     log_every: int  # steps between lines of metrics
+    most_skipped_steps: int  # of a stage, for loss or gradients that are not finite; one more stops the run
+    mesh: Mesh
     model: Model
     images: Images
     data: Data
@@ -249,7 +269,14 @@ class Config:
     def __post_init__(self):
         _check_one_of("dtype", self.dtype, DTYPES)
         _check("log_every", self.log_every, self.log_every > 0, "positive")
+        _check("most_skipped_steps", self.most_skipped_steps, self.most_skipped_steps >= 0, "at least 0")
         _ = self.model_config  # checks of its own
+        if self.mesh.expert != 1:
+            if self.trains_answers or self.model.group_sizes:
+                what = "model.variant='blend'" if self.trains_answers else "model.group_sizes"
+                raise ValueError(f"mesh.expert={self.mesh.expert} must be 1 with {what}: those layers are not alike")
+            if self.model.num_groups % self.mesh.expert:
+                raise ValueError(f"mesh.expert={self.mesh.expert} does not divide the {self.model.num_groups} groups")
         groups, accumulation = self.model.num_groups if self.train.stratified else 1, self.train.accumulation
         if self.train.batch_size % (accumulation * groups):
             raise ValueError(

@@ -22,12 +22,12 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     sweep = resolve_sweep(CONFIG.value)
-    with InterruptGuard() as guard:
+    with InterruptGuard(at_once=True) as guard:
         try:
             print(run_sweep(sweep, WORKDIR.value, guard))
         except Interrupted as interrupted:
             print(interrupted, file=sys.stderr)
-            sys.exit(128 + interrupted.signum)
+            sys.exit(interrupted.exit_code)
 
 
 if __name__ == "__main__":

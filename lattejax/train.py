@@ -21,12 +21,12 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     config = configuration.resolve(CONFIG.value)
-    with InterruptGuard() as guard:
+    with InterruptGuard(at_once=True) as guard:
         try:
             results = train(config, WORKDIR.value, guard)
         except Interrupted as interrupted:
             print(interrupted, file=sys.stderr)
-            sys.exit(128 + interrupted.signum)
+            sys.exit(interrupted.exit_code)
     print(json.dumps(results, indent=2))
 
 

@@ -16,44 +16,56 @@ class RandomAccess(Protocol):
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]: ...
 
 
-def training_batches(
-    source: RandomAccess,
-    make_batch: Callable[[Sequence[Any]], Any],
-    *,
-    batch_size: int,
-    seed: int,
-    threads: int,
-    part: tuple[int, int] = (0, 1),
-) -> grain.DatasetIterator:
-    """Returns an endless iterator of batches, read ahead off the main thread.
+class Batches(Iterator[Any]):
+    """An endless iterator of batches, read ahead off the main thread.
 
-    Its `get_state()` is a small JSON object, the position after the batch last handed out; `set_state` goes back to it.
-    The position counts whole batches, so a state also fits another number of parts.
+    `get_state()` is a small JSON object, the position after the batch last handed out; `set_state` goes back to it. The
+    position counts whole batches, so a state also fits where another part of each batch is read.
 
     Args:
       source: of the records.
       make_batch: turns a list of the source's records into a batch.
-      batch_size: records in a batch, of all parts together; batches run on across the ends of epochs.
+      batch_size: records in a batch, with all that other processes read; batches run on across the ends of epochs.
       seed: of the shuffle.
       threads: how many threads read ahead.
-      part: (i, n) for the i-th of n contiguous parts of each batch, which is all that is then read.
+      rows: which of a batch's rows are read, in order; None: all.
 
     Raises:
-      ValueError: the source is empty, or n does not divide the batch.
+      ValueError: the source is empty.
     """
-    index, count = part
-    if batch_size % count:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of the {count} parts that read it")
-    if not len(source):
-        raise ValueError("the data set has no records")
-    shuffled = grain.MapDataset.range(len(source)).seed(seed).shuffle()  # goes on, reshuffled, beyond its length
 
-    def batch(number: int) -> Any:
-        start = number * batch_size + index * batch_size // count
-        return make_batch(source.__getitems__([shuffled[row] for row in range(start, start + batch_size // count)]))
+    def __init__(
+        self,
+        source: RandomAccess,
+        make_batch: Callable[[Sequence[Any]], Any],
+        *,
+        batch_size: int,
+        seed: int,
+        threads: int,
+        rows: Sequence[int] | None = None,
+    ):
+        if not len(source):
+            raise ValueError("the data set has no records")
+        self._shuffled = grain.MapDataset.range(len(source)).seed(seed).shuffle()  # goes on, reshuffled, for ever
+        self._rows, self._batch_size = range(batch_size) if rows is None else rows, batch_size
+        batches = grain.MapDataset.range(sys.maxsize // batch_size)
+        batches = batches.map(lambda number: make_batch(source.__getitems__(self.records(number, self._rows))))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        self._iterator = iter(batches.to_iter_dataset(options))
 
-    dataset = grain.MapDataset.range(sys.maxsize // batch_size).map(batch)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+    def records(self, number: int, rows: Sequence[int] | None = None) -> list[int]:
+        """The numbers of the records in some rows of a batch, or in all of them."""
+        rows = range(self._batch_size) if rows is None else rows
+        return [int(self._shuffled[number * self._batch_size + row]) for row in rows]
+
+    def __next__(self) -> Any:
+        return next(self._iterator)
+
+    def get_state(self) -> Any:
+        return self._iterator.get_state()
+
+    def set_state(self, state: Any) -> None:
+        self._iterator.set_state(state)
 
 
 def chunks(source: RandomAccess, size: int = 1024) -> Iterator[Sequence[Any]]:
@@ -70,11 +82,15 @@ def every(source: RandomAccess) -> Iterator[Any]:
 class Streams(Iterator[dict[str, Any]]):
     """Several iterators of batches as one, of dicts with a batch of each; its state is a dict of their states."""
 
-    def __init__(self, **streams: grain.DatasetIterator):
+    def __init__(self, **streams: Batches):
         self._streams = streams
 
     def __next__(self) -> dict[str, Any]:
         return {name: next(stream) for name, stream in self._streams.items()}
+
+    def records(self, number: int) -> dict[str, list[int]]:
+        """The numbers of all records in a batch, of each stream."""
+        return {name: stream.records(number) for name, stream in self._streams.items()}
 
     def get_state(self) -> dict[str, Any]:
         return {name: stream.get_state() for name, stream in self._streams.items()}

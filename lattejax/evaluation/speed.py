@@ -12,7 +12,7 @@ from lattejax.configuration import Config
 from lattejax.data import latents
 from lattejax.data.examples import image_batcher
 from lattejax.data.latents import LatentDrawings, Shard
-from lattejax.data.pipeline import training_batches
+from lattejax.data.pipeline import Batches
 from lattejax.data.prompts import PromptEncoder
 
 NUM_CAPTIONS = 1000  # where contexts are shared
@@ -33,7 +33,7 @@ def data_rate(config: Config, encoder: PromptEncoder, num_records: int) -> dict[
     with tempfile.TemporaryDirectory() as path:
         captions = make_captions(NUM_CAPTIONS if config.train.share_contexts else num_records)
         drawings = _write(epath.Path(path), data.latent_shape, num_records, captions)
-        batches = training_batches(
+        batches = Batches(
             drawings,
             image_batcher(config, encoder, captions),
             batch_size=batch_size,

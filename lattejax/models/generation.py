@@ -248,7 +248,7 @@ def group_velocities(
     config: GenerationConfig,
     params: Params,
     contexts: Context,
-    rows: Int[Array, "K B"],
+    rows: Int[Array, "K B"] | None,
     x_t: Float[Array, "K B h w C"],
     t: Float[Array, "K B"],
     *,
@@ -260,24 +260,43 @@ def group_velocities(
     Args:
       config: the pathway's geometry.
       params: the pathway's weights, all L layers in `experts`.
-      contexts: a table of prompts' contexts at all L layers.
-      rows: each row's prompt in that table.
+      contexts: a table of U prompts' contexts at all L layers, [L, U, …]; or, without `rows`, those of each group's own
+        rows, [K, L, B, …].
+      rows: each row's prompt in the table.
       x_t: noisy latents.
       t: flow times inside the groups' intervals.
       remat: what a layer keeps for the backward pass, see `functional.over_layers`.
       unroll: trades a longer compilation for steps that need not stack what each layer keeps for the backward pass.
     """
 
-    def one(experts, layers, rows, x_t, t):
-        context = pick(contexts._replace(layers=layers), rows)
+    def one(experts, context, x_t, t):
         if unroll:
             experts, context = functional.unstack(experts), context._replace(layers=functional.unstack(context.layers))
         return velocity(config, params | {"experts": experts}, context, x_t, t, remat)
 
-    layers = (params["experts"], contexts.layers)
+    experts, groups = params["experts"], config.num_groups
     if config.group_sizes:
-        groups = range(config.num_groups)
-        return jnp.stack([one(*group_layers(config, layers, k), rows[k], x_t[k], t[k]) for k in groups])
-    # Equal groups are one computation on an axis K, which a mesh can divide.
-    grouped = jax.tree.map(lambda x: x.reshape(config.num_groups, -1, *x.shape[1:]), layers)
-    return jax.vmap(one)(*grouped, rows, x_t, t)
+        velocities = []
+        for k in range(groups):
+            table = contexts if rows is not None else jax.tree.map(lambda x, k=k: x[k], contexts)
+            context = table._replace(layers=group_layers(config, table.layers, k))
+            context = context if rows is None else pick(context, rows[k])
+            velocities.append(one(group_layers(config, experts, k), context, x_t[k], t[k]))
+        return jnp.stack(velocities)
+
+    # Equal groups are one computation on an axis K, which a mesh can divide: nothing of one group meets another's.
+    def grouped(stacked):
+        return jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), stacked)
+
+    if rows is None:
+        size = config.text.num_layers // groups
+
+        def own_layers(layers, k):
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, k * size, size), layers)
+
+        context = contexts._replace(layers=jax.vmap(own_layers)(contexts.layers, jnp.arange(groups)))
+    else:
+        context = jax.vmap(lambda layers, rows: pick(contexts._replace(layers=layers), rows))(
+            grouped(contexts.layers), rows
+        )
+    return jax.vmap(one)(grouped(experts), context, x_t, t)

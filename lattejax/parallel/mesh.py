@@ -1,25 +1,27 @@
 """The mesh of devices: axes `expert`, `data`, `fsdp` and `tensor`, any of which may be 1."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("expert", "data", "fsdp", "tensor")
+ROW_AXES = ("expert", "data", "fsdp")  # those that rows are split over, in this order
 
 
-def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """Arranges all devices in a mesh.
+def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
+    """Returns the sizes of all axes for so many devices.
 
     Args:
       sizes: of the axes; those that are not named are 1, and one may be -1: all that is left.
-      devices: to use; None: all there are.
+      count: of the devices.
 
     Raises:
       ValueError: an axis is unknown, or the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
     for name, size in sizes.items():
         if name not in AXES:
             raise ValueError(f"mesh axis {name!r} is unknown; use {', '.join(AXES)}")
@@ -27,9 +29,39 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
             raise ValueError(f"mesh axis {name}={size} must be positive, or -1 for all that is left")
     shape = [sizes.get(axis, 1) for axis in AXES]
     if shape.count(-1) > 1:
-        raise ValueError(f"the mesh {sizes} leaves two axes open; only one may be -1")
+        raise ValueError(f"the mesh {dict(sizes)} leaves two axes open; only one may be -1")
     if -1 in shape:
-        shape[shape.index(-1)] = max(1, len(devices) // math.prod(size for size in shape if size != -1))
-    if math.prod(shape) != len(devices):
-        raise ValueError(f"the mesh {dict(zip(AXES, shape, strict=True))} does not fit the {len(devices)} devices")
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        shape[shape.index(-1)] = max(1, count // math.prod(size for size in shape if size != -1))
+    if math.prod(shape) != count:
+        found = " * ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        raise ValueError(f"the mesh {found} does not fit the {count} devices")
+    return tuple(shape)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges devices in a mesh, those of a TPU so that neighbours on an axis are linked.
+
+    Args:
+      sizes: see `mesh_shape`.
+      devices: to use; None: all there are, of all processes.
+
+    Raises:
+      ValueError: the sizes do not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(sizes, len(devices))
+    if devices[0].platform == "tpu":
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        arranged = np.array(devices).reshape(shape)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def one_device() -> Mesh:
+    """The mesh of this process's first device alone."""
+    return make_mesh({}, jax.local_devices()[:1])
+
+
+def row_shares(mesh: Mesh) -> int:
+    """Into how many shares rows are split that any device may take."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)

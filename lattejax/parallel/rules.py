@@ -1,52 +1,86 @@
-"""Which parameter is cut along which axis of the mesh: a table of path patterns.
+"""Which array is cut along which axis of the mesh: a table of path patterns.
 
-Matrices are cut over `tensor` along the axis that heads or hidden units stand on, so that a layer's two halves need one
-sum, and over `fsdp` along the other. Whatever no rule names is replicated.
+Layers stand on a leading axis L; along `expert` it is cut into blocks of whole groups, so that a device has its own
+groups' weights, optimizer state and contexts, and no others. Matrices are cut over `tensor` along the axis that heads
+or hidden units stand on, so that a layer's two halves need one sum, and over `fsdp` along the other. Whatever no rule
+names is replicated.
 """
 
+import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lattejax.models.functional import Params
+from lattejax.parallel.mesh import AXES
 
-# A pattern that a parameter's path ends with, and the axes of its last dimensions; a leading one of layers is not cut.
+# Where an array has an entry for each of the L layers on its leading axis, which falls to the groups.
+OF_GROUPS = r"(^|/)(experts|contexts/layers)/"
+
+# A pattern that a path ends with, and what the array's last dimensions are cut over.
 RULES = (
     (r"vocabulary/embedding", ("tensor", "fsdp")),
     (r"lm_head/kernel", ("fsdp", "tensor")),
     (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|qkv|fc1)/kernel", ("fsdp", "tensor")),
     (r"(q_proj|k_proj|v_proj|qkv|fc1)/bias", ("tensor",)),
     (r"(o_proj|down_proj|attention/proj|fc2)/kernel", ("tensor", "fsdp")),
+    # Its outputs are four parts of D; what it reads is whole on every device.
+    (r"modulation/kernel", (("fsdp", "tensor"), None)),
 )
 
 
-def shardings(mesh: Mesh, params: Params) -> Params:
-    """Returns a NamedSharding for each parameter.
+def spec(mesh: Mesh, path: str, shape: Sequence[int], axes: Sequence[str] = AXES) -> PartitionSpec:
+    """Returns how the array at a path ("experts/decoder/mlp/up_proj/kernel") is cut.
+
+    Args:
+      mesh: the mesh.
+      path: names separated by slashes. What it begins with does not matter: an optimizer's moments are cut as the
+        weights that they belong to.
+      shape: the array's.
+      axes: of the mesh that are to be used; along the others it is replicated.
 
     Raises:
-      ValueError: a dimension is no multiple of the mesh axis that it is cut over.
+      ValueError: a dimension is no multiple of the mesh axes that it is cut over.
     """
+    last = next((cut for pattern, cut in RULES if re.search(f"{pattern}$", path)), ())
+    cuts = [()] * (len(shape) - len(last)) + [(cut or ()) if not isinstance(cut, str) else (cut,) for cut in last]
+    stacked = re.search(OF_GROUPS + r"(?!\d+/)", path)  # not in a list, where each layer is a tree of its own
+    if stacked and shape:
+        cuts[0] = ("expert",)
+    cuts = [tuple(axis for axis in cut if axis in axes) for cut in cuts]
+    for size, cut in zip(shape, cuts, strict=True):
+        if size % math.prod(mesh.shape[axis] for axis in cut):
+            sizes = " * ".join(f"{axis}={mesh.shape[axis]}" for axis in cut)
+            raise ValueError(f"mesh axis {sizes} does not divide {path} of shape {tuple(shape)}")
+    return PartitionSpec(*((cut if len(cut) > 1 else cut[0]) if cut else None for cut in cuts))
+
+
+def shardings(mesh: Mesh, tree: Any, axes: Sequence[str] = AXES) -> Any:
+    """Returns a NamedSharding for each array of a tree; see `spec`."""
 
     def sharding(path, array) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        axes = next((axes for pattern, axes in RULES if re.search(f"{pattern}$", name)), ())
-        for size, axis in zip(array.shape[array.ndim - len(axes) :], axes, strict=True):
-            if size % mesh.shape[axis]:
-                raise ValueError(f"mesh axis {axis}={mesh.shape[axis]} does not divide {name} of shape {array.shape}")
-        return NamedSharding(mesh, PartitionSpec(*(None,) * (array.ndim - len(axes)), *axes))
+        return NamedSharding(mesh, spec(mesh, name, array.shape, axes))
 
-    return jax.tree.map_with_path(sharding, params)
+    return jax.tree.map_with_path(sharding, tree)
 
 
-def by_layer(mesh: Mesh, stacked: Params) -> Params:
-    """Returns a NamedSharding for each leaf of what has an entry for each of the L layers on its leading axis: the
-    experts' weights, or the contexts that they see. A device along `expert` holds its own groups' layers and no others.
+def abstract(mesh: Mesh, tree: Any, axes: Sequence[str] = AXES) -> Any:
+    """Describes a tree's arrays by shape, dtype and sharding."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings(mesh, tree, axes),
+    )
 
-    Raises:
-      ValueError: L is no multiple of the mesh axis.
-    """
-    for leaf in jax.tree.leaves(stacked):
-        if leaf.shape[0] % mesh.shape["expert"]:
-            raise ValueError(f"mesh axis expert={mesh.shape['expert']} does not divide the {leaf.shape[0]} layers")
-    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec("expert")), stacked)
+
+def place(mesh: Mesh, tree: Params, axes: Sequence[str] = AXES) -> Params:
+    """Puts a tree's arrays, wherever they are, to where the rules say."""
+    return jax.device_put(tree, shardings(mesh, tree, axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

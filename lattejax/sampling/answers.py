@@ -22,6 +22,7 @@ from lattejax.data.prompts import EncodedPrompt, PromptEncoder, largest_image
 from lattejax.models import qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import DecodeState, Prompts, VLMConfig
+from lattejax.parallel import hosts
 from lattejax.weights.pretrained import Pretrained
 
 LEAST_TOKENS = 32
@@ -175,7 +176,7 @@ class Answerer:
         for count in range(1, decoding.max_tokens + 1):
             if count < decoding.max_tokens:  # under way before this token is waited for
                 following, state = read_token(self.config, self.params, state, token, chance, count)
-            chosen = np.where(done, stops[0], np.asarray(token))
+            chosen = np.where(done, stops[0], hosts.fetch(token))
             yield chosen
             done |= np.isin(chosen, stops)
             if done.all() or count == decoding.max_tokens:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder
@@ -24,11 +25,15 @@ from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.latte_flow import ModelConfig
+from lattejax.parallel import hosts, rules
+from lattejax.parallel.mesh import one_device, row_shares
+from lattejax.parallel.rows import Rows
 from lattejax.weights.runs import Run, inference_weights
 
 read_prompts = jax.jit(latte_flow.read_prompts, static_argnames=("config", "remat"))
 
 
+@functools.partial(jax.jit, static_argnames="shape")
 def sample_noise(
     seed: int | Int[Array, ""], samples: Int[Array, "B"], shape: tuple[int, int, int]
 ) -> Float[Array, "B h w C"]:
@@ -98,34 +103,44 @@ class ImageSampler:
       encoder: of the prompts.
       params: the whole model's weights, a tree for each layer (`latte_flow.unstack`).
       decoder: the autoencoder's weights.
+      mesh: the devices that the weights are on, and that draw a share of the images each; None: one.
     """
 
     def __init__(
-        self, config: ModelConfig, autoencoder: Autoencoder, encoder: PromptEncoder, params: Params, decoder: Params
+        self,
+        config: ModelConfig,
+        autoencoder: Autoencoder,
+        encoder: PromptEncoder,
+        params: Params,
+        decoder: Params,
+        mesh: Mesh | None = None,
     ):
-        self.config, self.autoencoder, self.encoder, self.decoder = config, autoencoder, encoder, decoder
+        self.config, self.autoencoder, self.encoder = config, autoencoder, encoder
+        self.mesh = one_device() if mesh is None else mesh
         self.vlm = params["vlm"]
         self.pathway = latte_flow.pathway(config, params)
+        self.decoder = rules.place(self.mesh, decoder, axes=())
 
     @classmethod
     def of(cls, run: Run, params: Params, autoencoder: str = "") -> "ImageSampler":
         """The sampler of a run with any weights, as while it is trained; for `autoencoder` see `load`."""
         stored = run.open_autoencoder(autoencoder)
-        weights = inference_weights(run.config, params)
-        return cls(run.config.model_config, stored.autoencoder, run.encoder, weights, stored.weights("decoder"))
+        weights, decoder = inference_weights(run.config, params, run.mesh), stored.weights("decoder")
+        return cls(run.config.model_config, stored.autoencoder, run.encoder, weights, decoder, run.mesh)
 
     @classmethod
-    def load(cls, workdir: str | epath.Path, autoencoder: str = "") -> "ImageSampler":
+    def load(cls, workdir: str | epath.Path, autoencoder: str = "", mesh: Mesh | None = None) -> "ImageSampler":
         """Reads a run's average weights.
 
         Args:
           workdir: the run's, or an export.
           autoencoder: where the run's autoencoder is now; empty: where the run's config says.
+          mesh: the devices to draw on; None: one.
 
         Raises:
           UserError: there is no run, it has no checkpoint of the pathway, or the autoencoder is another one.
         """
-        run = Run.open(workdir)
+        run = Run.open(workdir, mesh)
         return cls.of(run, run.params(run.config.dtype), autoencoder)
 
     def read(self, prompts: Sequence[EncodedPrompt]) -> Context:
@@ -147,20 +162,27 @@ class ImageSampler:
           prompts: what to draw, see `PromptEncoder.drawing`.
           sampling: how.
           images_per_prompt: how many of each.
-          batch_size: images drawn at a time.
+          batch_size: images drawn at a time, rounded up so that every device draws as many.
           seed: of the noise.
         """
         contexts = self.read(prompts)
         segments = plan_segments(self.config.generation.intervals, sampling)
-        total = len(prompts) * images_per_prompt
+        total, shares = len(prompts) * images_per_prompt, row_shares(self.mesh)
+        size = -(-min(batch_size, total) // shares) * shares
         batches = []
-        for start in range(0, total, batch_size):
+        for start in range(0, total, size):
             # The last batch is filled up, so that every call has one shape, and cut below.
-            samples = np.minimum(np.arange(start, start + min(batch_size, total)), total - 1)
+            samples = np.minimum(np.arange(start, start + size), total - 1)
+            samples, rows = self._place(samples), self._place(samples // images_per_prompt)
             noise = sample_noise(seed, samples, self.config.generation.latent_shape)
-            rows = samples // images_per_prompt
             latents = draw_latents(
                 self.config, self.pathway, contexts, rows, noise, sampling.guidance, segments=segments
             )
             batches.append(decode_images(self.autoencoder, self.decoder, latents))
-        return np.concatenate(batches)[:total]
+        return np.concatenate(hosts.fetch(batches))[:total]
+
+    def _place(self, numbers: Int[np.ndarray, "B"]) -> Int[Array, "B"]:
+        """Splits a batch's numbers over the devices."""
+        return jax.make_array_from_callback(
+            numbers.shape, Rows.flat_sharding(self.mesh), lambda index: numbers[index].astype(np.int32)
+        )

@@ -1,20 +1,27 @@
-"""The training loop of one stage: what changes over time, and when it is logged, evaluated and saved."""
+"""The training loop of one stage: what changes over time, and when it is logged, saved and evaluated."""
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lattejax.configuration import Config, Profile, Stage
+from lattejax.data.pipeline import Streams
+from lattejax.errors import UserError
 from lattejax.models.functional import Params
+from lattejax.parallel import hosts, rules
+from lattejax.parallel.rows import Rows
 from lattejax.training.interrupt import Interrupted, InterruptGuard
 from lattejax.training.metrics import MetricsLog, RunClock
-from lattejax.training.step import TrainState, init_state, learning_rate
+from lattejax.training.step import TrainState, abstract_state, compile_for, init_state, learning_rate
 from lattejax.weights.checkpoints import Checkpoints
 from lattejax.weights.runs import Workdir
 
@@ -25,87 +32,157 @@ class StagePlan:
 
     name: str
     settings: Stage
-    abstract: Params  # shapes and dtypes of what is trained
+    mesh: Mesh
+    rows: Mapping[str, Rows]  # of each stream of batches
+    trained: Params  # shapes and dtypes of what is trained
     init: Callable[[], Params]  # draws or loads the first weights
     step: Callable  # see `make_train_step`
     key: jax.Array
     frozen: Any  # read by every step, trained by none
-    batches: Any  # an iterator with `get_state` and `set_state`
+    batches: Streams
     evaluate: Callable[[TrainState, MetricsLog], dict[str, Any]]
     flops_per_example: float  # of a training step, in closed form
     profile: Profile = Profile(start=0, steps=0)
+
+    def place(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Puts what this process has read of a batch to its devices."""
+        return {name: self.rows[name].place(self.mesh, stream) for name, stream in batch.items()}
 
 
 def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock, guard: InterruptGuard) -> TrainState:
     """Trains a stage to its last step, from its latest checkpoint if there is one, and returns its final state.
 
+    An evaluation comes after a checkpoint of its step: while it runs, nothing is unsaved.
+
     Raises:
-      Interrupted: a signal came; the state after the step under way is saved.
+      Interrupted: a signal came; the state after a step that all processes agreed on is saved.
+      UserError: too many steps were skipped, or no checkpoint can be read.
     """
-    settings = plan.settings
-    checkpoints = Checkpoints(workdir.checkpoints(plan.name), keep=config.checkpoint.keep)
+    settings, keep = plan.settings, config.checkpoint
+    checkpoints = Checkpoints(workdir.checkpoints(plan.name), keep=keep.keep, keep_every=keep.keep_every)
+    abstract = abstract_state(settings, plan.trained, plan.mesh)
 
     # ---- Where to start
-    first_step = checkpoints.latest_step or 0
-    if first_step:
-        abstract = jax.eval_shape(functools.partial(init_state, settings), plan.abstract)
+    first_step = 0
+    if checkpoints.steps:
         arrays = {name: getattr(abstract, name) for name in ("params", "ema", "optimizer")}
-        restored = checkpoints.restore(first_step, **arrays)
-        plan.batches.set_state(restored.pop("progress")["data"])
-        state = TrainState(step=jnp.asarray(first_step, jnp.int32), **restored)
+        first_step, restored = checkpoints.restore_latest(**arrays)
+        progress = restored.pop("progress")
+        plan.batches.set_state(progress["data"])
+        counts = (
+            jax.device_put(jnp.asarray(n, jnp.int32), abstract.step.sharding) for n in (first_step, progress["skipped"])
+        )
+        state = TrainState(*counts, **restored)
     else:
-        state = jax.jit(functools.partial(init_state, settings))(plan.init())
+        placed = jax.tree.map(lambda x: x.sharding, abstract)
+        state = jax.jit(functools.partial(init_state, settings), out_shardings=placed)(plan.init())
 
     def save(step: int) -> None:
         arrays = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
-        checkpoints.save(step, arrays, {"data": plan.batches.get_state()})
+        progress = {"data": plan.batches.get_state(), "skipped": int(hosts.fetch(state.skipped))}
+        checkpoints.save(step, arrays, progress)
+        guard.saved(checkpoints.wait)
 
-    if settings.steps == 0 and checkpoints.latest_step is None:
+    if settings.steps == 0 and not checkpoints.steps:
         save(0)  # a stage of no steps hands on what it starts from
 
     # ---- The steps
     log = MetricsLog(workdir, clock, plan.name, first_step, settings.steps)
     log.say(f"{plan.name}: {count(state.params):,} trained parameters, steps {first_step} to {settings.steps}")
-    train_step = jax.jit(plan.step, donate_argnums=0)
-    rate = learning_rate(settings)
-    window = Window()
+    train_step = compile_for(plan.mesh, plan.step, state, plan.frozen, plan.rows)
+    key = jax.device_put(plan.key, rules.replicated(plan.mesh))
+    rate, stop = learning_rate(settings), Stop(guard, plan.mesh)
+    window, skipped_before = Window(), int(hosts.fetch(state.skipped))
+
+    def is_evaluated(step: int) -> bool:
+        return step == settings.steps or bool(config.eval.every and step % config.eval.every == 0)
+
+    def evaluate(step: int) -> None:
+        log.write(step, plan.evaluate(state, log))
+
+    if first_step and is_evaluated(first_step) and not log.has_evaluation(first_step):
+        evaluate(first_step)  # an earlier process was stopped at it
     for step in range(first_step + 1, settings.steps + 1):
         last = step == settings.steps
         if plan.profile.steps and step == plan.profile.start:
             jax.profiler.start_trace(str(workdir.path / "profile"))
 
         window.start_waiting()
-        batch = next(plan.batches)
+        batch = plan.place(next(plan.batches))
         window.stop_waiting()
-        state, metrics = train_step(state, plan.frozen, batch, plan.key)
-        window.add(metrics)
+        if step == first_step + 1:
+            with window.left_out():
+                train_step = train_step.lower(state, plan.frozen, batch, key).compile()
+        guard.unsaved()
+        state, metrics = train_step(state, plan.frozen, batch, key)
+        window.add(step, metrics)
         log.advance()
 
         if plan.profile.steps and step == plan.profile.start + plan.profile.steps - 1:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
         if step % config.log_every == 0 or last:
-            means, timing = window.close(settings.batch_size, plan.flops_per_example)
-            log.write(step, means | {"learning_rate": rate(step - 1)} | timing)
-        if last or (config.eval.every and step % config.eval.every == 0):
-            log.write(step, plan.evaluate(state, log))
-            window = Window()
-        if last or step % config.checkpoint.every == 0 or guard.signum is not None:
+            means, skipped, timing = window.close(settings.batch_size, plan.flops_per_example)
+            remarks = {"skipped_records": {n: plan.batches.records(n - 1) for n in skipped}} if skipped else {}
+            log.write(step, means | {"learning_rate": rate(step - 1)} | timing, **remarks)
+            skipped_before += len(skipped)
+            for n, records in remarks.get("skipped_records", {}).items():
+                log.say(f"{plan.name} {n}: skipped, loss or gradient is not finite; {first_few(records)}")
+            if skipped_before > config.most_skipped_steps:
+                checkpoints.close()
+                raise UserError(
+                    f"{plan.name}: {skipped_before} steps, the last of them {skipped[-1]}, had a loss or a gradient "
+                    f"that is not finite, more than config.most_skipped_steps={config.most_skipped_steps}; "
+                    f"{workdir.metrics} names their records, and the checkpoint of step {checkpoints.latest_step} stands"
+                )
+        asked = stop()
+        if is_evaluated(step) or step % keep.every == 0 or asked:
             save(step)
-        if guard.signum is not None and not last:
+        if asked and not last:
             checkpoints.close()
             log.close()
             raise Interrupted(guard.signum)
+        if is_evaluated(step):
+            with window.left_out():
+                evaluate(step)
     checkpoints.close()
     log.close()
     return state
+
+
+class Stop:
+    """Whether to stop after this step: the same answer on every process, whichever was asked.
+
+    Of several processes none may stop alone. So each tells the others, in a tiny computation beside the step, whether
+    it was asked, and reads the answer two steps later, by when no device has to be waited for.
+    """
+
+    LAG = 2
+
+    def __init__(self, guard: InterruptGuard, mesh: Mesh):
+        self._guard, self._answers = guard, collections.deque()
+        self._each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(jnp.max, out_shardings=rules.replicated(mesh))
+
+    def __call__(self) -> bool:
+        if jax.process_count() == 1:
+            return self._guard.signum is not None
+        asked = np.full(self._each.mesh.size, self._guard.signum or 0, np.int32)
+        told = jax.make_array_from_callback(asked.shape, self._each, lambda index: asked[index])
+        self._answers.append(self._any(told))
+        if len(self._answers) <= self.LAG:
+            return False
+        answer = int(self._answers.popleft())
+        if answer:
+            self._guard.signum = answer
+        return bool(answer)
 
 
 class Window:
     """The steps since the last line of metrics: their means and rates. Nothing waits for the device until `close`."""
 
     def __init__(self):
-        self._metrics: list[dict[str, jax.Array]] = []
+        self._metrics: dict[int, dict[str, jax.Array]] = {}
         self._started = time.perf_counter()
         self._waited = 0.0
 
@@ -115,21 +192,42 @@ class Window:
     def stop_waiting(self) -> None:
         self._waited += time.perf_counter() - self._wait_started
 
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        self._metrics.append(metrics)
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What is done meanwhile does not count as training time."""
+        started = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - started
 
-    def close(self, batch_size: int, flops_per_example: float) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Returns means over the window's steps, and its rates; a new window begins."""
-        fetched = jax.device_get(self._metrics)
-        means = {name: np.mean([metrics[name] for metrics in fetched], axis=0) for name in fetched[0]}
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._metrics[step] = metrics
+
+    def close(
+        self, batch_size: int, flops_per_example: float
+    ) -> tuple[dict[str, np.ndarray], list[int], dict[str, float]]:
+        """Returns means over the window's steps, those left out that were skipped; which those are; and rates. A new
+        window begins."""
+        fetched = hosts.fetch(self._metrics)
+        skipped = [step for step, metrics in fetched.items() if metrics.pop("skipped")]
+        finite = [metrics for step, metrics in fetched.items() if step not in skipped]
+        means = {name: np.mean([metrics[name] for metrics in finite], axis=0) for name in finite[0]} if finite else {}
         images_per_second = len(fetched) * batch_size / (time.perf_counter() - self._started)
         timing = {
+            "skipped_steps": len(skipped),
             "images_per_second": images_per_second,
             "data_wait_seconds": self._waited,
             "model_flops_per_second": images_per_second * flops_per_example,
         }
         self.__init__()
-        return means, timing
+        return means, skipped, timing
+
+
+def first_few(records: dict[str, list[int]], most: int = 8) -> str:
+    """The first of each stream's records."""
+    return "; ".join(
+        f"{name}: records {', '.join(map(str, numbers[:most]))}{', …' * (len(numbers) > most)}"
+        for name, numbers in records.items()
+    )
 
 
 def count(params: Params) -> int:

@@ -13,6 +13,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from lattejax.files import write_whole, write_with
+from lattejax.parallel import hosts
 from lattejax.weights.runs import Workdir
 
 
@@ -37,15 +38,17 @@ class MetricsLog:
     """One stage's metrics.
 
     `metrics.jsonl` is written whole each time, since remote stores cannot append; a resumed run first drops what an
-    earlier one wrote after the checkpoint that it goes on from.
+    earlier one wrote after the checkpoint that it goes on from. Of several processes only the first writes and prints.
     """
 
     def __init__(self, workdir: Workdir, clock: RunClock, stage: str, first_step: int, last_step: int):
         self._workdir, self._clock, self._stage = workdir, clock, stage
         records = read_records(workdir.metrics)
         self._records = [r for r in records if r["stage"] != stage or r["step"] <= first_step]
+        self._tensorboard = self._bar = None
+        if not hosts.is_first():
+            return
         self._tensorboard = SummaryWriter(os.fspath(workdir.tensorboard(stage)), purge_step=first_step + 1)
-        self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=last_step, initial=first_step, desc=stage, unit="step", dynamic_ncols=True)
 
@@ -54,10 +57,18 @@ class MetricsLog:
         if self._bar is not None:
             self._bar.update()
 
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Records metrics: scalars, and vectors with an entry for each group."""
+    def has_evaluation(self, step: int) -> bool:
+        """Whether that of a step is recorded."""
+        own = (record for record in self._records if record["stage"] == self._stage and record["step"] == step)
+        return any("learning_rate" not in record for record in own)
+
+    def write(self, step: int, metrics: dict[str, Any], **remarks: Any) -> None:
+        """Records metrics: scalars, and vectors with an entry for each group. Remarks are for the file alone."""
         metrics = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        self._records.append({"stage": self._stage, "step": step, "seconds": self._clock.seconds} | metrics)
+        record = {"stage": self._stage, "step": step, "seconds": self._clock.seconds} | metrics | remarks
+        self._records.append(record)
+        if self._tensorboard is None:
+            return
         write_whole(self._workdir.metrics, "".join(json.dumps(r) + "\n" for r in self._records).encode())
         for name, value in metrics.items():
             if isinstance(value, list):
@@ -69,6 +80,8 @@ class MetricsLog:
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """Writes an image as PNG, and shows it in TensorBoard."""
+        if self._tensorboard is None:
+            return
         write_with(self._workdir.image(name, self._stage, step), lambda file: image.save(file, format="PNG"))
         self._tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
 
@@ -76,11 +89,12 @@ class MetricsLog:
         """Prints a line, above the progress bar if there is one."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stdout)
-        else:
+        elif self._tensorboard is not None:
             print(line, flush=True)
 
     def close(self) -> None:
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._bar is not None:
             self._bar.close()
 

@@ -2,8 +2,8 @@
 
 A loss takes (trained parameters, frozen inputs, batch, keys) and returns a scalar and a dict of metrics. A batch has
 one or both of two streams, "images" to be drawn and "questions" to be answered; `keys` has a key for each row of each.
-Rows stand on the leading axis; a loss is a mean over rows, so that the losses of micro-batches average to that of their
-batch.
+Rows stand on the leading axis, or on two, [K, b], where each group has rows of its own (`parallel.rows`). A loss is a
+mean over rows, so that the losses of micro-batches average to that of their batch.
 
 Axes: K group, b rows of one group's share, U prompts of a table, T token, C latent channel.
 """
@@ -74,9 +74,9 @@ class Frozen(NamedTuple):
 class FlowLoss:
     """The second stage's loss: mean squared error of velocities; in Blend, that of answers besides.
 
-    A row's flow time, noise and prompt dropout are functions of its key. Stratified, rows fall to the groups in
-    contiguous blocks of one size, each draws its t from the density restricted to its group's interval, and the loss is
-    Σ P_k·loss_k, P_k being the group's share of the density. Otherwise t comes from the whole density, every group runs
+    A row's flow time, noise and prompt dropout are functions of its key. Stratified, each group has rows of its own,
+    [K, b], each draws its t from the density restricted to its group's interval, and the loss is Σ P_k·loss_k, P_k
+    being the group's share of the density. Otherwise rows are [B], t comes from the whole density, every group runs
     every row, and only the owner's result counts: the same loss on average, K times as dear.
     """
 
@@ -90,7 +90,7 @@ class FlowLoss:
     unroll: bool
 
     def __call__(
-        self, trained: Params, frozen: Frozen, batch: dict[str, Any], keys: dict[str, Key[Array, "rows"]]
+        self, trained: Params, frozen: Frozen, batch: dict[str, Any], keys: dict[str, Key[Array, "*rows"]]
     ) -> tuple[Array, Metrics]:
         params = self.assemble(trained, frozen)
         u, noise, dropped = self.draw(keys["images"])
@@ -109,7 +109,7 @@ class FlowLoss:
         """Returns the model's parameters in the dtype of the computation."""
         return functional.merge(functional.cast_floats(trained, self.dtype), frozen.params)
 
-    def draw(self, keys: Key[Array, "rows"]) -> tuple[Float[Array, "rows"], Float[Array, "rows h w C"], Array]:
+    def draw(self, keys: Key[Array, "*rows"]) -> tuple[Float[Array, "*rows"], Float[Array, "*rows h w C"], Array]:
         """Returns uniform draws for t, noise, and which prompts are dropped."""
 
         def row(key):
@@ -120,12 +120,19 @@ class FlowLoss:
                 jax.random.uniform(for_dropout) < self.prompt_dropout,
             )
 
-        return jax.vmap(row)(keys)
+        for _ in keys.shape:
+            row = jax.vmap(row)
+        return row(keys)
 
     def read(
         self, params: Params, frozen: Frozen, images: dict[str, Any], dropped: Array
-    ) -> tuple[Context, Int[Array, "rows"]]:
-        """Returns a table of contexts, and each row's place in it: a caption's number, or the row's own."""
+    ) -> tuple[Context, Int[Array, "*rows"] | None]:
+        """Returns a table of contexts and each row's place in it, its caption's number or its own; or, where groups
+        have rows of their own and those bring their prompts, each group's contexts [K, L, b, …] and None."""
+        if "prompts" in images and dropped.ndim == 2:
+            # Each group reads its own rows: on a mesh none of it leaves the group's devices.
+            prompts = jax.vmap(drop, in_axes=(0, None, 0))(images["prompts"], frozen.unconditional, dropped)
+            return jax.vmap(lambda prompts: self.contexts(params["vlm"], prompts))(prompts), None
         if "prompts" in images:
             prompts = drop(images["prompts"], frozen.unconditional, dropped)
             return self.contexts(params["vlm"], prompts), jnp.arange(len(dropped))
@@ -143,9 +150,7 @@ class FlowLoss:
         return contexts
 
     def of_shares(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:
-        """The loss, and each group's, if every group runs its share of the rows."""
-        groups = self.config.generation.num_groups
-        *rows, u = (x.reshape(groups, -1, *x.shape[1:]) for x in (*rows, u))
+        """The loss, and each group's, if every group runs rows of its own."""
         per_group = self.losses(params, contexts, *rows, self.intervals.draw(u, self.density)).mean(axis=1)
         return jnp.sum(per_group * self.intervals.masses(self.density)), per_group
 
@@ -169,7 +174,7 @@ class FlowLoss:
         self,
         params: Params,
         contexts: Context,
-        prompts: Int[Array, "K b"],
+        prompts: Int[Array, "K b"] | None,
         latents: Float[Array, "K b h w C"],
         noise: Float[Array, "K b h w C"],
         t: Float[Array, "K b"],
@@ -209,5 +214,5 @@ def drop(prompts: Prompts, unconditional: Prompts, dropped: Array) -> Prompts:
 def norms_per_group(config: ModelConfig, gradients: Params) -> Float[Array, "K"]:
     """The norm of the gradient of each group's own layers."""
     experts = latte_flow.pathway(config, gradients)["experts"]
-    per_layer = sum(jnp.sum(jnp.square(x.reshape(len(x), -1)), axis=1) for x in jax.tree.leaves(experts))
+    per_layer = sum(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(experts))
     return jnp.sqrt(jnp.stack([jnp.sum(per_layer[own]) for own in config.generation.layers_of]))

@@ -1,25 +1,28 @@
 """What each stage of training trains, on what, with which loss, and how it is evaluated on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from lattejax.configuration import Config
 from lattejax.data import digits
 from lattejax.data.examples import image_batcher, open_source
-from lattejax.data.pipeline import Streams, training_batches
+from lattejax.data.pipeline import Batches, Streams
 from lattejax.data.prompts import PromptEncoder, question_batch
+from lattejax.errors import UserError
 from lattejax.evaluation.digits import DigitReader, answer_accuracy
 from lattejax.flow.schedule import Sampling
 from lattejax.models import flops, functional, latte_flow, qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.qwen2_vl import Prompts
+from lattejax.parallel import hosts, rules
+from lattejax.parallel.rows import Rows
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler, read_prompts
 from lattejax.training.loop import StagePlan
@@ -32,6 +35,30 @@ TRAINING_PASSES = 3  # in forward passes: a backward pass costs two
 PROMPTS_AT_A_TIME = 128  # when contexts are made ahead
 
 
+def stage_rows(config: Config) -> dict[str, dict[str, Rows]]:
+    """How the rows of each stage's streams of batches are arranged."""
+    pretrain, train = config.pretrain, config.train
+    groups = config.model.num_groups if train.stratified else None
+    streams = {"images": Rows(train.batch_size, train.accumulation, groups)}
+    if config.trains_answers:
+        streams["questions"] = Rows(train.answer_batch_size, train.accumulation)
+    return {"pretrain": {"questions": Rows(pretrain.batch_size, pretrain.accumulation)}, "train": streams}
+
+
+def check_mesh(config: Config, mesh: Mesh) -> None:
+    """Raises `UserError` unless weights and batches can be cut over the mesh."""
+    names = {"questions": "answer_batch_size", "images": "batch_size"}
+    try:
+        for stage, streams in stage_rows(config).items():
+            for stream, rows in streams.items():
+                name = "batch_size" if stage == "pretrain" else names[stream]
+                if stage == "train" or config.pretrain.steps:
+                    rows.check(mesh, f"{stage}.{name}")
+        rules.shardings(mesh, abstract_params(config))
+    except ValueError as error:
+        raise UserError(f"config.mesh does not fit: {error}") from error
+
+
 # ---- The first stage: language modelling of answers
 
 
@@ -39,6 +66,7 @@ def pretrain_plan(run: Run, key: jax.Array) -> StagePlan:
     """Trains the VLM, from random weights or another run's, to answer questions about images."""
     config, stage, model = run.config, run.config.pretrain, run.config.model_config
     init_key, step_key = jax.random.split(key)
+    rows = stage_rows(config)["pretrain"]
 
     def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:
         return {"answer_accuracy": held_out_answers(run, state.ema, config.eval.examples)}
@@ -46,32 +74,37 @@ def pretrain_plan(run: Run, key: jax.Array) -> StagePlan:
     return StagePlan(
         name="pretrain",
         settings=stage,
-        abstract=abstract_params(config)["vlm"],
-        init=lambda: first_vlm(config, init_key),
-        step=make_train_step(stage, AnswerLoss(model, jnp.dtype(config.dtype), stage.remat, stage.unroll)),
+        mesh=run.mesh,
+        rows=rows,
+        trained=abstract_params(config)["vlm"],
+        init=lambda: first_vlm(config, init_key, run.mesh),
+        step=make_train_step(stage, AnswerLoss(model, jnp.dtype(config.dtype), stage.remat, stage.unroll), rows),
         key=step_key,
         frozen=None,
-        batches=Streams(questions=question_batches(run, stage.batch_size)),
+        batches=Streams(questions=question_batches(run, rows["questions"])),
         evaluate=evaluate,
         flops_per_example=TRAINING_PASSES * question_flops(config),
     )
 
 
-def first_vlm(config: Config, key: jax.Array) -> Params:
+def first_vlm(config: Config, key: jax.Array, mesh: Mesh) -> Params:
     """What the first stage starts from: another run's VLM, converted weights, or random ones."""
     if config.pretrain.init_from:
-        return open_vlm(config.pretrain.init_from).vlm()
-    return qwen2_vl.init(config.model_config.vlm, key)
+        source = open_vlm(config.pretrain.init_from, mesh)
+        return source.vlm() if isinstance(source, Run) else source.params("float32", mesh)
+    placed = rules.shardings(mesh, abstract_params(config)["vlm"])
+    return jax.jit(lambda key: qwen2_vl.init(config.model_config.vlm, key), out_shardings=placed)(key)
 
 
-def question_batches(run: Run, batch_size: int) -> grain.DatasetIterator:
+def question_batches(run: Run, rows: Rows) -> Batches:
     data = run.config.data
-    return training_batches(
+    return Batches(
         open_source(run.config).questions("train", run.encoder),
         lambda records: question_batch(run.encoder, records, data.answer_length),
-        batch_size=batch_size,
+        batch_size=rows.batch_size,
         seed=run.config.seed,
         threads=data.threads,
+        rows=rows.of_process(run.mesh),
     )
 
 
@@ -85,7 +118,7 @@ def held_out_answers(run: Run, vlm: Params, examples: int) -> float:
     config = run.config
     return answer_accuracy(
         config.model_config.vlm,
-        inference_weights(config, {"vlm": vlm})["vlm"],
+        inference_weights(config, {"vlm": vlm}, run.mesh)["vlm"],
         run.encoder,
         open_source(config).questions("test", run.encoder),
         examples=examples,
@@ -101,18 +134,9 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
     config, encoder, source = run.config, run.encoder, open_source(run.config)
     stage, model = config.train, config.model_config
     init_key, step_key = jax.random.split(key)
+    rows, loss, trained = stage_rows(config)["train"], flow_loss(config), abstract_trained(config)
     fixed = latte_flow.split_trained(model, {"vlm": run.pretrained_vlm(config.dtype)})[1]
-    frozen = frozen_inputs(config, encoder, source.captions, fixed)
-    loss = FlowLoss(
-        model,
-        density=stage.flow_density,
-        stratified=stage.stratified,
-        prompt_dropout=stage.prompt_dropout,
-        answer_weight=stage.answer_weight,
-        dtype=jnp.dtype(config.dtype),
-        remat=stage.remat,
-        unroll=stage.unroll,
-    )
+    frozen = frozen_inputs(config, encoder, source.captions, fixed, run.mesh)
     held_out_loss = jax.jit(loss.held_out)
     make_batch = image_batcher(config, encoder, source.captions)
     held_out = source.drawings("test", encoder)
@@ -124,44 +148,48 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
 
     def init() -> Params:
         if stage.init_from:
-            return Run.open(stage.init_from).trained(config)
-        return latte_flow.split_trained(model, latte_flow.init(model, run.pretrained_vlm(), init_key))[0]
+            return Run.open(stage.init_from, run.mesh).trained(config)
+
+        def fresh(vlm, key):
+            return latte_flow.split_trained(model, latte_flow.init(model, vlm, key))[0]
+
+        return jax.jit(fresh, out_shardings=rules.shardings(run.mesh, trained))(run.pretrained_vlm(), init_key)
 
     def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:
         losses = held_out_loss(state.ema, frozen, make_batch(held_out.__getitems__(few)))
         lengths = np.asarray(model.generation.intervals.lengths)
+        losses = hosts.fetch(losses)
         metrics = {"held_out_loss": np.sum(losses * lengths), "held_out_loss_per_group": losses}
         params = functional.merge(fixed, state.ema)
         if config.trains_answers:
             metrics["answer_accuracy"] = held_out_answers(run, params["vlm"], config.eval.examples)
-        sampler = ImageSampler(model, autoencoder, encoder, inference_weights(config, params), decoder)
-        log.image(int(state.step), "samples", sample_grid(config, sampler))
+        weights = inference_weights(config, params, run.mesh)
+        sampler = ImageSampler(model, autoencoder, encoder, weights, decoder, run.mesh)
+        log.image(int(hosts.fetch(state.step)), "samples", sample_grid(config, sampler))
         if reader is not None:
             metrics |= reader.score(draw_digits(config, sampler, config.eval.scored_images, config.eval.sampling))
         return metrics
 
     batches = {
-        "images": training_batches(
+        "images": Batches(
             source.drawings("train", encoder),
             make_batch,
             batch_size=stage.batch_size,
             seed=config.seed,
             threads=config.data.threads,
+            rows=rows["images"].of_process(run.mesh),
         )
     }
     if config.trains_answers:
-        batches["questions"] = question_batches(run, stage.answer_batch_size)
+        batches["questions"] = question_batches(run, rows["questions"])
     return StagePlan(
         name="train",
         settings=stage,
-        abstract=abstract_trained(config),
+        mesh=run.mesh,
+        rows=rows,
+        trained=trained,
         init=init,
-        step=make_train_step(
-            stage,
-            loss,
-            blocks={"images": config.model.num_groups if stage.stratified else 1},
-            gradient_metrics=lambda gradients: {"grad_norm_per_group": norms_per_group(model, gradients)},
-        ),
+        step=flow_step(config, loss),
         key=step_key,
         frozen=frozen,
         batches=Streams(**batches),
@@ -171,23 +199,52 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
     )
 
 
-def frozen_inputs(config: Config, encoder: PromptEncoder, captions: Sequence[str], fixed: Params) -> Frozen:
+def flow_loss(config: Config) -> FlowLoss:
+    stage = config.train
+    return FlowLoss(
+        config.model_config,
+        density=stage.flow_density,
+        stratified=stage.stratified,
+        prompt_dropout=stage.prompt_dropout,
+        answer_weight=stage.answer_weight,
+        dtype=jnp.dtype(config.dtype),
+        remat=stage.remat,
+        unroll=stage.unroll,
+    )
+
+
+def flow_step(config: Config, loss: FlowLoss) -> Callable:
+    """The second stage's train step, see `make_train_step`."""
+    model = config.model_config
+    return make_train_step(
+        config.train,
+        loss,
+        stage_rows(config)["train"],
+        lambda gradients: {"grad_norm_per_group": norms_per_group(model, gradients)},
+    )
+
+
+def frozen_inputs(config: Config, encoder: PromptEncoder, captions: Sequence[str], fixed: Params, mesh: Mesh) -> Frozen:
     """What the loss reads besides what it trains. Prompts that repeat are read once: in Couple here and now."""
     model, stage = config.model_config, config.train
     prompts = caption_prompts(config, encoder, captions if stage.share_contexts else ())
     if not stage.share_contexts:
-        return Frozen(fixed, unconditional=prompts)
+        return rules.place(mesh, Frozen(fixed, unconditional=prompts))
     if config.trains_answers:
-        return Frozen(fixed, captions=prompts)
+        return rules.place(mesh, Frozen(fixed, captions=prompts))
     # So many at a time, so that a thousand prompts do not need a thousand prompts' activations.
     starts = range(0, len(prompts.mask), PROMPTS_AT_A_TIME)
     tables = [
         read_prompts(model, fixed["vlm"], jax.tree.map(lambda x, i=i: x[i : i + PROMPTS_AT_A_TIME], prompts))
         for i in starts
     ]
-    layers = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *(table.layers for table in tables))
-    mask, position = (jnp.concatenate(parts) for parts in zip(*(table[1:] for table in tables), strict=True))
-    return Frozen({}, contexts=Context(layers, mask, position))
+
+    def joined(tables):
+        layers = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *(table.layers for table in tables))
+        mask, position = (jnp.concatenate(parts) for parts in zip(*(table[1:] for table in tables), strict=True))
+        return Frozen({}, contexts=Context(layers, mask, position))
+
+    return jax.jit(joined, out_shardings=rules.shardings(mesh, jax.eval_shape(joined, tables)))(tables)
 
 
 def caption_prompts(config: Config, encoder: PromptEncoder, captions: Sequence[str]) -> Prompts:

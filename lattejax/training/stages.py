@@ -16,12 +16,14 @@ from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
 from lattejax.evaluation.digits import DigitReader, frechet_train_test
 from lattejax.files import read_json, write_whole
+from lattejax.parallel import hosts
 from lattejax.sampling.images import ImageSampler
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.loop import run_stage
 from lattejax.training.metrics import RunClock, read_records
 from lattejax.training.plans import (
     caption_prompts,
+    check_mesh,
     draw_digits,
     first_vlm,
     generation_plan,
@@ -31,7 +33,7 @@ from lattejax.training.plans import (
 from lattejax.weights import checkpoints, shards
 from lattejax.weights.autoencoders import Identity, StoredAutoencoder
 from lattejax.weights.pretrained import Pretrained
-from lattejax.weights.runs import Run, Workdir, abstract_trained, open_vlm, prompt_encoder
+from lattejax.weights.runs import Run, Workdir, abstract_trained, open_mesh, open_vlm, prompt_encoder
 
 
 def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict[str, float]:
@@ -50,7 +52,9 @@ def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict
 
     results = final_scores(run)
     results["seconds"] = clock.seconds
-    write_whole(run.workdir.results, (json.dumps(results, indent=2) + "\n").encode())
+    if hosts.is_first():
+        write_whole(run.workdir.results, (json.dumps(results, indent=2) + "\n").encode())
+    hosts.wait_for_all("results are written")
     return results
 
 
@@ -69,10 +73,12 @@ def train_vlm(run: Run, clock: RunClock, guard: InterruptGuard) -> None:
             plan = pretrain_plan(run, key)
             checkpoints.save_weights(workdir.vlm, run_stage(plan, config, workdir, clock, guard).ema)
         elif (converted := converted_vlm(config)) is not None:
-            run.refer_to(converted)
+            if hosts.is_first():
+                run.refer_to(converted)
         else:
-            checkpoints.save_weights(workdir.vlm, first_vlm(config, jax.random.split(key)[0]))
-    if workdir.checkpoints("pretrain").exists():
+            checkpoints.save_weights(workdir.vlm, first_vlm(config, jax.random.split(key)[0], run.mesh))
+    hosts.wait_for_all("the VLM is stored")
+    if hosts.is_first() and workdir.checkpoints("pretrain").exists():
         workdir.checkpoints("pretrain").rmtree()  # from here on the VLM is stored once
 
 
@@ -89,21 +95,26 @@ def converted_vlm(config: Config) -> Pretrained | None:
 
 def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]:
     """Checks that everything fits, and makes the workdir a run's, or finds that it is this run's."""
-    workdir = Workdir.at(path)
+    workdir, mesh = Workdir.at(path), open_mesh(config)
     refuse_another_config(config, workdir)
+    check_mesh(config, mesh)
     source = open_source(config)
     encoder = prompt_encoder(config, find_tokenizer(config, workdir, source))
     autoencoder = StoredAutoencoder.open_for(config.data).identity
     check_fit(config, encoder, autoencoder)
-    if workdir.config.exists():
-        refuse_other_data(config, workdir, source, autoencoder)
-    else:
+    is_new = not workdir.config.exists()
+    if is_new:
         check_lengths(config, encoder, source)
+    else:
+        refuse_other_data(config, workdir, source, autoencoder)
+    hosts.wait_for_all("the workdir is looked at")
+    if is_new and hosts.is_first():
         tokenizers.save(encoder.tokenizer, workdir.tokenizer)
         autoencoder.save(workdir.autoencoder)
         write_whole(workdir.data, (json.dumps({"identity": source.identity}) + "\n").encode())
         configuration.save(config, workdir.config)
-    return Run.open(workdir.path), RunClock(workdir)
+    hosts.wait_for_all("the workdir is a run's")
+    return dataclasses.replace(Run.open(workdir.path, mesh), config=config), RunClock(workdir)
 
 
 def refuse_other_data(config: Config, workdir: Workdir, source: Source, autoencoder: Identity) -> None:
@@ -119,7 +130,10 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
         raise UserError(f"{workdir.path} holds exported weights; use another --workdir, and set init_from to this one")
     if workdir.config.exists():
         theirs = configuration.load(workdir.config)
-        different = configuration.differences(dataclasses.replace(config, images=theirs.images), theirs)
+        # Another mesh computes the same, and what pictures were made into latents is told by the latents.
+        different = configuration.differences(
+            dataclasses.replace(config, images=theirs.images, mesh=theirs.mesh), theirs
+        )
         if different:
             raise UserError(
                 f"{workdir.path} belongs to another config ({'; '.join(different)}); use another --workdir, "

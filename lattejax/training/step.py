@@ -1,23 +1,29 @@
-"""One optimizer step: gradients over micro-batches, clipping, AdamW, and the moving average."""
+"""One optimizer step: gradients over micro-batches, clipping, AdamW, and the moving average; and how it is compiled for
+a mesh."""
 
+import functools
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
 from lattejax.configuration import Stage
 from lattejax.models.functional import Params
+from lattejax.parallel import rules
+from lattejax.parallel.rows import Rows
+
+Loss = Callable[[Params, Any, Any, dict[str, Key[Array, "*rows"]]], tuple[Array, dict[str, Array]]]
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. `params` and `ema` are float32."""
+    """All that a step changes. `params` and `ema` are float32; `skipped` counts the steps that changed nothing."""
 
     step: Int[Array, ""]
+    skipped: Int[Array, ""]
     params: Params
     ema: Params
     optimizer: Any
@@ -46,60 +52,95 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
 
 def init_state(stage: Stage, params: Params) -> TrainState:
     """The state before the first step; the average starts as a copy of the weights."""
-    return TrainState(
-        jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), make_optimizer(stage).init(params)
-    )
+    zero, average = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params)
+    return TrainState(zero, zero, params, average, make_optimizer(stage).init(params))
+
+
+def abstract_state(stage: Stage, params: Params, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state of weights like `params`: moments and average are cut as the weights.
+
+    Raises:
+      ValueError: the mesh does not fit the weights.
+    """
+    return rules.abstract(mesh, jax.eval_shape(functools.partial(init_state, stage), params))
 
 
 def make_train_step(
     stage: Stage,
-    loss: Callable[[Params, Any, Any, dict[str, Key[Array, "rows"]]], tuple[Array, dict[str, Array]]],
-    *,
-    blocks: Mapping[str, int] = MappingProxyType({}),
+    loss: Loss,
+    rows: Mapping[str, Rows],
     gradient_metrics: Callable[[Params], dict[str, Array]] = lambda gradients: {},
 ) -> Callable[[TrainState, Any, Any, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
     """Returns `step(state, frozen, batch, key) -> (state, metrics)`, to be jitted with the state donated.
 
     A batch has one or more streams of rows, by name. Row j's key is a function of (key, step, j), whatever the
-    micro-batches and the devices.
+    micro-batches and the devices. A step whose loss or gradient is not finite leaves all as it was, but for the count
+    of steps, with which the next one draws anew, and that of skipped ones.
 
     Args:
       stage: the stage's settings.
       loss: see `objectives`; a mean over rows.
-      blocks: into how many contiguous blocks a stream's rows fall, one for each group that runs some of them. Every
-        micro-batch takes the same share of each block.
+      rows: how each stream's rows are arranged on the leading axes of its arrays, micro-batches first.
       gradient_metrics: more metrics, of the gradients before clipping.
     """
     optimizer = make_optimizer(stage)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def micro_batches(stream, rows):
-        pattern = "(K A b) ... -> A (K b) ..."
-        return jax.tree.map(lambda x: rearrange(x, pattern, K=blocks.get(stream, 1), A=stage.accumulation), rows)
+    def row_keys(key, numbers):
+        fold = functools.partial(jax.random.fold_in, key)
+        for _ in numbers.shape:
+            fold = jax.vmap(fold)
+        return fold(numbers)
 
     def step(state, frozen, batch, key):
-        rows = {name: jnp.arange(len(jax.tree.leaves(stream)[0])) for name, stream in batch.items()}
         key = jax.random.fold_in(key, state.step)
-        keys = {name: jax.vmap(jax.random.fold_in, (None, 0))(key, index) for name, index in rows.items()}
+        keys = {name: row_keys(key, rows[name].numbers) for name in batch}
         if stage.accumulation == 1:
-            (_, metrics), gradients = value_and_grad(state.params, frozen, batch, keys)
+            batch, keys = jax.tree.map(lambda x: x[0], (batch, keys))
+            (total_loss, metrics), gradients = value_and_grad(state.params, frozen, batch, keys)
         else:
 
             def add(total, micro):
-                (_, metrics), gradients = value_and_grad(state.params, frozen, *micro)
-                return jax.tree.map(jnp.add, total, (metrics, gradients)), None
+                return jax.tree.map(jnp.add, total, value_and_grad(state.params, frozen, *micro)), None
 
-            split = tuple({name: micro_batches(name, part[name]) for name in part} for part in (batch, keys))
-            first = jax.tree.map(lambda x: x[0], split)
+            first = jax.tree.map(lambda x: x[0], (batch, keys))
             shapes = jax.eval_shape(value_and_grad, state.params, frozen, *first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
-            total, _ = jax.lax.scan(add, zeros, split)
-            metrics, gradients = jax.tree.map(lambda x: x / stage.accumulation, total)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            total, _ = jax.lax.scan(add, zeros, (batch, keys))
+            (total_loss, metrics), gradients = jax.tree.map(lambda x: x / stage.accumulation, total)
 
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(total_loss) & jnp.isfinite(norm)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - stage.ema_decay)
-        metrics |= {"grad_norm": optax.tree.norm(gradients)} | gradient_metrics(gradients)
-        return TrainState(state.step + 1, params, ema, optimizer_state), metrics
+        moved, stayed = (params, ema, optimizer_state), (state.params, state.ema, state.optimizer)
+        moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed)
+        skipped = (~finite).astype(jnp.int32)
+        metrics |= {"grad_norm": norm, "skipped": skipped} | gradient_metrics(gradients)
+        return TrainState(state.step + 1, state.skipped + skipped, *moved), metrics
 
     return step
+
+
+def compile_for(
+    mesh: Mesh, step: Callable, state: TrainState, frozen: Any, rows: Mapping[str, Rows]
+) -> jax.stages.Wrapped:
+    """Returns a train step jitted for a mesh, its state donated.
+
+    Args:
+      mesh: the mesh.
+      step: see `make_train_step`.
+      state: the state, or its description.
+      frozen: what every step reads, or its description.
+      rows: how each stream's rows are arranged.
+    """
+    everywhere = rules.replicated(mesh)
+    placed = rules.shardings(mesh, state)
+    streams = {name: stream.sharding(mesh) for name, stream in rows.items()}
+    return jax.jit(
+        step,
+        in_shardings=(placed, rules.shardings(mesh, frozen), streams, everywhere),
+        out_shardings=(placed, everywhere),
+        donate_argnums=0,
+    )

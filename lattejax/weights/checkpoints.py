@@ -1,22 +1,35 @@
 """Orbax checkpoints: what a killed run goes on from, and what sampling and chatting read.
 
 A stage's checkpoint has four items: `params`, `ema` and `optimizer`, arrays, and `progress`, a JSON object with the
-data iterator's state. Each is read on its own, so that sampling reads the average alone. Orbax commits a checkpoint as
-a whole: one that a kill has cut short is never taken for a checkpoint.
+data iterator's state and a fingerprint of each of the others. Each is read on its own, so that sampling reads the
+average alone. Orbax commits a checkpoint as a whole: one that a kill has cut short is never taken for a checkpoint.
+Arrays are read to wherever they are asked for, so another mesh or number of devices is as good as the one that wrote.
 """
 
+import hashlib
+import logging
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import Array, UInt32
 
 from lattejax.errors import UserError
+from lattejax.parallel import hosts
+
+FINGERPRINTS = "fingerprints"  # in `progress`
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be read, or does not hold what was written."""
 
 
 def like(tree: Any) -> Any:
     """Describes a tree's arrays by shape, dtype and, where they have one, sharding: what a restore fills in."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here), tree
     )
@@ -25,9 +38,21 @@ def like(tree: Any) -> Any:
 class Checkpoints:
     """One stage's checkpoints in a directory, local or remote; writing goes on in the background."""
 
-    def __init__(self, directory: epath.Path, *, keep: int | None = None):
-        """Opens a directory; `keep` is how many checkpoints stay there when new ones are written, None: all."""
-        self._manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    def __init__(self, directory: epath.Path, *, keep: int | None = None, keep_every: int = 0):
+        """Opens a directory.
+
+        Args:
+          directory: of the checkpoints, each in one of its own with its step for a name.
+          keep: how many stay there when new ones are written; None: all.
+          keep_every: those of steps that this divides stay besides; 0: none.
+        """
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
+        self._directory, self._manager = directory, ocp.CheckpointManager(directory, options=options)
+
+    @property
+    def steps(self) -> list[int]:
+        """Those there are, the latest last."""
+        return sorted(self._manager.all_steps())
 
     @property
     def latest_step(self) -> int | None:
@@ -35,18 +60,107 @@ class Checkpoints:
 
     def save(self, step: int, arrays: dict[str, Any], progress: dict[str, Any]) -> None:
         """Starts writing a checkpoint; the arrays may be donated as soon as this returns."""
+        progress = progress | {FINGERPRINTS: fingerprints(arrays)}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, progress=ocp.args.JsonSave(progress)))
 
     def restore(self, step: int, **targets: Any) -> dict[str, Any]:
-        """Reads the named arrays into trees like `targets`, and `progress`."""
+        """Reads the named arrays into trees like `targets`, and `progress`.
+
+        Raises:
+          DamagedCheckpoint: they cannot be read, or are not what was written.
+        """
         items = {name: ocp.args.StandardRestore(like(tree)) for name, tree in targets.items()}
-        return dict(self._manager.restore(step, args=ocp.args.Composite(**items, progress=ocp.args.JsonRestore())))
+        problem, restored = "", {}
+        try:
+            read = self._manager.restore(step, args=ocp.args.Composite(**items, progress=ocp.args.JsonRestore()))
+            restored = dict(read)
+        except Exception as error:  # Orbax and TensorStore raise whatever they meet
+            problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        if hosts.all_agree(not problem):
+            written = restored["progress"].pop(FINGERPRINTS)
+            found = fingerprints({name: restored[name] for name in targets})
+            other = [name for name in targets if found[name] != written[name]]
+            problem = f"{', '.join(other)} is not what was written" if other else ""
+        elif not problem:
+            problem = "another process cannot read it"
+        if problem:
+            raise DamagedCheckpoint(f"the checkpoint {self._directory / str(step)} is damaged: {problem}")
+        return restored
+
+    def restore_latest(self, **targets: Any) -> tuple[int, dict[str, Any]]:
+        """Reads the latest checkpoint that is whole, and returns its step with it; a damaged one is named, and put
+        aside where it can be looked at.
+
+        Raises:
+          DamagedCheckpoint: none is whole.
+        """
+        damaged = {}
+        for step in reversed(self.steps):
+            try:
+                restored = self.restore(step, **targets)
+            except DamagedCheckpoint as error:
+                damaged[step] = error
+                continue
+            self._put_aside(damaged)
+            return step, restored
+        raise DamagedCheckpoint("; ".join(map(str, damaged.values())) or f"{self._directory} has no checkpoint")
+
+    def _put_aside(self, damaged: dict[int, DamagedCheckpoint]) -> None:
+        for step, error in damaged.items():
+            aside = self._directory.parent / "damaged" / f"{self._directory.name}_{step}"
+            if hosts.is_first():
+                logging.warning("%s; it is put aside as %s, and an earlier one is taken", error, aside)
+                if aside.exists():
+                    aside.rmtree()
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                (self._directory / str(step)).rename(aside)
+        if damaged:
+            hosts.wait_for_all("damaged checkpoints are put aside")
+            self._manager.reload()
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is written."""
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last checkpoint to be written."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
+
+
+# ---- Fingerprints
+
+
+def fingerprints(arrays: dict[str, Any]) -> dict[str, str]:
+    """Returns a hash of each tree's bits, computed where they are: the same on every mesh."""
+    sums = hosts.fetch(_bit_sums(arrays))
+    return {
+        name: hashlib.sha256(np.asarray(jax.tree.leaves(tree), np.uint32).tobytes()).hexdigest()[:16]
+        for name, tree in sums.items()
+    }
+
+
+@jax.jit
+def _bit_sums(tree: Any) -> Any:
+    """For each array a sum of 32 bits over its elements, in which each counts by its place."""
+
+    def bit_sum(x: Array) -> UInt32[Array, ""]:
+        x = x.astype(jnp.uint8) if x.dtype == bool else x
+        words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
+        place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+        for axis in reversed(range(bits.ndim)):
+            place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= bits.shape[axis]
+        # Multiplying by odd constants loses nothing modulo 2^32; the shift brings high bits to the low ones.
+        mixed = (bits ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
+        return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+
+    return jax.tree.map(bit_sum, tree)
+
+
+# ---- Weights alone
 
 
 def is_complete(path: epath.Path) -> bool:

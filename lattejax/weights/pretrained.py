@@ -32,7 +32,7 @@ from lattejax.files import local_files, located, new_directory, read_json
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.parallel import rules
-from lattejax.parallel.mesh import make_mesh
+from lattejax.parallel.mesh import one_device
 from lattejax.weights import hugging_face, naming, shards
 from lattejax.weights.hugging_face import Checkpoint
 
@@ -89,10 +89,6 @@ class Pretrained:
     def encoder(self) -> PromptEncoder:
         return read_encoder(self.directory, self.vlm_config)
 
-    def vlm(self) -> Params:
-        """Reads the weights in float32, as training starts from them."""
-        return self.params("float32")
-
     def params(self, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Params:
         """Reads the weights, stacked, straight to where they are used.
 
@@ -105,7 +101,7 @@ class Pretrained:
         """
         shapes = naming.abstract_vlm(self.vlm_config)
         try:
-            placed = rules.shardings(make_mesh({}, jax.devices()[:1]) if mesh is None else mesh, shapes)
+            placed = rules.shardings(one_device() if mesh is None else mesh, shapes)
         except ValueError as error:
             raise UserError(str(error)) from error
         placed = traverse_util.flatten_dict(placed, sep="/")

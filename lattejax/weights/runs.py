@@ -18,6 +18,7 @@ import json
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 from transformers import Qwen2VLImageProcessorPil
 
 from lattejax import configuration
@@ -29,6 +30,8 @@ from lattejax.files import located, new_directory, read_json, write_whole
 from lattejax.models import functional, latte_flow, qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
+from lattejax.parallel import rules
+from lattejax.parallel.mesh import make_mesh, one_device
 from lattejax.weights import checkpoints, exports, shards
 from lattejax.weights.autoencoders import Identity, StoredAutoencoder
 from lattejax.weights.checkpoints import Checkpoints
@@ -117,18 +120,19 @@ def abstract_trained(config: Config) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run opened for reading."""
+    """A run opened for reading; its weights are read straight to where `parallel.rules` wants them on the mesh."""
 
     workdir: Workdir
     config: Config
+    mesh: Mesh
 
     @classmethod
-    def open(cls, path: str | epath.Path) -> "Run":
-        """Raises `UserError` where there is no run."""
+    def open(cls, path: str | epath.Path, mesh: Mesh | None = None) -> "Run":
+        """Opens a run, for one device if no mesh is given. Raises `UserError` where there is none."""
         workdir = Workdir.at(path)
         if not workdir.config.exists():
             raise UserError(f"{path} is not the workdir of a run: it has no config.json")
-        return cls(workdir, configuration.load(workdir.config))
+        return cls(workdir, configuration.load(workdir.config), one_device() if mesh is None else mesh)
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
@@ -155,10 +159,10 @@ class Run:
           UserError: it has not ended, or the converted weights that it has taken are gone, or others.
         """
         if (converted := self.converted_vlm()) is not None:
-            return converted.params(dtype)
+            return converted.params(dtype, self.mesh)
         if not self.has_vlm:
             raise UserError(f"{self.workdir.path} has no finished VLM yet; let its first stage of training end")
-        vlm = checkpoints.load_weights(self.workdir.vlm, abstract_params(self.config)["vlm"])
+        vlm = checkpoints.load_weights(self.workdir.vlm, rules.abstract(self.mesh, abstract_params(self.config)["vlm"]))
         return functional.cast_floats(vlm, dtype)
 
     def converted_vlm(self) -> Pretrained | None:
@@ -191,11 +195,11 @@ class Run:
         """Reads the average of what the second stage trains, float32, from its latest checkpoint."""
         if self.is_export:
             whole = exports.read(self.workdir.path, abstract_params(target or self.config))
-            return latte_flow.split_trained(self.config.model_config, whole)[0]
+            return rules.place(self.mesh, latte_flow.split_trained(self.config.model_config, whole)[0])
         if self.trained_step is None:
             raise UserError(f"{self.workdir.path} has no checkpoint of the generation pathway yet; train it first")
-        path = self.workdir.checkpoints("train") / str(self.trained_step) / "ema"
-        return checkpoints.load_weights(path, abstract_trained(target or self.config))
+        ema = rules.abstract(self.mesh, abstract_trained(target or self.config))
+        return Checkpoints(self.workdir.checkpoints("train")).restore(self.trained_step, ema=ema)["ema"]
 
     @property
     def trained_step(self) -> int | None:
@@ -206,14 +210,16 @@ class Run:
     def params(self, dtype: str = "float32") -> Params:
         """Reads the whole model's weights: the VLM's, and over them the average of what was trained."""
         if self.is_export:
-            return functional.cast_floats(exports.read(self.workdir.path, abstract_params(self.config)), dtype)
+            whole = functional.cast_floats(exports.read(self.workdir.path, abstract_params(self.config)), dtype)
+            return rules.place(self.mesh, whole)
         trained = functional.cast_floats(self.trained(), dtype)
         return functional.merge({"vlm": self.pretrained_vlm(dtype)}, trained)
 
     def vlm(self) -> Params:
         """Reads the weights that read and answer: the first stage's, in Blend as far as the second has trained them."""
         if self.is_export:
-            return exports.read(self.workdir.path, abstract_params(self.config), only="vlm.")["vlm"]
+            whole = exports.read(self.workdir.path, abstract_params(self.config), only="vlm.")
+            return rules.place(self.mesh, whole["vlm"])
         if self.config.model_config.shares_layers and self.trained_step is not None:
             return self.params()["vlm"]
         return self.pretrained_vlm()
@@ -232,11 +238,31 @@ class Run:
             configuration.save(self.config, Workdir(directory).config)
 
 
-def open_vlm(path: str | epath.Path) -> Run | Pretrained:
-    """Opens what has a VLM to start from: converted weights, or a run."""
-    return Pretrained.open(path) if is_converted(located(path)) else Run.open(path)
+def open_vlm(path: str | epath.Path, mesh: Mesh | None = None) -> Run | Pretrained:
+    """Opens what has a VLM to start from: converted weights, or a run (for `mesh`, see `Run.open`)."""
+    return Pretrained.open(path) if is_converted(located(path)) else Run.open(path, mesh)
 
 
-def inference_weights(config: Config, params: Params) -> Params:
-    """Casts weights to the dtype of the computation and gives each layer a tree of its own."""
-    return latte_flow.unstack(functional.cast_floats(params, config.dtype))
+def open_mesh(config: Config) -> Mesh:
+    """Arranges all devices, of all processes, as the config says; raises `UserError` if they do not fit."""
+    try:
+        return make_mesh(dataclasses.asdict(config.mesh))
+    except ValueError as error:
+        raise UserError(f"config.mesh: {error}") from error
+
+
+def sampling_axes(part: str) -> tuple[str, ...]:
+    """Over which axes of a mesh a part of the model is cut for drawing and answering.
+
+    The pathway's over `tensor` alone: each device draws images of its own, and in every one of their steps another
+    group works. The VLM's over `fsdp` too, since it reads a prompt once.
+    """
+    return ("fsdp", "tensor") if part == "vlm" else ("tensor",)
+
+
+def inference_weights(config: Config, params: Params, mesh: Mesh) -> Params:
+    """Casts weights to the dtype of the computation, cuts them by `sampling_axes`, and gives each layer a tree of its
+    own."""
+    placed = {name: rules.shardings(mesh, part, sampling_axes(name)) for name, part in params.items()}
+    cast = jax.jit(functools.partial(functional.cast_floats, dtype=config.dtype), out_shardings=placed)
+    return latte_flow.unstack(cast(params))

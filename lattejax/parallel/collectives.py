@@ -1,0 +1,126 @@
+"""Which collectives a compiled program runs, and what each chip sends in them, read off its HLO text."""
+
+import collections
+import dataclasses
+import re
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+BYTES |= {"f64": 8, "s64": 8, "u64": 8}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\((.*)$")
+_SHAPE = re.compile(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=\{?(%?[\w.\-]+(?:, *%?[\w.\-]+)*)")
+_LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Of one kind of collective: how often it runs in a call of the program, and what a chip sends."""
+
+    count: int = 0
+    sent_bytes: float = 0.0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.count + other.count, self.sent_bytes + other.sent_bytes)
+
+    def __mul__(self, times: int) -> "Traffic":
+        return Traffic(self.count * times, self.sent_bytes * times)
+
+
+def traffic(hlo: str, num_devices: int) -> dict[str, Traffic]:
+    """Returns the traffic of each kind of collective in a call of a compiled program.
+
+    What stands in a loop counts as often as the loop runs. Of n chips that take part, each sends 2(n-1)/n of what is
+    all-reduced, (n-1)/n of what an all-gather makes, a reduce-scatter takes, or an all-to-all exchanges, and all that
+    it permutes: what the best algorithms on a ring send.
+
+    Args:
+      hlo: the program's text, `compiled.as_text()`.
+      num_devices: of the mesh.
+
+    Raises:
+      ValueError: a loop with collectives in it does not say how often it runs.
+    """
+    bodies, entry = _computations(hlo)
+    done: dict[str, dict[str, Traffic]] = {}
+
+    def visit(name: str) -> dict[str, Traffic]:
+        if name not in done:
+            found = collections.defaultdict(Traffic)
+            for line in bodies.get(name, ()):
+                times, called = 1, []
+                if loop := _LOOP.search(line):
+                    called = [loop[2]]
+                elif collective := _COLLECTIVE.search(line):
+                    kind, one = _one(collective, num_devices, name)
+                    found[kind] += one
+                elif calls := _CALLED.search(line):
+                    called = [one.strip().lstrip("%") for one in calls[1].split(",")]
+                for one in called:
+                    inside = visit(one)
+                    if loop and inside:
+                        times = _trip_count(line, bodies[loop[1]])
+                    for kind, of_kind in inside.items():
+                        found[kind] += of_kind * times
+            done[name] = dict(found)
+        return done[name]
+
+    return visit(entry)
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation, and the entry's name."""
+    bodies, name, entry = {}, None, ""
+    for line in hlo.splitlines():
+        if not line.startswith(" ") and (start := _COMPUTATION.match(line)):
+            name = start[2]
+            bodies[name] = []
+            entry = name if start[1] else entry
+        elif name is not None and line.startswith(" "):
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _one(collective: re.Match, num_devices: int, computation: str) -> tuple[str, Traffic]:
+    shapes, kind, start, rest = collective.groups()
+    sizes = [_size(*shape) for shape in _SHAPE.findall(re.sub(r"u32\[\](\{[^}]*\})?", "", shapes))]
+    members, total = _members(rest, num_devices), sum(sizes)
+    if kind == "collective-permute":
+        return kind, Traffic(1, total / 2 if start else total)  # a started one's result names what is sent, too
+    if kind == "all-gather" and start:
+        total = total * members / (members + 1)
+    if kind == "reduce-scatter":
+        total *= members
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # the TPU's form of it: every chip keeps a part of the sum
+    share = (members - 1) / members
+    return kind, Traffic(1, (2 if kind == "all-reduce" else 1) * share * total)
+
+
+def _size(kind: str, dimensions: str) -> int:
+    size = BYTES[kind]
+    for dimension in filter(None, dimensions.split(",")):
+        size *= int(dimension)
+    return size
+
+
+def _members(attributes: str, num_devices: int) -> int:
+    """How many chips take part in each instance: groups are listed, or written as [groups,members]<=[…]."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return listed[1].count(",") + 1
+    if shape := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
+        return int(shape[2])
+    return num_devices
+
+
+def _trip_count(line: str, condition: list[str]) -> int:
+    if known := re.search(r"known_trip_count[^\d]*(\d+)", line):
+        return int(known[1])
+    constants = dict(re.findall(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", "\n".join(condition)))
+    for operand in re.findall(r"compare\(([^)]*)\), direction=LT", "\n".join(condition)):
+        for name in operand.split(","):
+            if name.strip().split(" ")[-1].lstrip("%") in constants:
+                return int(constants[name.strip().split(" ")[-1].lstrip("%")])
+    raise ValueError(f"a loop does not say how often it runs: {line.strip()[:200]}")

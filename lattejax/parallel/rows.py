@@ -1,0 +1,92 @@
+"""Which device takes which rows of a batch.
+
+Row j of batch n is the same record, with the same noise and the same flow time, on every mesh. Rows fall to groups in
+contiguous blocks; within its block, a group's rows fall to micro-batches, and those to the devices that hold the group.
+
+Axes: A micro-batch, K group, b rows of one group's share of a micro-batch.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from einops import rearrange
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+from lattejax.parallel.mesh import ROW_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """How a stream's rows are arranged on the leading axes of its arrays: [A, K, b], or [A, b] without `groups`."""
+
+    batch_size: int
+    accumulation: int = 1
+    groups: int | None = None  # blocks of rows, one for each group; None: any device takes any row
+
+    @property
+    def numbers(self) -> Int[np.ndarray, "A b"] | Int[np.ndarray, "A K b"]:
+        """Which row stands where."""
+        numbers = np.arange(self.batch_size, dtype=np.int32)
+        if self.groups is None:
+            return rearrange(numbers, "(A b) -> A b", A=self.accumulation)
+        return rearrange(numbers, "(K A b) -> A K b", K=self.groups, A=self.accumulation)
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """How those leading axes are cut."""
+        return PartitionSpec(None, ROW_AXES) if self.groups is None else PartitionSpec(None, "expert", ROW_AXES[1:])
+
+    @staticmethod
+    def flat_sharding(mesh: Mesh) -> NamedSharding:
+        """Of rows on one leading axis, which any device may take."""
+        return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+    def sharding(self, mesh: Mesh) -> NamedSharding:
+        return NamedSharding(mesh, self.spec)
+
+    def check(self, mesh: Mesh, name: str) -> None:
+        """Raises `ValueError` unless every device gets an equal share; `name` is the batch size's config key."""
+        if self.groups is not None and self.groups % mesh.shape["expert"]:
+            raise ValueError(f"mesh.expert={mesh.shape['expert']} does not divide the {self.groups} groups")
+        shares = [math.prod(mesh.shape[axis] for axis in ROW_AXES), self.accumulation]
+        if self.groups is not None:
+            shares = [math.prod(mesh.shape[axis] for axis in ROW_AXES[1:]), self.accumulation, self.groups]
+        if self.batch_size % math.prod(shares):
+            over = "expert * data * fsdp" if self.groups is None else "data * fsdp"
+            parts = [f"{shares[0]} shares of the mesh ({over})", f"{shares[1]} micro-batches"]
+            parts += [f"{self.groups} groups"] * (self.groups is not None)
+            raise ValueError(f"{name}={self.batch_size} must be a multiple of {' times '.join(parts)}")
+
+    def of_process(self, mesh: Mesh) -> list[int]:
+        """The numbers of the rows that this process's devices take, in order."""
+        numbers = self.numbers
+        taken = self.sharding(mesh).addressable_devices_indices_map(numbers.shape).values()
+        return np.unique(np.concatenate([numbers[index].ravel() for index in taken])).tolist()
+
+    def place(self, mesh: Mesh, batch: Any) -> Any:
+        """Makes arrays over the mesh out of those rows that this process has read: `of_process`, on the leading axis
+        of each leaf."""
+        numbers, mine = self.numbers, np.asarray(self.of_process(mesh))
+        lead = numbers.ndim
+
+        def placed(leaf):
+            leaf = np.asarray(leaf)
+
+            def shard(index):
+                return leaf[np.searchsorted(mine, numbers[index[:lead]])]
+
+            shape = (*numbers.shape, *leaf.shape[1:])
+            return jax.make_array_from_callback(shape, self.sharding(mesh), shard)
+
+        return jax.tree.map(placed, batch)
+
+    def abstract(self, mesh: Mesh, batch: Any) -> Any:
+        """Describes what `place` makes of a whole batch."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*self.numbers.shape, *x.shape[1:]), x.dtype, sharding=self.sharding(mesh)),
+            batch,
+        )

@@ -1,0 +1,36 @@
+"""Plans a run for a TPU pod on a machine without one: compiles its train step for the pod's chips, and says what
+memory, communication and time it takes:
+
+python -m lattejax.plan --config=configs/imagenet256.py --topology=v5e:16x16
+
+With --sample it is the sampler's. Needs libtpu, and neither data nor weights.
+"""
+
+import json
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is asked to compile, not to find a TPU
+
+from absl import flags
+from ml_collections import config_flags
+
+from lattejax import cli, configuration
+from lattejax.training.planning import describe, make_plan
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
+TOPOLOGY = flags.DEFINE_string("topology", None, "The chips: v4, v5e, v5p or v6e and a shape, as in v5e:4x4.")
+CAPTIONS = flags.DEFINE_integer("captions", 1000, "Distinct captions, where train.share_contexts keeps their contexts.")
+SAMPLE = flags.DEFINE_bool("sample", False, "Plan a sampling call of eval.batch_size images instead of a train step.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
+flags.mark_flags_as_required(["config", "topology"])
+
+
+def main() -> None:
+    plan = make_plan(configuration.resolve(CONFIG.value), TOPOLOGY.value, CAPTIONS.value, SAMPLE.value)
+    print(describe(plan))
+    if JSON.value:
+        print(json.dumps(plan))
+
+
+if __name__ == "__main__":
+    cli.run(main, cli.check_config_flags)

@@ -1,0 +1,139 @@
+"""Run by test_meshes.py in a process of its own, on eight simulated devices: ten training steps and a sampling call on
+one device, and on each of the meshes that are named (as 4x2x1x1: expert, data, fsdp, tensor); prints JSON."""
+
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lattejax.data.examples import image_batcher, open_source
+from lattejax.flow.schedule import Sampling
+from lattejax.models import functional, latte_flow, qwen2_vl
+from lattejax.models.autoencoders import Autoencoder
+from lattejax.models.pixels import PixelConfig
+from lattejax.parallel import rules
+from lattejax.parallel.mesh import AXES, make_mesh
+from lattejax.sampling.images import ImageSampler
+from lattejax.training.plans import flow_loss, flow_step, frozen_inputs, stage_rows
+from lattejax.training.step import abstract_state, compile_for, init_state
+from lattejax.weights.runs import inference_weights
+from tests.helpers import encoder_for, randomize, tiny_config
+
+STEPS = 10
+CONFIG = tiny_config(
+    model__num_groups=4,
+    model__text__num_layers=8,
+    train__batch_size=64,
+    train__accumulation=2,
+    train__learning_rate=1e-2,
+    train__prompt_dropout=0.2,
+)
+OWN_PROMPTS = tiny_config(**{"model__num_groups": 4, "train__batch_size": 32, "train__share_contexts": False})
+
+
+class Trial:
+    """A config, its weights and its first batches, the same for all meshes."""
+
+    def __init__(self, config, steps: int):
+        self.config, self.encoder, self.source = config, encoder_for(config), open_source(config)
+        model = config.model_config
+        params = latte_flow.init(model, qwen2_vl.init(model.vlm, jax.random.key(0)), jax.random.key(1))
+        self.trained, self.fixed = latte_flow.split_trained(model, randomize(params, scale=0.1))
+        self.rows = stage_rows(config)["train"]
+        drawings, size = self.source.drawings("train", self.encoder), config.train.batch_size
+        batcher = image_batcher(config, self.encoder, self.source.captions)
+        self.batches = [batcher(drawings.__getitems__(range(i * size, (i + 1) * size))) for i in range(steps)]
+
+    def run(self, mesh, dtype) -> dict:
+        """Trains on a mesh; returns losses, parameters, and the compiled step."""
+        stage = self.config.train
+        loss = flow_loss(self.config)
+        loss = type(loss)(**{**vars(loss), "dtype": jnp.dtype(dtype)})
+        trained, fixed = functional.cast_floats((self.trained, self.fixed), dtype)
+        frozen = frozen_inputs(self.config, self.encoder, self.source.captions, rules.place(mesh, fixed), mesh)
+        abstract = abstract_state(stage, trained, mesh)
+        placed = jax.tree.map(lambda x: x.sharding, abstract)
+        state = jax.jit(lambda params: init_state(stage, params), out_shardings=placed)(trained)
+        step = compile_for(mesh, flow_step(self.config, loss), state, frozen, self.rows)
+        key = jax.device_put(jax.random.key(5), rules.replicated(mesh))
+        losses = []
+        for batch in self.batches:
+            images = {"images": self.rows["images"].place(mesh, batch)}
+            if not losses:
+                step = step.lower(state, frozen, images, key).compile()
+            state, metrics = step(state, frozen, images, key)
+            losses.append(float(metrics["loss"]))
+        return {"losses": losses, "state": state, "step": step, "frozen": frozen}
+
+
+def draw(trial: Trial, mesh) -> np.ndarray:
+    params = rules.place(mesh, functional.merge(trial.trained, trial.fixed))
+    weights = inference_weights(trial.config, params, mesh)
+    sampler = ImageSampler(trial.config.model_config, Autoencoder(PixelConfig()), trial.encoder, weights, {}, mesh)
+    prompts = [trial.encoder.drawing(text) for text in ("a handwritten seven", "a handwritten two")]
+    return sampler(prompts, Sampling(6, guidance=3.0), images_per_prompt=5, batch_size=10).astype(int)
+
+
+def largest_difference(ours, theirs) -> float:
+    """Over all leaves, of the largest entry of theirs."""
+    pairs = zip(jax.tree.leaves(jax.device_get(ours)), jax.tree.leaves(jax.device_get(theirs)), strict=True)
+    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs)
+
+
+def same_bits(ours, theirs) -> bool:
+    pairs = zip(jax.tree.leaves(jax.device_get(ours)), jax.tree.leaves(jax.device_get(theirs)), strict=True)
+    return all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+def drawn(trial: Trial, mesh) -> tuple:
+    """The batch, and all that is drawn for its rows, as they stand on the mesh."""
+    rows, loss = trial.rows["images"], flow_loss(trial.config)
+    batch = rows.place(mesh, trial.batches[0])
+    keys = rows.place(mesh, np.arange(trial.config.train.batch_size, dtype=np.uint32))
+    fold = jax.vmap(jax.vmap(jax.vmap(lambda row: jax.random.fold_in(jax.random.key(5), row))))
+    return batch, jax.jit(lambda rows: loss.draw(fold(rows)))(keys)
+
+
+def collectives(step) -> list[str]:
+    return sorted(
+        set(re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)", step.as_text()))
+    )
+
+
+def on_each_device(tree) -> list[int]:
+    """How many layers stand on each device."""
+    return sorted({shard.data.shape[0] for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards})
+
+
+def main(meshes: list[str]) -> None:
+    alone = make_mesh({}, jax.devices()[:1])
+    shared, own = Trial(CONFIG, STEPS), Trial(OWN_PROMPTS, 2)
+    wide, narrow, read = shared.run(alone, "float64"), shared.run(alone, "float32"), own.run(alone, "float32")
+    images = draw(shared, alone)
+    found = {}
+    for name in meshes:
+        mesh = make_mesh(dict(zip(AXES, map(int, name.split("x")), strict=True)))
+        ours, float32 = shared.run(mesh, "float64"), shared.run(mesh, "float32")
+        own_prompts = own.run(mesh, "float32")
+        found[name] = {
+            "parameters": largest_difference(ours["state"].params, wide["state"].params),
+            "average": largest_difference(ours["state"].ema, wide["state"].ema),
+            "losses": largest_difference(ours["losses"], wide["losses"]),
+            "float32_losses": largest_difference(float32["losses"], narrow["losses"]),
+            "own_prompts": largest_difference(own_prompts["losses"], read["losses"]),
+            "same_draws": same_bits(drawn(shared, mesh), drawn(shared, alone)),
+            "images": int(np.abs(draw(shared, mesh) - images).max()),
+            "collectives": collectives(ours["step"]),
+            "own_prompts_collectives": collectives(own_prompts["step"]),
+            "layers_of_state": on_each_device((ours["state"].params["experts"], ours["state"].ema["experts"])),
+            "layers_of_contexts": on_each_device(ours["frozen"].contexts.layers),
+            "moved": largest_difference(ours["state"].params, functional.cast_floats(shared.trained, "float64")),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
