@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-FASTER_TO_COMPILE = "--xla_backend_optimization_level=0"
+FASTER_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if FASTER_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):

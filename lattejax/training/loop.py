@@ -133,7 +133,7 @@ def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock
                 raise UserError(
                     f"{plan.name}: {skipped_before} steps, the last of them {skipped[-1]}, had a loss or a gradient "
                     f"that is not finite, more than config.most_skipped_steps={config.most_skipped_steps}; "
-                    f"{workdir.metrics} names their records, and the checkpoint of step {checkpoints.latest_step} stands"
+                    f"{workdir.metrics} names their records; the checkpoint of step {checkpoints.latest_step} stands"
                 )
         asked = stop()
         if is_evaluated(step) or step % keep.every == 0 or asked:

@@ -215,4 +215,6 @@ def norms_per_group(config: ModelConfig, gradients: Params) -> Float[Array, "K"]
     """The norm of the gradient of each group's own layers."""
     experts = latte_flow.pathway(config, gradients)["experts"]
     per_layer = sum(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(experts))
+    if not config.generation.group_sizes:
+        return jnp.sqrt(jnp.sum(per_layer.reshape(config.generation.num_groups, -1), axis=1))
     return jnp.sqrt(jnp.stack([jnp.sum(per_layer[own]) for own in config.generation.layers_of]))

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from lattejax.data import digits
-from lattejax.data.pipeline import every, training_batches
+from lattejax.data.pipeline import Batches, every
 from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.pixels import PixelConfig
 from lattejax.sampling.images import decode_images
@@ -69,7 +69,7 @@ def take(iterator, count):
 
 
 def batches(seed=0):
-    return training_batches(Numbers(), list, batch_size=4, seed=seed, threads=2)
+    return Batches(Numbers(), list, batch_size=4, seed=seed, threads=2)
 
 
 def test_batches_depend_on_the_seed_alone_and_cover_every_epoch():

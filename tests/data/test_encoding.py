@@ -16,7 +16,7 @@ from lattejax.data.examples import image_batcher, open_source
 from lattejax.data.images import square
 from lattejax.data.latents import LatentSource
 from lattejax.data.pictures import open_pictures
-from lattejax.data.pipeline import every, training_batches
+from lattejax.data.pipeline import Batches, every
 from lattejax.errors import UserError
 from lattejax.weights.autoencoders import StoredAutoencoder
 from tests import checkpoints, pictures
@@ -220,11 +220,11 @@ def test_a_file_whose_pictures_are_all_unreadable_is_empty(autoencoder, tmp_path
 # ---- Read by training
 
 
-def stream(config, seed=0, part=(0, 1)):
+def stream(config, seed=0, rows=None):
     source, encoder = open_source(config), encoder_for(config)
     batcher = image_batcher(config, encoder, source.captions)
     drawings = source.drawings("train", encoder)
-    return training_batches(drawings, batcher, batch_size=8, seed=seed, threads=2, part=part)
+    return Batches(drawings, batcher, batch_size=8, seed=seed, threads=2, rows=rows)
 
 
 def take(iterator, count):
@@ -247,17 +247,20 @@ def test_two_runs_with_one_seed_read_the_same_batches_and_a_stopped_one_goes_on(
 
 
 def test_hosts_read_parts_of_one_batch_and_go_on_as_another_number_of_hosts(config):
+    """Whichever rows those are; and a batch's records can be named afterwards."""
     whole = take(stream(config), 6)
-    two = [stream(config, part=(i, 2)) for i in range(2)]
+    two = [(rows, stream(config, rows=rows)) for rows in ([0, 1, 4, 5], [2, 3, 6, 7])]
     for batch in whole[:3]:
-        assert_same_bits(jax.tree.map(lambda *parts: np.concatenate(parts), *map(next, two)), batch)
-    four = [stream(config, part=(i, 4)) for i in range(4)]
-    for part in four:
-        part.set_state(two[0].get_state())
-    for batch in whole[3:]:
-        assert_same_bits(jax.tree.map(lambda *parts: np.concatenate(parts), *map(next, four)), batch)
-    with pytest.raises(ValueError, match="a multiple of the 3 parts"):
-        stream(config, part=(0, 3))
+        for rows, part in two:
+            assert_same_bits(next(part), jax.tree.map(lambda x, rows=rows: x[rows], batch))
+    four = [(rows, stream(config, rows=rows)) for rows in ([0, 4], [1, 5], [2, 6], [3, 7])]
+    for rows, part in four:
+        part.set_state(two[0][1].get_state())
+        for batch in whole[3:]:
+            assert_same_bits(next(part), jax.tree.map(lambda x, rows=rows: x[rows], batch))
+    drawings = open_source(config).drawings("train", encoder_for(config))
+    named = drawings.__getitems__(stream(config).records(4))
+    assert_same_bits(np.stack([drawing.latents for drawing in named]), whole[4]["latents"])
 
 
 def test_numbers_of_captions_are_their_places_in_the_table(config):

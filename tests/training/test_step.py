@@ -13,11 +13,12 @@ from lattejax.data.examples import image_batcher, open_source
 from lattejax.data.prompts import question_batch
 from lattejax.flow.path import interpolate
 from lattejax.models import functional, generation, latte_flow, qwen2_vl
+from lattejax.parallel.rows import Rows
 from lattejax.sampling.images import read_prompts
 from lattejax.training.objectives import AnswerLoss, FlowLoss, Frozen, answer_loss, norms_per_group
 from lattejax.training.plans import caption_prompts
 from lattejax.training.step import init_state, learning_rate, make_train_step
-from tests.helpers import encoder_for, randomize, tiny_config
+from tests.helpers import assert_same_bits, encoder_for, randomize, tiny_config
 
 CONFIG = tiny_config()
 ENCODER = encoder_for(CONFIG)
@@ -67,22 +68,35 @@ def questions(rows: int = 4) -> dict:
     return question_batch(ENCODER, source.__getitems__([7 * i for i in range(rows)]), CONFIG.data.answer_length)
 
 
-def row_keys(rows: int = 8):
+def grouped(tree, groups: int = 2):
+    """Rows as the loss has them where each group has its own."""
+    return jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), tree)
+
+
+def by_group(inputs: dict) -> dict:
+    """A batch's images in groups; questions belong to none."""
+    return inputs | {"images": grouped(inputs["images"])}
+
+
+def row_keys(rows: int = 8, stratified: bool = True):
     """Those of step 0."""
     key = jax.random.fold_in(jax.random.key(5), 0)
-    return {"images": jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))}
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    return {"images": grouped(keys) if stratified else keys}
 
 
 def one_step(loss=None, frozen=SHARED, inputs=None, params=PARAMS, **overrides):
     loss = loss or flow_loss()
     stage = tiny_config(**overrides).train
+    rows = {
+        "images": Rows(8, stage.accumulation, 2 if loss.stratified else None),
+        "questions": Rows(4, stage.accumulation),
+    }
     step = make_train_step(
-        stage,
-        loss,
-        blocks={"images": 2 if loss.stratified else 1},
-        gradient_metrics=lambda g: {"grad_norm_per_group": norms_per_group(loss.config, g)},
+        stage, loss, rows, lambda gradients: {"grad_norm_per_group": norms_per_group(loss.config, gradients)}
     )
     inputs = batch() if inputs is None else inputs
+    inputs = {name: jax.tree.map(lambda x, name=name: x[rows[name].numbers], part) for name, part in inputs.items()}
     return jax.jit(step)(init_state(stage, params), frozen, inputs, jax.random.key(5))
 
 
@@ -116,7 +130,7 @@ def test_dropped_prompts_are_the_empty_prompt():
 def test_every_group_trains_on_its_own_share_alone(sizes):
     """Rows fall to groups in contiguous blocks: the first half moves group 0's layers, the second group 1's."""
     config = tiny_config(model__group_sizes=sizes)
-    loss, rows = flow_loss(config, prompt_dropout=0.0), batch()
+    loss, rows = flow_loss(config, prompt_dropout=0.0), by_group(batch())
 
     @jax.jit
     def norms(params, group):
@@ -133,6 +147,7 @@ def test_every_group_trains_on_its_own_share_alone(sizes):
 def test_row_draws_depend_on_key_and_row_alone():
     keys = jax.random.split(jax.random.key(0), 8)
     whole, last = flow_loss().draw(keys), flow_loss().draw(keys[5:])
+    assert_same_bits(flow_loss().draw(grouped(keys)), grouped(whole))
     for ours, theirs in zip(whole, last, strict=True):
         np.testing.assert_array_equal(ours[5:], theirs)
     u, noise, dropped = whole
@@ -157,8 +172,9 @@ def test_the_loss_is_that_of_its_formula(overrides, stratified):
     config = tiny_config(**overrides)
     loss, density = flow_loss(config, stratified=stratified), config.train.flow_density
     intervals, latents = config.model_config.generation.intervals, batch()["images"]["latents"]
-    value, metrics = jax.jit(loss)(PARAMS, SHARED, batch(), row_keys())
-    u, noise, dropped = loss.draw(row_keys()["images"])
+    rows = by_group(batch()) if stratified else batch()
+    value, metrics = jax.jit(loss)(PARAMS, SHARED, rows, row_keys(stratified=stratified))
+    u, noise, dropped = loss.draw(row_keys(stratified=False)["images"])
     edges = density.cumulative(intervals.edges)
     expected, groups = [], []
     for row in range(8):
@@ -189,11 +205,12 @@ def velocity(config, group, caption, latents, noise, t):
 def test_both_ways_to_draw_t_have_one_objective():
     """The two losses' means over 300 batches of a density that starves a group, within four standard errors."""
     config = tiny_config(train__density="shifted", train__density_shift=0.2)
-    means, rows = [], batch()
+    means = []
     for stratified in (True, False):
-        loss = flow_loss(config, stratified=stratified)
-        keys = jax.random.split(jax.random.key(1), (300, 8))
-        losses = jax.jit(jax.vmap(lambda keys, loss=loss: loss(PARAMS, SHARED, rows, {"images": keys})[0]))(keys)
+        loss, rows = flow_loss(config, stratified=stratified), by_group(batch()) if stratified else batch()
+        keys = jax.random.split(jax.random.key(1), (300, 2, 4) if stratified else (300, 8))
+        total = lambda keys, loss=loss, rows=rows: loss(PARAMS, SHARED, rows, {"images": keys})[0]  # noqa: E731
+        losses = jax.jit(jax.vmap(total))(keys)
         means.append((losses.mean(), losses.std() / np.sqrt(300)))
     (a, error_a), (b, error_b) = means
     assert abs(a - b) < 4 * np.hypot(error_a, error_b)
@@ -204,7 +221,9 @@ def test_both_ways_to_draw_t_have_one_objective():
 
 def blend_inputs():
     trained, fixed = weights(BLEND.model_config)
-    return trained, Frozen(fixed, captions=jax.tree.map(jnp.asarray, PROMPTS)), batch() | {"questions": questions()}
+    """Its images in groups."""
+    inputs = by_group(batch()) | {"questions": questions()}
+    return trained, Frozen(fixed, captions=jax.tree.map(jnp.asarray, PROMPTS)), inputs
 
 
 def test_blends_loss_is_the_weighted_sum_of_both_streams():
@@ -237,8 +256,8 @@ def test_flow_matching_reaches_the_shared_layers_through_image_tokens_and_throug
 
 
 def test_blend_trains_shared_layers_on_both_streams_and_nothing_else_of_the_vlm():
-    trained, frozen, inputs = blend_inputs()
-    loss = flow_loss(BLEND)
+    trained, frozen, _ = blend_inputs()
+    loss, inputs = flow_loss(BLEND), batch() | {"questions": questions()}
     state, metrics = one_step(loss, frozen, inputs, trained)
     assert set(state.params["vlm"]) == {"text"} and set(state.params["vlm"]["text"]) == {"layers"}
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params["vlm"], trained["vlm"])
@@ -274,7 +293,7 @@ def test_rows_with_pictures_train_and_dropped_ones_see_none(config):
 
     def loss(rows, dropout):
         compiled = jax.jit(flow_loss(config, prompt_dropout=dropout))
-        return float(compiled(trained, frozen, {"images": rows}, row_keys())[0])
+        return float(compiled(trained, frozen, by_group({"images": rows}), row_keys())[0])
 
     assert loss(images, 0.0) != loss(others, 0.0)
     assert loss(images, 1.0) == loss(others, 1.0)
@@ -286,7 +305,7 @@ def test_rows_with_pictures_train_and_dropped_ones_see_none(config):
 
 def test_gradient_norm_per_group_is_that_of_its_layers():
     _, metrics = one_step()
-    gradients = jax.jit(jax.grad(lambda p: flow_loss()(p, SHARED, batch(), row_keys())[0]))(PARAMS)
+    gradients = jax.jit(jax.grad(lambda p: flow_loss()(p, SHARED, by_group(batch()), row_keys())[0]))(PARAMS)
     first = optax.tree.norm(jax.tree.map(lambda x: x[:2], gradients["experts"]))
     np.testing.assert_allclose(metrics["grad_norm_per_group"][0], first, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradients), rtol=1e-5)
@@ -310,7 +329,7 @@ def test_average_and_clipping_follow_their_formulas():
     stage_keys = dict(train__ema_decay=0.9, train__clip_norm=1e-3, train__learning_rate=0.5, train__warmup_steps=0)
     state, metrics = one_step(**stage_keys)
     assert metrics["grad_norm"] > 1e-3
-    gradients = jax.jit(jax.grad(lambda p: flow_loss()(p, SHARED, batch(), row_keys())[0]))(PARAMS)
+    gradients = jax.jit(jax.grad(lambda p: flow_loss()(p, SHARED, by_group(batch()), row_keys())[0]))(PARAMS)
     name = ("head", "proj", "kernel")
     g, before, after, ema = (_leaf(tree, name) for tree in (gradients, PARAMS, state.params, state.ema))
     g = g * 1e-3 / metrics["grad_norm"]
@@ -351,3 +370,20 @@ def test_answers_alone_are_learnt():
     assert value == pytest.approx(np.mean(expected), rel=1e-5)
     texts = [ENCODER.tokenizer.decode(record.input_ids[record.is_answer]) for record in records]
     assert texts == [f"{source.text(i)[1]}<|im_end|>" for i in (0, 1, 6)]
+
+
+# ---- A step that is not finite
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
+    """NaN latents in one row: weights, average and optimizer stay bit for bit; the step counts, and is counted out."""
+    broken = {"images": batch()["images"] | {"latents": batch()["images"]["latents"].copy()}}
+    broken["images"]["latents"][3, 0, 0] = np.nan
+    before = init_state(tiny_config().train, PARAMS)
+    state, metrics = one_step(inputs=broken)
+    assert not np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
+    assert_same_bits(state[2:], before[2:])
+    assert (int(state.step), int(state.skipped)) == (1, 1)
+    state, metrics = one_step()
+    assert metrics["skipped"] == 0 and (int(state.step), int(state.skipped)) == (1, 0)
+    assert np.any(state.params["head"]["proj"]["kernel"] != before.params["head"]["proj"]["kernel"])
