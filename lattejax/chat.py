@@ -11,7 +11,6 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 
-import jax
 from absl import flags
 
 from lattejax import cli
@@ -19,7 +18,6 @@ from lattejax.configuration import DTYPES
 from lattejax.data.images import open_image
 from lattejax.data.prompts import ReadableImage, Turn
 from lattejax.errors import UserError
-from lattejax.parallel.mesh import make_mesh
 from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.weights.runs import Run, inference_weights
 
@@ -72,26 +70,13 @@ def load_answerer() -> Answerer:
     if (WEIGHTS.value is None) == (WORKDIR.value is None):
         raise UserError("give either --weights or --workdir")
     if WEIGHTS.value is not None:
-        return Answerer.load(WEIGHTS.value, DTYPE.value, read_mesh())
+        return Answerer.load(WEIGHTS.value, DTYPE.value, cli.read_mesh(MESH.value) if MESH.value else None)
     if MESH.value:
         raise UserError("--mesh is for --weights; a run is read on one device")
     run = Run.open(WORKDIR.value)
     encoder = run.encoder  # complains before the weights are read
     vlm = inference_weights(run.config, {"vlm": run.vlm()}, run.mesh)["vlm"]
     return Answerer(run.config.model_config.vlm, vlm, encoder)
-
-
-def read_mesh() -> jax.sharding.Mesh | None:
-    if not MESH.value:
-        return None
-    try:
-        sizes = {axis: int(size) for axis, size in (part.split("=") for part in MESH.value)}
-    except ValueError as error:
-        raise UserError(f"--mesh={','.join(MESH.value)} must be written like fsdp=2,tensor=-1") from error
-    try:
-        return make_mesh(sizes)
-    except ValueError as error:
-        raise UserError(f"--mesh={','.join(MESH.value)}: {error}") from error
 
 
 def opening() -> list[Turn]:

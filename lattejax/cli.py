@@ -10,8 +10,12 @@ from absl import app, flags, logging
 # Before transformers is imported: that PyTorch is not there is how it should be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+from jax.sharding import Mesh
+
 from lattejax import configuration
 from lattejax.errors import UserError
+from lattejax.parallel import hosts
+from lattejax.parallel.mesh import make_mesh
 
 
 def run(
@@ -47,6 +51,34 @@ def run(
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)
+
+
+def define_cluster_flags() -> Callable[[], None]:
+    """Defines the flags by which the processes of a job find each other; returns what connects them."""
+    cluster = flags.DEFINE_enum(
+        "cluster",
+        "none",
+        hosts.CLUSTERS,
+        "Several processes as one: auto asks the TPU pod or the scheduler (SLURM, …), explicit takes the flags below.",
+    )
+    coordinator = flags.DEFINE_string("coordinator", "", "Of --cluster=explicit: host:port of process 0.")
+    processes = flags.DEFINE_integer("processes", 0, "Of --cluster=explicit: how many there are.")
+    process = flags.DEFINE_integer("process", 0, "Of --cluster=explicit: which of them this one is, from 0.")
+    seconds = flags.DEFINE_integer("connect_seconds", 300, "How long the processes wait for each other.", lower_bound=1)
+    return lambda: hosts.connect(cluster.value, coordinator.value, processes.value, process.value, seconds.value)
+
+
+def read_mesh(sizes: list[str]) -> Mesh:
+    """Arranges all devices as --mesh says: ["fsdp=2", "tensor=-1"]."""
+    text = f"--mesh={','.join(sizes)}"
+    try:
+        by_axis = {axis: int(size) for axis, size in (part.split("=") for part in sizes)}
+    except ValueError as error:
+        raise UserError(f"{text} must be written like fsdp=2,tensor=-1") from error
+    try:
+        return make_mesh(by_axis)
+    except ValueError as error:
+        raise UserError(f"{text}: {error}") from error
 
 
 def fail(error: Exception) -> None:

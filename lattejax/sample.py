@@ -13,6 +13,7 @@ from lattejax.errors import UserError
 from lattejax.files import write_with
 from lattejax.flow.schedule import Sampling
 from lattejax.flow.solvers import SOLVERS
+from lattejax.parallel import hosts
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler
 from lattejax.weights.runs import Run
@@ -33,6 +34,8 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images drawn at a time.", lower_bound=1)
 OUT = flags.DEFINE_string("out", "samples.png", "Where the labelled grid goes: a .png file.")
 NPZ = flags.DEFINE_bool("npz", False, "Also write arr_0, uint8 [prompts * num, height, width, 3], beside --out.")
+MESH = flags.DEFINE_list("mesh", ["data=-1"], "How the devices are arranged; each draws images of its own.")
+connect = cli.define_cluster_flags()
 flags.mark_flags_as_required(["workdir", "prompt"])
 
 
@@ -52,11 +55,14 @@ def main() -> None:
     if out.suffix != ".png":
         raise UserError(f"--out={out} must end in .png")
     sampling = read_sampling()
-    run = Run.open(WORKDIR.value)
+    connect()
+    run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value))
     images = [run.encoder.read_image(open_image(path)) for path in IMAGE.value]
     prompts = [run.encoder.drawing(prompt, images) for prompt in PROMPT.value]
     sampler = ImageSampler.of(run, run.params(run.config.dtype), AUTOENCODER.value)
     images = sampler(prompts, sampling, images_per_prompt=NUM.value, batch_size=BATCH_SIZE.value, seed=SEED.value)
+    if not hosts.is_first():
+        return
     write_with(out, lambda file: labelled_grid(images, PROMPT.value).save(file, format="PNG"))
     if NPZ.value:
         write_with(out.with_suffix(".npz"), lambda file: np.savez(file, arr_0=images))

@@ -1,7 +1,8 @@
 """Trains a run: python -m lattejax.train --config=configs/digits.py --workdir=runs/digits
 
 Any key of the config can be overridden: --config.train.steps=500. Run the same command again to go on where an
-interrupted run was.
+interrupted run was. Exit code 75 says that the machine was wanted back: everything is saved, run it again; 2, that
+something has to be mended first.
 """
 
 import json
@@ -11,23 +12,28 @@ from absl import flags
 from ml_collections import config_flags
 
 from lattejax import cli, configuration
+from lattejax.parallel import hosts
 from lattejax.training.interrupt import Interrupted, InterruptGuard
 from lattejax.training.stages import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its files; may be remote (gs://…).")
+NOTICE = flags.DEFINE_string("preemption_notice", "", "A URL that answers TRUE when the machine is about to be taken.")
+connect = cli.define_cluster_flags()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
     config = configuration.resolve(CONFIG.value)
-    with InterruptGuard(at_once=True) as guard:
+    with InterruptGuard(at_once=True, notice=NOTICE.value) as guard:
         try:
+            connect()
             results = train(config, WORKDIR.value, guard)
         except Interrupted as interrupted:
             print(interrupted, file=sys.stderr)
             sys.exit(interrupted.exit_code)
-    print(json.dumps(results, indent=2))
+    if hosts.is_first():
+        print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

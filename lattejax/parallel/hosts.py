@@ -1,6 +1,5 @@
 """Several processes that work as one: how they find each other, and what they agree on."""
 
-import os
 from typing import Any
 
 import jax
@@ -9,8 +8,10 @@ from jax.experimental import multihost_utils
 
 from lattejax.errors import UserError
 
+CLUSTERS = ("none", "auto", "explicit")
 
-def connect(cluster: str, coordinator: str, processes: int, process: int) -> None:
+
+def connect(cluster: str, coordinator: str = "", processes: int = 0, process: int = 0, seconds: int = 300) -> None:
     """Joins the processes of a job; to be called before anything asks for devices.
 
     Args:
@@ -19,6 +20,7 @@ def connect(cluster: str, coordinator: str, processes: int, process: int) -> Non
       coordinator: host:port of process 0, reachable from all.
       processes: how many there are.
       process: which of them this one is, from 0.
+      seconds: how long to wait for the others.
 
     Raises:
       UserError: they do not find each other.
@@ -34,10 +36,13 @@ def connect(cluster: str, coordinator: str, processes: int, process: int) -> Non
             )
         explicit = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
     try:
-        jax.distributed.initialize(**explicit)
+        jax.distributed.initialize(**explicit, initialization_timeout=seconds)
     except (RuntimeError, ValueError, OSError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--cluster={cluster}: the processes do not find each other: {first_line}") from error
+    print(
+        f"process {jax.process_index()} of {jax.process_count()}, with {jax.local_device_count()} devices", flush=True
+    )
 
 
 def is_first() -> bool:
@@ -70,7 +75,3 @@ def all_agree(good: bool) -> bool:
     if jax.process_count() == 1:
         return good
     return bool(np.all(multihost_utils.process_allgather(np.asarray(good))))
-
-
-def describe() -> str:
-    return f"process {jax.process_index()} of {jax.process_count()} on {os.uname().nodename}"

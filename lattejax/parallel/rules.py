@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lattejax.models.functional import Params
@@ -78,8 +80,23 @@ def abstract(mesh: Mesh, tree: Any, axes: Sequence[str] = AXES) -> Any:
 
 
 def place(mesh: Mesh, tree: Params, axes: Sequence[str] = AXES) -> Params:
-    """Puts a tree's arrays, wherever they are, to where the rules say."""
-    return jax.device_put(tree, shardings(mesh, tree, axes))
+    """Puts a tree's arrays, wherever they are, to where the rules say. What is not on a mesh of all processes yet must
+    be the same on each of them."""
+    return put(tree, shardings(mesh, tree, axes))
+
+
+def put(tree: Any, placed: Any) -> Any:
+    """`jax.device_put` that also serves devices of other processes."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, placed)
+    return jax.jit(lambda tree: tree, out_shardings=placed)(jax.tree.map(_unbound, tree))
+
+
+def _unbound(x: Any) -> Any:
+    """What this process alone has is bound to one of its devices, and must not be."""
+    if not isinstance(x, jax.Array) or not x.is_fully_addressable or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    return np.asarray(x)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -69,9 +69,8 @@ def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock
         first_step, restored = checkpoints.restore_latest(**arrays)
         progress = restored.pop("progress")
         plan.batches.set_state(progress["data"])
-        counts = (
-            jax.device_put(jnp.asarray(n, jnp.int32), abstract.step.sharding) for n in (first_step, progress["skipped"])
-        )
+        counts = np.asarray([first_step, progress["skipped"]], np.int32)
+        counts = rules.put(tuple(counts), (abstract.step.sharding, abstract.skipped.sharding))
         state = TrainState(*counts, **restored)
     else:
         placed = jax.tree.map(lambda x: x.sharding, abstract)
@@ -90,7 +89,7 @@ def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock
     log = MetricsLog(workdir, clock, plan.name, first_step, settings.steps)
     log.say(f"{plan.name}: {count(state.params):,} trained parameters, steps {first_step} to {settings.steps}")
     train_step = compile_for(plan.mesh, plan.step, state, plan.frozen, plan.rows)
-    key = jax.device_put(plan.key, rules.replicated(plan.mesh))
+    key = rules.put(plan.key, rules.replicated(plan.mesh))
     rate, stop = learning_rate(settings), Stop(guard, plan.mesh)
     window, skipped_before = Window(), int(hosts.fetch(state.skipped))
 

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Trains on a TPU pod slice of Google Cloud, and starts again after preemptions until training has ended:
+#
+#   TPU=lattejax ZONE=us-west4-a TYPE=v5litepod-16 launch/tpu_pod.sh --config=configs/imagenet256.py --workdir=gs://…
+#
+# Needs gcloud, logged in, with a project set. What the config names (weights, latents) must be where every host sees it:
+# in a bucket mounted by SETUP, or copied there by it. To be set as environment variables:
+#   TPU      the slice's name; it is made if there is none
+#   ZONE     where
+#   TYPE     of the accelerator: v5litepod-16 is v5e:4x4, v5litepod-256 v5e:16x16, v6e-16, v5p-32 (16 chips)
+#   VERSION  of its software; the default suits TYPE
+#   SPOT     1 (the default) for a slice that may be preempted, 0 for one that may not
+#   SETUP    a command that each host runs before training
+set -uo pipefail
+: "${TPU:?the slice's name}" "${ZONE:?its zone}" "${TYPE:?its accelerator type}"
+case $TYPE in
+    v5litepod-*) default=v2-alpha-tpuv5-lite ;;
+    v5p-*) default=v2-alpha-tpuv5 ;;
+    v6e-*) default=v2-alpha-tpuv6e ;;
+    *) default=tpu-ubuntu2204-base ;;
+esac
+version=${VERSION:-$default} spot=${SPOT:-1} setup=${SETUP:-true} pause=${PAUSE:-60}
+notice=http://metadata.google.internal/computeMetadata/v1/instance/preempted
+cd "$(dirname "$0")/.."
+
+tpu() { gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --quiet; }
+
+state() { tpu describe "$TPU" --format="value(state)" 2>/dev/null || echo MISSING; }
+
+# Makes the slice, or makes it anew if it was preempted, and installs lattejax on every host.
+prepare() {
+    case $(state) in
+        READY) ;;
+        MISSING) create || return ;;
+        *) tpu delete "$TPU"; create || return ;;
+    esac
+    tar --exclude=.git --exclude=runs -czf "$archive" . || return
+    tpu scp "$archive" "$TPU:lattejax.tar.gz" --worker=all || return
+    tpu ssh "$TPU" --worker=all --command="mkdir -p lattejax && tar -xzf lattejax.tar.gz -C lattejax && cd lattejax &&
+        python3 -m venv ~/env && ~/env/bin/pip install -q -e . 'jax[tpu]' && $setup"
+}
+
+create() {
+    local options=(--accelerator-type="$TYPE" --version="$version")
+    [[ $spot == 1 ]] && options+=(--spot)
+    tpu create "$TPU" "${options[@]}"
+}
+
+archive=$(mktemp --suffix=.tar.gz)
+trap 'rm -f "$archive"' EXIT
+while true; do
+    if prepare; then
+        tpu ssh "$TPU" --worker=all \
+            --command="cd lattejax && ~/env/bin/python -m lattejax.train --cluster=auto --preemption_notice=$notice $(printf '%q ' "$@")"
+        code=$?
+        case $code in
+            0) exit 0 ;;
+            75) echo "saved; starting again" ;;
+            *)
+                # A slice that was taken away ends connections, and so do hosts that have lost one of theirs.
+                if [[ $(state) == READY ]]; then
+                    echo "training ended with exit code $code on a healthy slice: see above" >&2
+                    exit $code
+                fi
+                echo "the slice is gone (exit code $code); starting again"
+                ;;
+        esac
+    else
+        echo "the slice cannot be had now; trying again"
+    fi
+    sleep "$pause"
+done
