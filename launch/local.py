@@ -37,13 +37,11 @@ def main() -> int:
 def run(door: str, flags: list[str], count: int, asked: list[int]) -> int:
     """Runs all processes to their end; returns the first exit code that is not 0. What this process is asked by signal
     it passes on."""
-    cluster = ["--cluster=explicit", f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}"]
-    processes = [
-        subprocess.Popen([sys.executable, "-m", door, *flags, *cluster, f"--process={number}"])
-        for number in range(count)
-    ]
+    coordinator = f"--coordinator=127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", door, *flags, "--cluster=explicit", coordinator, f"--processes={count}"]
+    processes = [subprocess.Popen([*command, f"--process={number}"]) for number in range(count)]
     first_failure, passed_on, deadline = 0, 0, float("inf")
-    while any(process.poll() is None for process in processes):
+    while None in [process.poll() for process in processes]:
         time.sleep(0.05)
         failed = [process.returncode for process in processes if process.returncode]
         if failed and not first_failure:

@@ -12,7 +12,7 @@
 #   SPOT     1 (the default) for a slice that may be preempted, 0 for one that may not
 #   SETUP    a command that each host runs before training
 set -uo pipefail
-: "${TPU:?the slice's name}" "${ZONE:?its zone}" "${TYPE:?its accelerator type}"
+: "${TPU:?is the name of the slice}" "${ZONE:?is where it stands}" "${TYPE:?is the accelerator type}"
 case $TYPE in
     v5litepod-*) default=v2-alpha-tpuv5-lite ;;
     v5p-*) default=v2-alpha-tpuv5 ;;

@@ -4,10 +4,12 @@ one device, and on each of the meshes that are named (as 4x2x1x1: expert, data, 
 import json
 import re
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from lattejax.data.examples import image_batcher, open_source
 from lattejax.flow.schedule import Sampling
@@ -19,6 +21,7 @@ from lattejax.parallel.mesh import AXES, make_mesh
 from lattejax.sampling.images import ImageSampler
 from lattejax.training.plans import flow_loss, flow_step, frozen_inputs, stage_rows
 from lattejax.training.step import abstract_state, compile_for, init_state
+from lattejax.weights.checkpoints import Checkpoints
 from lattejax.weights.runs import inference_weights
 from tests.helpers import encoder_for, randomize, tiny_config
 
@@ -97,6 +100,19 @@ def drawn(trial: Trial, mesh) -> tuple:
     return batch, jax.jit(lambda rows: loss.draw(fold(rows)))(keys)
 
 
+def restored(state, like) -> bool:
+    """Whether a state that is written where it is comes back, bit for bit, where another one is."""
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoints = Checkpoints(epath.Path(directory))
+        arrays = {name: getattr(state, name) for name in ("params", "ema", "optimizer")}
+        checkpoints.save(1, arrays, {})
+        checkpoints.wait()
+        read = checkpoints.restore(1, **{name: getattr(like, name) for name in arrays})
+        places = [jax.tree.map(lambda x: x.sharding, tree) for tree in (read["params"], like.params)]
+        checkpoints.close()
+        return places[0] == places[1] and all(same_bits(read[name], arrays[name]) for name in arrays)
+
+
 def collectives(step) -> list[str]:
     return sorted(
         set(re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)", step.as_text()))
@@ -124,6 +140,7 @@ def main(meshes: list[str]) -> None:
             "losses": largest_difference(ours["losses"], wide["losses"]),
             "float32_losses": largest_difference(float32["losses"], narrow["losses"]),
             "own_prompts": largest_difference(own_prompts["losses"], read["losses"]),
+            "restored": restored(ours["state"], wide["state"]) and restored(wide["state"], ours["state"]),
             "same_draws": same_bits(drawn(shared, mesh), drawn(shared, alone)),
             "images": int(np.abs(draw(shared, mesh) - images).max()),
             "collectives": collectives(ours["step"]),

@@ -1,8 +1,18 @@
-"""Meshes that fit the devices, and those that do not."""
+"""Meshes that fit the devices, and those that do not; and what stands where on them."""
 
+import types
+
+import jax
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from lattejax.parallel.mesh import make_mesh
+from lattejax.parallel import rules
+from lattejax.parallel.mesh import AXES, make_mesh, mesh_shape
+from lattejax.parallel.rows import Rows
+from lattejax.training.step import init_state
+from lattejax.weights.runs import abstract_trained
+from tests.helpers import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -14,8 +24,7 @@ from lattejax.parallel.mesh import make_mesh
     ],
 )
 def test_sizes_that_fit(sizes, shape):
-    devices = list(range(8))  # a mesh only arranges them
-    assert make_mesh(sizes, devices).devices.shape == shape
+    assert mesh_shape(sizes, 8) == shape
 
 
 @pytest.mark.parametrize(
@@ -31,4 +40,72 @@ def test_sizes_that_fit(sizes, shape):
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, named):
     with pytest.raises(ValueError, match=named):
-        make_mesh(sizes, list(range(8)))
+        mesh_shape(sizes, 8)
+
+
+# ---- Rows
+
+
+def test_a_groups_rows_are_a_contiguous_block_and_micro_batches_a_share_of_each():
+    rows = Rows(24, accumulation=2, groups=3)
+    np.testing.assert_array_equal(rows.numbers[0], [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19]])
+    np.testing.assert_array_equal(rows.numbers[1], [[4, 5, 6, 7], [12, 13, 14, 15], [20, 21, 22, 23]])
+    np.testing.assert_array_equal(Rows(6, accumulation=2).numbers, [[0, 1, 2], [3, 4, 5]])
+
+
+def test_placed_rows_stand_by_their_numbers():
+    mesh, rows = make_mesh({}, jax.devices()[:1]), Rows(24, accumulation=2, groups=3)
+    assert rows.of_process(mesh) == list(range(24))
+    batch = {"latents": np.arange(48.0).reshape(24, 2)}
+    np.testing.assert_array_equal(rows.place(mesh, batch)["latents"], batch["latents"][rows.numbers])
+    described = rows.abstract(mesh, batch)["latents"]
+    assert (described.shape, described.dtype) == ((2, 3, 4, 2), np.float64)
+
+
+@pytest.mark.parametrize(
+    "rows, sizes, named",
+    [
+        (Rows(24, groups=3), {"expert": 2}, r"mesh\.expert=2 does not divide the 3 groups"),
+        (
+            Rows(24, 2, 4),
+            {"data": 2, "fsdp": 2},
+            r"24 must be a multiple of 4 shares of the mesh \(data \* fsdp\) times 2",
+        ),
+        (
+            Rows(20, 2),
+            {"expert": 4, "data": 2},
+            r"20 must be a multiple of 8 shares of the mesh \(expert \* data \* fsdp\)",
+        ),
+    ],
+)
+def test_batches_that_do_not_fit_a_mesh_are_refused(rows, sizes, named):
+    mesh = types.SimpleNamespace(shape={axis: sizes.get(axis, 1) for axis in AXES})
+    with pytest.raises(ValueError, match=named):
+        rows.check(mesh, "train.batch_size")
+
+
+# ---- Rules
+
+
+def test_optimizer_and_average_are_cut_as_the_weights():
+    config = tiny_config()
+    params = abstract_trained(config)
+    state = jax.eval_shape(lambda params: init_state(config.train, params), params)
+    mesh = types.SimpleNamespace(shape={"expert": 2, "data": 2, "fsdp": 2, "tensor": 2})
+    specs = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): rules.spec(mesh, name, leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(state)
+        for name in [jax.tree_util.keystr(path, simple=True, separator="/")]
+    }
+    ours = {name.removeprefix("params/"): spec for name, spec in specs.items() if name.startswith("params/")}
+    assert ours["experts/decoder/mlp/up_proj/kernel"] == PartitionSpec("expert", "fsdp", "tensor")
+    assert ours["experts/decoder/mlp/down_proj/kernel"] == PartitionSpec("expert", "tensor", "fsdp")
+    assert ours["experts/decoder/input_norm/scale"] == PartitionSpec("expert", None)
+    for copy in ("ema", "optimizer/1/0/mu", "optimizer/1/0/nu"):
+        assert {name: specs[f"{copy}/{name}"] for name in ours} == ours
+    assert rules.spec(mesh, "vlm/text/layers/mlp/up_proj/kernel", (4, 32, 48)) == PartitionSpec(None, "fsdp", "tensor")
+    assert rules.spec(mesh, "experts/3/decoder/mlp/up_proj/kernel", (32, 48), ("tensor",)) == PartitionSpec(
+        None, "tensor"
+    )
+    with pytest.raises(ValueError, match="mesh axis expert=2 does not divide experts/norm/scale of shape"):
+        rules.spec(mesh, "experts/norm/scale", (3, 8))

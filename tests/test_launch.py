@@ -1,0 +1,105 @@
+"""The launchers, with gcloud, srun and scontrol that play what they are told to."""
+
+import os
+import pathlib
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+
+
+@pytest.fixture
+def played(tmp_path, monkeypatch):
+    """Puts commands on the path that write down how they are called, and end as a script of ours says."""
+
+    def play(name: str, script: str) -> pathlib.Path:
+        calls = tmp_path / f"{name}.calls"
+        file = tmp_path / "bin" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f'#!/usr/bin/env bash\necho "$*" >> {calls}\ncalls={calls}\n{script}\n')
+        file.chmod(file.stat().st_mode | stat.S_IEXEC)
+        return calls
+
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    return play
+
+
+# A slice that is made, is preempted once while it trains, and once says that its state is saved.
+GCLOUD = """
+trainings=$(grep -c lattejax.train "$calls")
+case "$*" in
+    *describe*)
+        grep -q " create " "$calls" || exit 1
+        [[ $trainings == 1 && ! -e $calls.back ]] && echo PREEMPTED || echo READY ;;
+    *delete*) touch "$calls.back" ;;
+    *lattejax.train*) case $trainings in 1) exit 255 ;; 2) exit 75 ;; *) exit "${LAST:-0}" ;; esac ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("last", [0, 2])
+def test_a_tpu_pod_is_made_again_after_a_preemption_and_training_goes_on(played, last):
+    calls = played("gcloud", GCLOUD)
+    environment = os.environ | {"TPU": "pod", "ZONE": "here", "TYPE": "v5litepod-16", "PAUSE": "0", "LAST": str(last)}
+    command = ["launch/tpu_pod.sh", "--config=configs/imagenet256.py", "--workdir=gs://bucket/a run"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == last, done.stderr
+    lines = calls.read_text().splitlines()
+    made = [line for line in lines if " create " in line]
+    assert len(made) == 2 and all("--spot" in line and "--accelerator-type=v5litepod-16" in line for line in made)
+    assert sum(" delete " in line for line in lines) == 1
+    trained = [line for line in lines if "lattejax.train" in line]
+    assert len(trained) == 3
+    assert "--worker=all" in trained[0] and "--cluster=auto --preemption_notice=http://metadata." in trained[0]
+    assert r"--workdir=gs://bucket/a\ run" in trained[0]
+
+
+def test_a_tpu_pod_needs_its_name():
+    done = subprocess.run(["launch/tpu_pod.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "TPU: is the name of the slice" in done.stderr
+
+
+@pytest.mark.parametrize("code, ends, requeued", [(0, 0, False), (75, 0, True), (2, 2, False)])
+def test_a_slurm_job_is_queued_again_after_75(played, code, ends, requeued):
+    ran, asked = played("srun", f"exit {code}"), played("scontrol", "")
+    environment = os.environ | {"SLURM_JOB_ID": "17"}
+    done = subprocess.run(["launch/slurm.sh", "--workdir=there"], cwd=ROOT, env=environment)
+    assert done.returncode == ends
+    assert ran.read_text().strip().endswith("-m lattejax.train --cluster=auto --workdir=there")
+    assert (asked.read_text().strip() == "requeue 17") if requeued else not asked.exists()
+
+
+PART = """
+import pathlib, sys, time
+number = sys.argv[-1].removeprefix("--process=")
+print(*sys.argv[1:], flush=True)
+starts = pathlib.Path(sys.argv[1])
+count = len(list(starts.iterdir()))
+(starts / f"{number} {time.time()}").touch()
+if number == "1" and count < 2:
+    sys.exit(75)
+if count < 2:
+    time.sleep(60)
+"""
+
+
+def test_local_processes_end_together_and_start_again(tmp_path):
+    """The second one ends with 75: the first is asked to end, too, and both are started once more."""
+    (tmp_path / "part.py").write_text(PART)
+    starts = tmp_path / "starts"
+    starts.mkdir()
+    command = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2"]
+    done = subprocess.run([*command, "part", str(starts)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 75, "without --retries"
+    assert len(list(starts.iterdir())) == 2
+    for file in starts.iterdir():
+        file.unlink()
+    done = subprocess.run([*command, "--retries=1", "part", str(starts)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (line.split() for line in sorted(done.stdout.splitlines()[-2:], key=lambda line: line[-1]))
+    assert (first[1], first[3]) == ("--cluster=explicit", "--processes=2")
+    assert first[2].startswith("--coordinator=127.0.0.1:")
+    assert first[:4] == second[:4] and (first[4], second[4]) == ("--process=0", "--process=1")
