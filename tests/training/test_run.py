@@ -1,8 +1,10 @@
 """Whole runs, tiny: what is written, what stays untouched, and what survives a kill."""
 
+import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -20,7 +22,7 @@ from lattejax.training.loop import run_stage
 from lattejax.training.step import init_state
 from lattejax.weights.checkpoints import Checkpoints
 from lattejax.weights.runs import Run, abstract_params, abstract_trained
-from tests.helpers import ROOT, assert_same_bits, run_door, run_interrupted, start_door, tiny_config, tiny_flags
+from tests.helpers import ROOT, assert_same_bits, run_interrupted, start_door, tiny_config, tiny_flags
 
 STAGE_KEYS = {
     "stage",
@@ -114,30 +116,146 @@ def test_loss_is_the_mean_of_the_groups_losses(finished):
             assert line["loss"] == pytest.approx(np.mean(line["loss_per_group"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "train"])
-def test_kill_and_rerun_equals_an_uninterrupted_run_bit_for_bit(finished, tmp_path, stage):
-    """SIGKILL once some steps after a checkpoint are logged; then the same command."""
-    whole = finished[0]
-    command = ["train", *tiny_flags(), f"--workdir={os.path.relpath(tmp_path, ROOT)}"]
-    with open(tmp_path / "output.txt", "w") as output:
-        process = start_door(*command, stdout=output, stderr=output)
-        deadline = time.monotonic() + 300
-        while not logged(tmp_path, stage, 6):
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "results.json").exists()
-    done = run_door(*command)
-    assert done.returncode == 0, done.stderr
+# ---- What kills a run, and what it survives
 
-    expected, resumed = final_arrays(whole), final_arrays(tmp_path)
+
+def test_a_run_that_is_killed_again_and_again_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_path):
+    """SIGTERM while XLA compiles, SIGKILL in a step of the first stage, SIGKILL while a checkpoint of the second is
+    being written, SIGTERM in a step; each time the same command goes on. The instants are drawn, from one seed."""
+    whole, rng = finished[0], np.random.default_rng(0)
+    attempt = Attempts(tmp_path, tiny_flags())
+
+    # Nothing is trained yet: it ends at once, and leaves no checkpoint.
+    assert attempt.stop(signal.SIGTERM, attempt.says("pretrain: 53,488 trained parameters"), rng.uniform(0, 0.2)) == 75
+    assert "stopped by SIGTERM; run the same command to go on" in attempt.output()
+    assert not list((tmp_path / "checkpoints" / "pretrain").glob("[0-9]*"))
+
+    assert attempt.stop(signal.SIGKILL, lambda: logged(tmp_path, "pretrain", 4), rng.uniform(0, 0.1)) == -signal.SIGKILL
+    saving = tmp_path / "checkpoints" / "train"
+    assert attempt.stop(signal.SIGKILL, lambda: any(saving.glob("*.orbax-checkpoint-tmp*")), 0) == -signal.SIGKILL
+    assert not (tmp_path / "results.json").exists()
+    assert attempt.stop(signal.SIGTERM, lambda: logged(tmp_path, "train", 8), rng.uniform(0, 0.05)) == 75
+    assert attempt.finish() == 0, attempt.output()
+    assert_equal_runs(tmp_path, whole)
+
+
+def assert_equal_runs(ours, theirs) -> None:
+    """Weights, average, optimizer, data position, metrics and scores."""
+    expected, resumed = final_arrays(theirs), final_arrays(ours)
     assert resumed.pop("progress") == expected.pop("progress")
     assert_same_bits(resumed, expected)
-    assert_same_bits(Run.open(tmp_path).vlm(), Run.open(whole).vlm())
-    assert steady(records(tmp_path)) == steady(records(whole)), "no line is lost and none stands twice"
-    first, second = (json.loads((path / "results.json").read_text()) for path in (whole, tmp_path))
+    assert_same_bits(Run.open(ours).vlm(), Run.open(theirs).vlm())
+    assert steady(records(ours)) == steady(records(theirs)), "no line is lost and none stands twice"
+    first, second = (json.loads((path / "results.json").read_text()) for path in (theirs, ours))
     assert first | {"seconds": 0} == second | {"seconds": 0}
+
+
+class Attempts:
+    """The same command, again and again."""
+
+    def __init__(self, workdir, flags):
+        self.command = ["train", *flags, f"--workdir={os.path.relpath(workdir, ROOT)}"]
+        self._output = workdir / "output.txt"
+
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def says(self, text: str):
+        return lambda: text in self.output()
+
+    def stop(self, signum: int, when, seconds: float, or_ended: bool = False) -> int:
+        """Starts it, and sends a signal so many seconds after `when` holds; returns the exit code."""
+        with open(self._output, "w") as output:
+            process = start_door(*self.command, stdout=output, stderr=output)
+        deadline = time.monotonic() + 300
+        while not when():
+            if or_ended and process.poll() is not None:
+                return process.returncode
+            assert process.poll() is None and time.monotonic() < deadline, self.output()
+            time.sleep(0.002)
+        time.sleep(seconds)
+        process.send_signal(signum)
+        return process.wait()
+
+    def finish(self) -> int:
+        with open(self._output, "w") as output:
+            return start_door(*self.command, stdout=output, stderr=output).wait()
+
+
+@pytest.mark.slow
+def test_soak(tmp_path_factory):
+    """Twenty kills at random instants of a run's life, imports and compilation left out, SIGKILL and SIGTERM: it ends
+    bit for bit where an uninterrupted run ends."""
+    settings = dict(pretrain__steps=60, train__steps=400, checkpoint__every=10, log_every=10, eval__every=40)
+    flags, rng = tiny_flags(**settings, eval__scored_images=0), np.random.default_rng(0)
+    whole, killed = (tmp_path_factory.mktemp(name) for name in ("whole", "killed"))
+    assert Attempts(whole, flags).finish() == 0
+    attempt, kills = Attempts(killed, flags), 0
+    while kills < 20:
+        signum = signal.SIGKILL if rng.random() < 0.5 else signal.SIGTERM
+        code = attempt.stop(signum, attempt.says("trained parameters"), rng.uniform(0, 8), or_ended=True)
+        lines = records(killed) if (killed / "metrics.jsonl").exists() else [{"stage": "", "step": 0}]
+        print(f"{kills}: {signal.Signals(signum).name}, exit code {code}, at {lines[-1]['stage']} {lines[-1]['step']}")
+        assert code in (75, -signal.SIGKILL), attempt.output()
+        kills += 1
+    assert attempt.finish() == 0, attempt.output()
+    assert_equal_runs(killed, whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(finished, tmp_path, caplog):
+    """The newest one's average has lost the end of a file; trained on from the one before, the run ends where it would."""
+    path = shutil.copytree(finished[0], tmp_path / "run")
+    (path / "results.json").unlink()
+    newest = path / "checkpoints" / "train" / "12"
+    largest = max(
+        (file for file in (newest / "ema").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+    )
+    os.truncate(largest, largest.stat().st_size // 2)
+    with pytest.raises(UserError, match=f"checkpoint {newest} is damaged"):
+        Run.open(path).trained()
+    stages.train(tiny_config(), path, InterruptGuard())
+    assert f"{newest} is damaged" in caplog.text and "an earlier one is taken" in caplog.text
+    assert (path / "checkpoints" / "damaged" / "train_12").is_dir()
+    assert_equal_runs(path, finished[0])
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run_and_name_their_records(finished, tmp_path):
+    """NaN latents in steps 3 and 6, one of which may be skipped."""
+    settings = dict(pretrain__init_from=str(finished[0]), pretrain__steps=0, most_skipped_steps=1, eval__every=0)
+    plans = []
+
+    def poisoned(plan, *args):
+        plans.append(dataclasses.replace(plan, batches=PoisonedBatches(plan.batches, {3, 6})))
+        return run_stage(plans[-1], *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "run_stage", poisoned)
+        with pytest.raises(
+            UserError, match=r"train: 2 steps, the last of them 6, .*most_skipped_steps=1; .* step 4 stands"
+        ):
+            stages.train(tiny_config(**settings), tmp_path, InterruptGuard())
+    skipped = {int(n): r for line in records(tmp_path) for n, r in line.get("skipped_records", {}).items()}
+    assert skipped == {step: plans[0].batches.records(step - 1) for step in (3, 6)}
+    assert [line["skipped_steps"] for line in records(tmp_path) if "skipped_steps" in line] == [0, 1, 1]
+    assert all(np.isfinite(line["loss"]) for line in records(tmp_path) if "loss" in line)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(Run.open(tmp_path).trained()))
+
+
+class PoisonedBatches:
+    """Batches with NaN in the latents of some steps."""
+
+    def __init__(self, batches, steps):
+        self.batches, self.steps, self.step = batches, steps, 0
+
+    def __next__(self):
+        self.step += 1
+        batch = next(self.batches)
+        if self.step in self.steps:
+            batch["images"]["latents"] = np.full_like(batch["images"]["latents"], np.nan)
+        return batch
+
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
 
 
 def logged(path, stage: str, step: int) -> bool:
