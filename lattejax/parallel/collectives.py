@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -34,7 +35,8 @@ def traffic(hlo: str, num_devices: int) -> dict[str, Traffic]:
 
     What stands in a loop counts as often as the loop runs. Of n chips that take part, each sends 2(n-1)/n of what is
     all-reduced, (n-1)/n of what an all-gather makes, a reduce-scatter takes, or an all-to-all exchanges, and all that
-    it permutes: what the best algorithms on a ring send.
+    it permutes: what the best algorithms on a ring send. A TPU's compiler hides a collective behind several
+    computations, and names it in each of them: what has one channel is one collective.
 
     Args:
       hlo: the program's text, `compiled.as_text()`.
@@ -45,6 +47,7 @@ def traffic(hlo: str, num_devices: int) -> dict[str, Traffic]:
     """
     bodies, entry = _computations(hlo)
     done: dict[str, dict[str, Traffic]] = {}
+    channels: set[str] = set()
 
     def visit(name: str) -> dict[str, Traffic]:
         if name not in done:
@@ -54,6 +57,10 @@ def traffic(hlo: str, num_devices: int) -> dict[str, Traffic]:
                 if loop := _LOOP.search(line):
                     called = [loop[2]]
                 elif collective := _COLLECTIVE.search(line):
+                    channel = re.search(r"channel_id=(\d+)", line)
+                    if channel and channel[1] in channels:
+                        continue
+                    channels.update(channel.groups() if channel else ())
                     kind, one = _one(collective, num_devices, name)
                     found[kind] += one
                 elif calls := _CALLED.search(line):
@@ -107,11 +114,15 @@ def _size(kind: str, dimensions: str) -> int:
 
 
 def _members(attributes: str, num_devices: int) -> int:
-    """How many chips take part in each instance: groups are listed, or written as [groups,members]<=[…]."""
+    """How many chips take part in each instance: groups are listed, or written as [groups,members]<=[…], or by the axes
+    of a mesh."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return listed[1].count(",") + 1
     if shape := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(shape[2])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
     return num_devices
 
 

@@ -203,7 +203,7 @@ def test_soak(tmp_path_factory):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(finished, tmp_path, caplog):
-    """The newest one's average has lost the end of a file; trained on from the one before, the run ends where it would."""
+    """The newest one's average has lost the end of a file. From the one before, the run ends where it would have."""
     path = shutil.copytree(finished[0], tmp_path / "run")
     (path / "results.json").unlink()
     newest = path / "checkpoints" / "train" / "12"
