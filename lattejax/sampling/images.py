@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
@@ -56,6 +57,7 @@ def draw_latents(
     """Integrates the flow from noise to latents.
 
     Conditional and unconditional velocities come out of one batch of 2·B rows, both from the group that owns the step.
+    A row's two stand side by side, so that on a mesh they are on one device.
 
     Args:
       config: the model's geometry.
@@ -72,15 +74,15 @@ def draw_latents(
             generation.group_layers(config.generation, of_all, segment.group)
             for of_all in (pathway["experts"], contexts.layers)
         )
-        rows = jnp.concatenate([prompts, unconditional]) if segment.guided else prompts
+        rows = jnp.stack([prompts, unconditional], axis=1).ravel() if segment.guided else prompts
         own = pathway | {"experts": experts}
         context = generation.pick(contexts._replace(layers=layers), rows)
 
         def velocity(x, t, guided=segment.guided, own=own, context=context):
             if not guided:
                 return generation.velocity(config.generation, own, context, x, t[None])
-            both = generation.velocity(config.generation, own, context, jnp.concatenate([x, x]), t[None])
-            return guide(*jnp.split(both, 2), guidance)
+            both = generation.velocity(config.generation, own, context, jnp.repeat(x, 2, axis=0), t[None])
+            return guide(*rearrange(both, "(B two) h w C -> two B h w C", two=2), guidance)
 
         x = SOLVERS[segment.solver](velocity, x, segment.steps)
     return x

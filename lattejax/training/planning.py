@@ -64,6 +64,7 @@ def open_topology(name: str) -> tuple[Chip, list[Any]]:
     if kind not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
         raise UserError(f"--topology={name} must be one of {', '.join(CHIPS)} and a shape, like v5e:4x4 or v5p:2x2x4")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it looks for a TPU's metadata server, and waits
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody takes a TPU from another by compiling
     try:
         import libtpu  # noqa: F401
         from jax.experimental import topologies

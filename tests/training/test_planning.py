@@ -1,0 +1,137 @@
+"""The planner: what it describes is what training makes, and what it reads off a program is there."""
+
+import importlib.util
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lattejax.data.examples import image_batcher, open_source
+from lattejax.data.prompts import question_batch
+from lattejax.errors import UserError
+from lattejax.models import latte_flow, qwen2_vl
+from lattejax.parallel.collectives import Traffic, traffic
+from lattejax.parallel.mesh import one_device
+from lattejax.training import planning
+from lattejax.training.plans import frozen_inputs
+from tests.helpers import ENVIRONMENT, encoder_for, run_door, tiny_config, tiny_flags
+
+PICTURES = dict(data__prompts="pictures", train__share_contexts=False, data__prompt_length=36)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"train__share_contexts": False}, {"model__variant": "blend"}, PICTURES],
+    ids=["couple", "own prompts", "blend", "pictures"],
+)
+def test_descriptions_are_those_of_what_training_makes(settings):
+    config = tiny_config(**settings)
+    encoder, source = encoder_for(config), open_source(config)
+    drawings = source.drawings("train", encoder).__getitems__(range(config.train.batch_size))
+    batch = {"images": image_batcher(config, encoder, source.captions)(drawings)}
+    if config.trains_answers:
+        questions = source.questions("train", encoder).__getitems__(range(config.train.answer_batch_size))
+        batch["questions"] = question_batch(encoder, questions, config.data.answer_length)
+    assert described(planning.abstract_batch(config)) == described(batch)
+
+    vlm = qwen2_vl.init(config.model_config.vlm, jax.random.key(0))
+    fixed = latte_flow.split_trained(config.model_config, {"vlm": vlm})[1]
+    frozen = frozen_inputs(config, encoder, source.captions, fixed, one_device())
+    ours = planning.abstract_frozen(config, len(source.captions))
+    if config.train.share_contexts:  # padded to the longest caption, of which the config knows the bound alone
+        ours, frozen = (
+            jax.tree.map(lambda x: jnp.zeros(x.shape[:2] if x.ndim > 1 else x.shape), t) for t in (ours, frozen)
+        )
+        assert jax.tree.structure(ours) == jax.tree.structure(frozen)
+    else:
+        assert described(ours) == described(frozen)
+
+
+def described(tree) -> list:
+    return [(jax.tree_util.keystr(path), x.shape, x.dtype) for path, x in jax.tree.leaves_with_path(tree)]
+
+
+HLO = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-gather.1 = bf16[16,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %permute = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%y), channel_id=2
+  %fusion = f32[4]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
+}
+
+%all-reduce-scatter.3 (input: f32[8]) -> f32[2] {
+  %all-reduce.9 = f32[8]{0} all-reduce(%input), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+%piece (p: f32[6]) -> f32[6] {
+  %all-to-all.1 = f32[6]{0} all-to-all(%p), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={0}
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[] compare(%i, %constant.5), direction=LT
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %while.1 = (s32[], f32[8]) while(%t), condition=%condition, body=%body
+  %one = f32[6]{0} fusion(%x), kind=kCustom, calls=%piece
+  %again = f32[6]{0} all-to-all(%x), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={0}
+  %sum = (f32[10]{0}, bf16[10]{0}) all-reduce(%a, %b), channel_id=4, replica_groups={}, to_apply=%add
+}
+"""
+
+
+def test_traffic_is_counted_by_kind_group_and_loop():
+    """By hand: an all-gather of 128 bytes among four chips sends 3/4 of them, seven times, and so on; the sum of 60
+    bytes over all eight sends 7/8 of them twice; two pieces of one exchange are one."""
+    assert traffic(HLO, 8) == {
+        "all-gather": Traffic(7, 7 * 128 * 3 / 4),
+        "collective-permute": Traffic(7, 7 * 32),
+        "reduce-scatter": Traffic(7, 7 * 32 * 3 / 4),
+        "all-to-all": Traffic(1, 24 / 2),
+        "all-reduce": Traffic(1, 2 * 60 * 7 / 8),
+    }
+
+
+def test_a_loop_of_unknown_length_is_not_guessed():
+    with pytest.raises(ValueError, match="does not say how often it runs"):
+        traffic(HLO.replace("direction=LT", "direction=GT"), 8)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("program", ["train", "sample"])
+def test_a_plan_for_real_chips_ends_with_a_json_object(program):
+    flags = [*tiny_flags(model__num_groups=4, train__batch_size=16), "--config.mesh.expert=4"]
+    flags += ["--captions=10", "--topology=v5e:2x2", "--json", f"--{'no' * (program == 'train')}sample"]
+    # libtpu does not know all of the CPU's flags.
+    done = run_door("plan", *flags, env=ENVIRONMENT | {"XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert (plan["program"], plan["chips"], plan["hbm_capacity_gib"]) == (program, 4, 15.75)
+    assert plan["mesh"] == {"expert": 4, "data": 1, "fsdp": 1, "tensor": 1}
+    assert plan["hbm_gib"] == pytest.approx(sum(plan["hbm_parts_gib"].values())) and 0 < plan["hbm_gib"] < 1
+    assert plan["step_seconds_lower_bound"] == max(plan["bounds_seconds"].values()) > 0
+    assert plan["images_per_second"] == pytest.approx(plan["images"] / plan["step_seconds_lower_bound"])
+    assert plan["tflops_per_chip"] == pytest.approx(197 * plan["bounds_seconds"]["compute"])
+    assert plan["collective_bytes"] == int(sum(one["sent_bytes"] for one in plan["collectives"].values()))
+    if program == "sample":
+        assert plan["collectives"] == {}, "each chip draws images of its own"
+    else:
+        assert plan["hbm_parts_gib"]["optimizer"] == pytest.approx(2 * plan["hbm_parts_gib"]["parameters"], rel=1e-3)
+        assert plan["days"] == pytest.approx(12 * plan["step_seconds_lower_bound"] / 86_400)
+        assert set(plan["collectives"]) == {"all-reduce"}
+    for line in ("memory on a chip", "  by interconnect", "by the data sheet: "):
+        assert f"\n{line}" in done.stdout
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(UserError, match=r"pip install libtpu==0\.0\.51"):
+        planning.open_topology("v5e:2x2")
+
+
+@pytest.mark.parametrize("name", ["v9:4x4", "v5e", "v5e:4", "v5e:4x4 "])
+def test_a_topology_that_is_none_is_refused(name):
+    with pytest.raises(UserError, match="must be one of v4, v5e, v5p, v6e and a shape, like v5e:4x4"):
+        planning.open_topology(name)
