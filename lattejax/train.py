@@ -8,6 +8,7 @@ something has to be mended first.
 import json
 import sys
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -28,6 +29,7 @@ def main() -> None:
     with InterruptGuard(at_once=True, notice=NOTICE.value) as guard:
         try:
             connect()
+            guard.among_others = jax.process_count() > 1
             results = train(config, WORKDIR.value, guard)
         except Interrupted as interrupted:
             print(interrupted, file=sys.stderr)

@@ -39,18 +39,18 @@ def run(door: str, flags: list[str], count: int, asked: list[int]) -> int:
     it passes on."""
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", door, *flags, "--cluster=explicit", coordinator, f"--processes={count}"]
-    processes = [subprocess.Popen([*command, f"--process={number}"]) for number in range(count)]
-    first_failure, passed_on, deadline = 0, 0, float("inf")
+    # In sessions of their own, so that Ctrl-C on a terminal reaches them through this process alone, and once: a second
+    # signal would stop them before they have saved.
+    processes = [subprocess.Popen([*command, f"--process={number}"], start_new_session=True) for number in range(count)]
+    first_failure, deadline = 0, float("inf")
     while None in [process.poll() for process in processes]:
         time.sleep(0.05)
         failed = [process.returncode for process in processes if process.returncode]
         if failed and not first_failure:
             first_failure = failed[0] if failed[0] > 0 else 128 - failed[0]
+        if (first_failure or asked) and deadline == float("inf"):
             deadline = time.monotonic() + SECONDS_TO_SAVE
-            send(processes, signal.SIGTERM)
-        while passed_on < len(asked):
-            send(processes, asked[passed_on])
-            passed_on += 1
+            send(processes, asked[0] if asked else signal.SIGTERM)
         if time.monotonic() > deadline:
             send(processes, signal.SIGKILL)
     failed = [process.returncode for process in processes if process.returncode]

@@ -27,14 +27,19 @@ tpu() { gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --quiet; }
 
 state() { tpu describe "$TPU" --format="value(state)" 2>/dev/null || echo MISSING; }
 
-# Makes the slice, or makes it anew if it was preempted, and installs lattejax on every host.
-prepare() {
+# Has a slice that is ready, a new one if it was preempted; fails if there is none to be had now.
+acquire() {
     case $(state) in
         READY) ;;
-        MISSING) create || return ;;
-        *) tpu delete "$TPU"; create || return ;;
+        MISSING) create ;;
+        PREEMPTED | TERMINATED) tpu delete "$TPU"; create ;;
+        *) return 1 ;;  # it is being made or mended
     esac
-    tar --exclude=.git --exclude=runs -czf "$archive" . || return
+}
+
+# Puts this directory's lattejax on every host.
+install() {
+    tar --exclude=./.git --exclude=./runs --exclude=./weights --exclude=./latents -czf "$archive" . || return
     tpu scp "$archive" "$TPU:lattejax.tar.gz" --worker=all || return
     tpu ssh "$TPU" --worker=all --command="mkdir -p lattejax && tar -xzf lattejax.tar.gz -C lattejax && cd lattejax &&
         python3 -m venv ~/env && ~/env/bin/pip install -q -e . 'jax[tpu]' && $setup"
@@ -49,24 +54,25 @@ create() {
 archive=$(mktemp --suffix=.tar.gz)
 trap 'rm -f "$archive"' EXIT
 while true; do
-    if prepare; then
-        tpu ssh "$TPU" --worker=all \
-            --command="cd lattejax && ~/env/bin/python -m lattejax.train --cluster=auto --preemption_notice=$notice $(printf '%q ' "$@")"
-        code=$?
-        case $code in
-            0) exit 0 ;;
-            75) echo "saved; starting again" ;;
-            *)
-                # A slice that was taken away ends connections, and so do hosts that have lost one of theirs.
-                if [[ $(state) == READY ]]; then
-                    echo "training ended with exit code $code on a healthy slice: see above" >&2
-                    exit $code
-                fi
-                echo "the slice is gone (exit code $code); starting again"
-                ;;
-        esac
-    else
+    if ! acquire; then
         echo "the slice cannot be had now; trying again"
+        sleep "$pause"
+        continue
     fi
+    install && tpu ssh "$TPU" --worker=all \
+        --command="cd lattejax && ~/env/bin/python -m lattejax.train --cluster=auto --preemption_notice=$notice $(printf '%q ' "$@")"
+    code=$?
+    case $code in
+        0) exit 0 ;;
+        75) echo "saved; starting again" ;;
+        *)
+            # A slice that was taken away ends connections, and so do hosts that have lost one of theirs.
+            if [[ $(state) == READY ]]; then
+                echo "exit code $code on a healthy slice: see above" >&2
+                exit $code
+            fi
+            echo "the slice is gone (exit code $code); starting again"
+            ;;
+    esac
     sleep "$pause"
 done

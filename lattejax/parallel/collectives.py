@@ -96,9 +96,9 @@ def _one(collective: re.Match, num_devices: int, computation: str) -> tuple[str,
     members, total = _members(rest, num_devices), sum(sizes)
     if kind == "collective-permute":
         return kind, Traffic(1, total / 2 if start else total)  # a started one's result names what is sent, too
-    if kind == "all-gather" and start:
+    if kind in ("all-gather", "reduce-scatter") and start:
         total = total * members / (members + 1)
-    if kind == "reduce-scatter":
+    elif kind == "reduce-scatter":
         total *= members
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # the TPU's form of it: every chip keeps a part of the sum

@@ -35,6 +35,8 @@ def connect(cluster: str, coordinator: str = "", processes: int = 0, process: in
                 f"found {coordinator!r}, {processes} and {process}"
             )
         explicit = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+    # JAX's own preemption service takes SIGTERM for itself; here the training loop agrees on when to stop.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**explicit, initialization_timeout=seconds)
     except (RuntimeError, ValueError, OSError) as error:

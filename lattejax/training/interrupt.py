@@ -2,16 +2,17 @@
 
 Asked by SIGTERM, by SIGINT or by a preemption notice, training saves after the step under way and ends. Python runs its
 signal handlers between two of its own instructions, so not while XLA compiles or a device is waited for; hence a thread
-watches, and if at that moment nothing is unsaved, it ends the process at once.
+watches, and if at that moment nothing is unsaved, it ends the process at once. Not where it is one of several: those
+end together, after a step that they agree on (`loop.Stop`).
 """
 
+import http.client
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 
@@ -48,6 +49,7 @@ class InterruptGuard:
 
     def __init__(self, at_once: bool = False, notice: str = ""):
         self.signum: int | None = None
+        self.among_others = False  # set where this process is one of several
         self._at_once, self._notice = at_once, notice
         self._finish: Callable[[], None] | None = lambda: None
         self._previous = {}
@@ -101,13 +103,14 @@ class InterruptGuard:
 
     def _watch(self) -> None:
         """The C-level handler writes a signal's number to the socket whatever Python is busy with."""
-        heard = self._reader.recv(1)
-        if not heard:  # the guard was left
-            return
-        if heard[0] in (signal.SIGINT, signal.SIGTERM):
-            self._stop(heard[0])
+        while self.signum is None:
+            heard = self._reader.recv(1)
+            if not heard:  # the guard was left
+                return
+            if heard[0] in (signal.SIGINT, signal.SIGTERM):
+                self._stop(heard[0])
         while self._at_once and not self._ended.is_set():
-            if (finish := self._finish) is not None:
+            if not self.among_others and (finish := self._finish) is not None:
                 finish()
                 print(Interrupted(self.signum), file=sys.stderr, flush=True)
                 sys.stdout.flush()
@@ -121,7 +124,7 @@ class InterruptGuard:
             try:
                 with urllib.request.urlopen(request, timeout=SECONDS_BETWEEN_NOTICES) as response:
                     taken = response.read(16).strip().upper() == b"TRUE"
-            except OSError as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 taken = False
                 if not complained:
                     print(f"no preemption notice can be had from {self._notice}: {error}", file=sys.stderr, flush=True)

@@ -63,22 +63,25 @@ def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock
     abstract = abstract_state(settings, plan.trained, plan.mesh)
 
     # ---- Where to start
-    first_step = 0
+    first_step, window = 0, Window()
     if checkpoints.steps:
         arrays = {name: getattr(abstract, name) for name in ("params", "ema", "optimizer")}
         first_step, restored = checkpoints.restore_latest(**arrays)
         progress = restored.pop("progress")
         plan.batches.set_state(progress["data"])
+        window = Window.loaded(progress["window"])
         counts = np.asarray([first_step, progress["skipped"]], np.int32)
         counts = rules.put(tuple(counts), (abstract.step.sharding, abstract.skipped.sharding))
         state = TrainState(*counts, **restored)
     else:
         placed = jax.tree.map(lambda x: x.sharding, abstract)
-        state = jax.jit(functools.partial(init_state, settings), out_shardings=placed)(plan.init())
+        init = jax.jit(functools.partial(init_state, settings), out_shardings=placed, donate_argnums=0)
+        state = init(plan.init())
 
     def save(step: int) -> None:
         arrays = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
-        progress = {"data": plan.batches.get_state(), "skipped": int(hosts.fetch(state.skipped))}
+        skipped = int(hosts.fetch(state.skipped))
+        progress = {"data": plan.batches.get_state(), "skipped": skipped, "window": window.dumped()}
         checkpoints.save(step, arrays, progress)
         guard.saved(checkpoints.wait)
 
@@ -91,7 +94,7 @@ def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock
     train_step = compile_for(plan.mesh, plan.step, state, plan.frozen, plan.rows)
     key = rules.put(plan.key, rules.replicated(plan.mesh))
     rate, stop = learning_rate(settings), Stop(guard, plan.mesh)
-    window, skipped_before = Window(), int(hosts.fetch(state.skipped))
+    skipped_before = int(hosts.fetch(state.skipped)) - len(window.skipped())  # in steps that have their line
 
     def is_evaluated(step: int) -> bool:
         return step == settings.steps or bool(config.eval.every and step % config.eval.every == 0)
@@ -123,16 +126,16 @@ def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock
         if step % config.log_every == 0 or last:
             means, skipped, timing = window.close(settings.batch_size, plan.flops_per_example)
             remarks = {"skipped_records": {n: plan.batches.records(n - 1) for n in skipped}} if skipped else {}
-            log.write(step, means | {"learning_rate": rate(step - 1)} | timing, **remarks)
             skipped_before += len(skipped)
+            log.write(step, means | {"learning_rate": rate(step - 1 - skipped_before)} | timing, **remarks)
             for n, records in remarks.get("skipped_records", {}).items():
                 log.say(f"{plan.name} {n}: skipped, loss or gradient is not finite; {first_few(records)}")
             if skipped_before > config.most_skipped_steps:
                 checkpoints.close()
                 raise UserError(
-                    f"{plan.name}: {skipped_before} steps, the last of them {skipped[-1]}, had a loss or a gradient "
-                    f"that is not finite, more than config.most_skipped_steps={config.most_skipped_steps}; "
-                    f"{workdir.metrics} names their records; the checkpoint of step {checkpoints.latest_step} stands"
+                    f"{plan.name}: {skipped_before} steps until step {step} had a loss or a gradient that is not "
+                    f"finite, more than config.most_skipped_steps={config.most_skipped_steps}; {workdir.metrics} names "
+                    f"their records; the last checkpoint, if any, is of step {checkpoints.latest_step}"
                 )
         asked = stop()
         if is_evaluated(step) or step % keep.every == 0 or asked:
@@ -190,6 +193,23 @@ class Window:
 
     def stop_waiting(self) -> None:
         self._waited += time.perf_counter() - self._wait_started
+
+    def dumped(self) -> dict[str, dict[str, Any]]:
+        """Its metrics as JSON, for a run that goes on in the middle of a window."""
+        fetched = hosts.fetch(self._metrics)
+        return {str(step): {name: x.tolist() for name, x in metrics.items()} for step, metrics in fetched.items()}
+
+    @classmethod
+    def loaded(cls, values: dict[str, dict[str, Any]]) -> "Window":
+        """A window that goes on where another was `dumped`."""
+        window = cls()
+        for step, metrics in values.items():
+            window.add(int(step), {name: np.asarray(value, np.float32) for name, value in metrics.items()})
+        return window
+
+    def skipped(self) -> list[int]:
+        """Which of its steps changed nothing; waits for the device."""
+        return [step for step, metrics in hosts.fetch(self._metrics).items() if metrics["skipped"]]
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:

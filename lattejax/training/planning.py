@@ -219,6 +219,8 @@ def make_plan(config: Config, topology: str, captions: int, sample: bool = False
     memory = compiled.memory_analysis()
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     hbm = {name: _on_a_chip(tree) / GIB for name, tree in parts.items()}
+    arguments = sum(size for name, size in hbm.items() if name != "vlm")  # which reads the prompts before
+    hbm["padding"] = memory.argument_size_in_bytes / GIB - arguments
     hbm["activations"] = (memory.temp_size_in_bytes + output) / GIB
     hbm["program"] = memory.generated_code_size_in_bytes / GIB
     sent = collectives.traffic(compiled.as_text(), mesh.size)
@@ -264,7 +266,7 @@ in closed form: model FLOPs, recomputation not counted
 by the data sheet: the chip's rates; that links in all directions are busy at once
 assumed: arrays are read or written once, temporaries both, and nothing else is; the slowest of the three bounds hides
   the others. So no step is shorter than this; how much longer it is, only a chip can tell
-not in it: reading data, evaluations, checkpoints"""
+not in it: reading data, evaluations, checkpoints; of a sampling call, reading the prompts and decoding the images"""
 
 
 def describe(plan: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What each stage of training trains, on what, with which loss, and how it is evaluated on the way."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,8 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     """Raises `UserError` unless weights and batches can be cut over the mesh."""
     names = {"questions": "answer_batch_size", "images": "batch_size"}
     try:
+        if mesh.shape["expert"] != config.mesh.expert:  # which was -1, and so has not been checked
+            dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh.shape))
         for stage, streams in stage_rows(config).items():
             for stream, rows in streams.items():
                 name = "batch_size" if stage == "pretrain" else names[stream]
@@ -135,8 +138,12 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
     stage, model = config.train, config.model_config
     init_key, step_key = jax.random.split(key)
     rows, loss, trained = stage_rows(config)["train"], flow_loss(config), abstract_trained(config)
-    fixed = latte_flow.split_trained(model, {"vlm": run.pretrained_vlm(config.dtype)})[1]
-    frozen = frozen_inputs(config, encoder, source.captions, fixed, run.mesh)
+
+    def read_fixed() -> Params:
+        return latte_flow.split_trained(model, {"vlm": run.pretrained_vlm(config.dtype)})[1]
+
+    # With contexts made ahead, training itself has no more use for the VLM, which is not kept between evaluations.
+    frozen = frozen_inputs(config, encoder, source.captions, read_fixed(), run.mesh)
     held_out_loss = jax.jit(loss.held_out)
     make_batch = image_batcher(config, encoder, source.captions)
     held_out = source.drawings("test", encoder)
@@ -160,7 +167,7 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
         lengths = np.asarray(model.generation.intervals.lengths)
         losses = hosts.fetch(losses)
         metrics = {"held_out_loss": np.sum(losses * lengths), "held_out_loss_per_group": losses}
-        params = functional.merge(fixed, state.ema)
+        params = functional.merge(frozen.params or read_fixed(), state.ema)
         if config.trains_answers:
             metrics["answer_accuracy"] = held_out_answers(run, params["vlm"], config.eval.examples)
         weights = inference_weights(config, params, run.mesh)
@@ -258,6 +265,7 @@ def generation_flops(config: Config, num_captions: int) -> float:
     model, stage, tokens = config.model_config, config.train, config.data.prompt_length
     reading = flops.reading(model.vlm.text, tokens)
     passes = TRAINING_PASSES * flops.velocity(model.generation, tokens)
+    passes *= 1 if stage.stratified else config.model.num_groups
     reading *= TRAINING_PASSES if config.trains_answers else 1
     if not stage.share_contexts:
         passes += reading

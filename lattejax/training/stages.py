@@ -131,9 +131,8 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
     if workdir.config.exists():
         theirs = configuration.load(workdir.config)
         # Another mesh computes the same, and what pictures were made into latents is told by the latents.
-        different = configuration.differences(
-            dataclasses.replace(config, images=theirs.images, mesh=theirs.mesh), theirs
-        )
+        free = {name: getattr(theirs, name) for name in ("images", "mesh", "most_skipped_steps")}
+        different = configuration.differences(dataclasses.replace(config, **free), theirs)
         if different:
             raise UserError(
                 f"{workdir.path} belongs to another config ({'; '.join(different)}); use another --workdir, "

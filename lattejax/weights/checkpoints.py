@@ -76,11 +76,13 @@ class Checkpoints:
             read = self._manager.restore(step, args=ocp.args.Composite(**items, progress=ocp.args.JsonRestore()))
             restored = dict(read)
         except Exception as error:  # Orbax and TensorStore raise whatever they meet
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise  # nothing is wrong with the checkpoint
             problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         if hosts.all_agree(not problem):
-            written = restored["progress"].pop(FINGERPRINTS)
+            written = restored["progress"].pop(FINGERPRINTS, {})
             found = fingerprints({name: restored[name] for name in targets})
-            other = [name for name in targets if found[name] != written[name]]
+            other = [name for name in targets if found[name] != written.get(name)]
             problem = f"{', '.join(other)} is not what was written" if other else ""
         elif not problem:
             problem = "another process cannot read it"
@@ -100,13 +102,13 @@ class Checkpoints:
             try:
                 restored = self.restore(step, **targets)
             except DamagedCheckpoint as error:
-                damaged[step] = error
+                damaged[step] = str(error)  # and not the error, which would keep what was read
                 continue
             self._put_aside(damaged)
             return step, restored
-        raise DamagedCheckpoint("; ".join(map(str, damaged.values())) or f"{self._directory} has no checkpoint")
+        raise DamagedCheckpoint("; ".join(damaged.values()) or f"{self._directory} has no checkpoint")
 
-    def _put_aside(self, damaged: dict[int, DamagedCheckpoint]) -> None:
+    def _put_aside(self, damaged: dict[int, str]) -> None:
         for step, error in damaged.items():
             aside = self._directory.parent / "damaged" / f"{self._directory.name}_{step}"
             if hosts.is_first():

@@ -6,7 +6,7 @@ vlm/                  the VLM's weights as the first stage ends with them, writt
 vlm.json              instead of them, where converted weights are taken as they are: where those are, and their hashes
 autoencoder.json      which autoencoder the latents are of
 data.json             which data set the run is trained on
-checkpoints/<stage>/  the stage's latest checkpoints
+checkpoints/<stage>/  the stage's latest checkpoints; in checkpoints/damaged/ what was found damaged
 metrics.jsonl         one JSON object a line; also in tensorboard/
 samples/              a grid of samples for each evaluation
 results.json          the final scores

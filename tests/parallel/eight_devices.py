@@ -2,7 +2,6 @@
 one device, and on each of the meshes that are named (as 4x2x1x1: expert, data, fsdp, tensor); prints JSON."""
 
 import json
-import re
 import sys
 import tempfile
 
@@ -17,6 +16,7 @@ from lattejax.models import functional, latte_flow, qwen2_vl
 from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.pixels import PixelConfig
 from lattejax.parallel import rules
+from lattejax.parallel.collectives import traffic
 from lattejax.parallel.mesh import AXES, make_mesh
 from lattejax.sampling.images import ImageSampler
 from lattejax.training.plans import flow_loss, flow_step, frozen_inputs, stage_rows
@@ -114,9 +114,8 @@ def restored(state, like) -> bool:
 
 
 def collectives(step) -> list[str]:
-    return sorted(
-        set(re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)", step.as_text()))
-    )
+    """Of which kinds, those left out that send no more than a group's metrics."""
+    return sorted(kind for kind, one in traffic(step.as_text(), 8).items() if one.sent_bytes > 1024)
 
 
 def on_each_device(tree) -> list[int]:

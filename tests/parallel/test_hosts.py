@@ -2,14 +2,17 @@
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from tests.helpers import ENVIRONMENT, ROOT, run_door, tiny_flags
+from lattejax.weights.runs import Run
+from tests.helpers import ENVIRONMENT, ROOT, run_door, start_door, tiny_flags
 from tests.training.test_run import assert_equal_runs, final_arrays
 
 SETTINGS = dict(pretrain__steps=0, eval__every=0, eval__final_images=0, eval__scored_images=0)
@@ -49,19 +52,38 @@ def test_two_processes_train_sample_and_checkpoint_as_one_of_two_devices(tmp_pat
     assert config["mesh"] == {"expert": 2, "data": -1, "fsdp": 1, "tensor": 1}
 
 
+def test_a_signal_that_one_process_gets_stops_both_after_the_same_step(tmp_path):
+    """Both end with 75, with one checkpoint between them that is whole."""
+    flags = [*tiny_flags(**SETTINGS, train__steps=100_000), "--config.mesh.expert=2", f"--workdir={tmp_path}"]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        cluster = ["--cluster=explicit", f"--coordinator=127.0.0.1:{listener.getsockname()[1]}", "--processes=2"]
+    processes = []
+    for number in range(2):
+        with open(tmp_path / f"{number}.txt", "w") as output:
+            own = [*flags, *cluster, f"--process={number}"]
+            processes.append(start_door("train", *own, stdout=output, stderr=output))
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "metrics.jsonl").exists():
+        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    codes = [process.wait(timeout=120) for process in processes]
+    assert codes == [75, 75], [(tmp_path / f"{number}.txt").read_text()[-2000:] for number in range(2)]
+    run = Run.open(tmp_path)
+    assert run.trained_step > 2
+    run.trained()
+
+
 @pytest.mark.parametrize(
     "flags, named",
     [
         (["--cluster=explicit", "--processes=2"], "--cluster=explicit needs --coordinator=host:port"),
-        (["--cluster=explicit", "--coordinator=127.0.0.1:{port}", "--processes=2", "--process=2"], "found .*, 2 and 2"),
+        (["--cluster=explicit", "--coordinator=127.0.0.1:9", "--processes=2", "--process=2"], "found .*, 2 and 2"),
         (["--cluster=auto"], "--cluster=auto: the processes do not find each other: "),
     ],
 )
 def test_processes_that_do_not_find_each_other_are_an_error(flags, named, tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    flags = [flag.format(port=port) for flag in flags]
     done = run_door("train", *FLAGS, f"--workdir={tmp_path / 'run'}", *flags)
     assert done.returncode == 2, done.stderr[-2000:]
     assert len(done.stderr.splitlines()) == 1

@@ -14,7 +14,8 @@ OTHERS = ("1x8x1x1", "1x1x8x1", "1x2x2x2", "2x1x2x2")
 
 @pytest.fixture(scope="module", params=[IN_CI, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["three", "others"])
 def found(request) -> dict[str, dict]:
-    flags = ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    # With the emitters that XLA has by default: the older ones' float64 functions are good to 1e-9 only.
+    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-m", "tests.parallel.eight_devices", *request.param],
         cwd=ROOT,
