@@ -61,7 +61,7 @@ class InterruptGuard:
         """From here on something would be lost."""
         self._finish = None
 
-    def saved(self, finish: Callable[[], None]) -> None:
+    def saved(self, finish: Callable[[], None] = lambda: None) -> None:
         """From here on nothing would be lost, once `finish` has returned."""
         self._finish = finish
 

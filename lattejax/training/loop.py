@@ -148,6 +148,7 @@ def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock
             with window.left_out():
                 evaluate(step)
     checkpoints.close()
+    guard.saved()
     log.close()
     return state
 
