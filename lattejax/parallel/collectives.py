@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
@@ -49,32 +50,35 @@ def traffic(hlo: str, num_devices: int) -> dict[str, Traffic]:
     done: dict[str, dict[str, Traffic]] = {}
     channels: set[str] = set()
 
-    def visit(name: str) -> dict[str, Traffic]:
+    def of_computation(name: str) -> dict[str, Traffic]:
         if name not in done:
-            found = collections.defaultdict(Traffic)
-            for line in bodies.get(name, ()):
-                times, called = 1, []
-                if loop := _LOOP.search(line):
-                    called = [loop[2]]
-                elif collective := _COLLECTIVE.search(line):
-                    channel = re.search(r"channel_id=(\d+)", line)
-                    if channel and channel[1] in channels:
-                        continue
-                    channels.update(channel.groups() if channel else ())
-                    kind, one = _one(collective, num_devices, name)
-                    found[kind] += one
-                elif calls := _CALLED.search(line):
-                    called = [one.strip().lstrip("%") for one in calls[1].split(",")]
-                for one in called:
-                    inside = visit(one)
-                    if loop and inside:
-                        times = _trip_count(line, bodies[loop[1]])
-                    for kind, of_kind in inside.items():
-                        found[kind] += of_kind * times
-            done[name] = dict(found)
+            done[name] = _total(of_line(line, name) for line in bodies.get(name, ()))
         return done[name]
 
-    return visit(entry)
+    def of_line(line: str, computation: str) -> dict[str, Traffic]:
+        if loop := _LOOP.search(line):
+            inside = of_computation(loop[2])
+            times = _trip_count(line, bodies[loop[1]]) if inside else 0
+            return {kind: one * times for kind, one in inside.items()}
+        if collective := _COLLECTIVE.search(line):
+            channel = re.search(r"channel_id=\d+", line)
+            if channel and channel[0] in channels:
+                return {}
+            channels.update([channel[0]] if channel else [])
+            return dict([_one(collective, num_devices, computation)])
+        if called := _CALLED.search(line):
+            return _total(of_computation(name.strip().lstrip("%")) for name in called[1].split(","))
+        return {}
+
+    return of_computation(entry)
+
+
+def _total(parts: Iterable[dict[str, Traffic]]) -> dict[str, Traffic]:
+    found = collections.defaultdict(Traffic)
+    for part in parts:
+        for kind, one in part.items():
+            found[kind] += one
+    return dict(found)
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:

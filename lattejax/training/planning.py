@@ -157,16 +157,14 @@ def compile_train_step(config: Config, mesh: Mesh, captions: int) -> tuple[jax.s
     return compiled, parts | {"frozen": frozen, "batch": batch}
 
 
-def compile_sampler(config: Config, mesh: Mesh, captions: int) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+def compile_sampler(config: Config, mesh: Mesh) -> tuple[jax.stages.Compiled, dict[str, Any]]:
     """Compiles a sampling call of eval.batch_size images, as `ImageSampler` makes it; returns it as the train step."""
-    del captions
     model, shares = config.model_config, row_shares(mesh)
     size = -(-config.eval.batch_size // shares) * shares
-    axes = {"vlm": sampling_axes("vlm"), "pathway": sampling_axes("experts")}
     params = _cast(config, abstract_params(config))
     params = jax.eval_shape(latte_flow.unstack, params)
-    vlm = rules.abstract(mesh, params["vlm"], axes["vlm"])
-    pathway = rules.abstract(mesh, latte_flow.pathway(model, params), axes["pathway"])
+    vlm = rules.abstract(mesh, params["vlm"], sampling_axes("vlm"))
+    pathway = rules.abstract(mesh, latte_flow.pathway(model, params), sampling_axes("experts"))
     prompts = len(config.eval.prompts) + 1
     described = abstract_prompts(config, prompts, config.data.prompt_length)
     contexts = jax.eval_shape(functools.partial(latte_flow.read_prompts, model), vlm, described)
@@ -210,7 +208,7 @@ def make_plan(config: Config, topology: str, captions: int, sample: bool = False
         raise UserError(f"config.mesh on {topology}: {error}") from error
     check_mesh(config, mesh)
     try:
-        compiled, parts = (compile_sampler if sample else compile_train_step)(config, mesh, captions)
+        compiled, parts = compile_sampler(config, mesh) if sample else compile_train_step(config, mesh, captions)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

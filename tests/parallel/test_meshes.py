@@ -34,9 +34,9 @@ def test_ten_steps_and_a_sampling_call_come_out_as_on_one_device(found):
         assert mesh["moved"] > 0.1, "the steps change the weights"
         for what in ("parameters", "average", "losses"):
             assert mesh[what] < 1e-10, (name, what)
-        for what in ("float32_losses", "own_prompts"):
-            assert mesh[what] < 1e-5, (name, what)
+        assert mesh["float32_losses"] < 1e-5, name
         assert mesh["images"] <= 1, name
+    assert next(iter(found.values()))["own_prompts"] < 1e-5, "where each row reads its own prompt"
 
 
 def test_batches_flow_times_noise_and_dropout_are_the_same_bits(found):
@@ -54,4 +54,4 @@ def test_each_device_holds_its_own_groups_alone_and_sends_only_sums_along_expert
         assert mesh["layers_of_state"] == mesh["layers_of_contexts"] == [8 // expert], name
         if fsdp == tensor == 1:
             assert mesh["collectives"] == ["all-reduce"], name
-            assert mesh["own_prompts_collectives"] == ["all-reduce"], name
+    assert next(iter(found.values()))["own_prompts_collectives"] == ["all-reduce"]

@@ -343,7 +343,8 @@ def test_blend_trains_what_answers_and_goes_on_after_a_signal(finished, tmp_path
     assert_same_bits(ours, theirs)
 
 
-@pytest.mark.parametrize("variant", [pytest.param("couple", marks=pytest.mark.slow), "blend"])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["couple", "blend"])
 def test_prompts_that_show_pictures_train_and_score(finished, tmp_path, variant):
     config = tiny_config(
         model__variant=variant,
