@@ -52,12 +52,10 @@ class Rows:
         """Raises `ValueError` unless every device gets an equal share; `name` is the batch size's config key."""
         if self.groups is not None and self.groups % mesh.shape["expert"]:
             raise ValueError(f"mesh.expert={mesh.shape['expert']} does not divide the {self.groups} groups")
-        shares = [math.prod(mesh.shape[axis] for axis in ROW_AXES), self.accumulation]
-        if self.groups is not None:
-            shares = [math.prod(mesh.shape[axis] for axis in ROW_AXES[1:]), self.accumulation, self.groups]
-        if self.batch_size % math.prod(shares):
-            over = "expert * data * fsdp" if self.groups is None else "data * fsdp"
-            parts = [f"{shares[0]} shares of the mesh ({over})", f"{shares[1]} micro-batches"]
+        axes = ROW_AXES if self.groups is None else ROW_AXES[1:]
+        shares = math.prod(mesh.shape[axis] for axis in axes)
+        if self.batch_size % (shares * self.accumulation * (self.groups or 1)):
+            parts = [f"{shares} shares of the mesh ({' * '.join(axes)})", f"{self.accumulation} micro-batches"]
             parts += [f"{self.groups} groups"] * (self.groups is not None)
             raise ValueError(f"{name}={self.batch_size} must be a multiple of {' times '.join(parts)}")
 

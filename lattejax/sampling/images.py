@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder
 from lattejax.flow.path import guide
@@ -34,12 +34,15 @@ from lattejax.weights.runs import Run, inference_weights
 read_prompts = jax.jit(latte_flow.read_prompts, static_argnames=("config", "remat"))
 
 
-@functools.partial(jax.jit, static_argnames="shape")
 def sample_noise(
     seed: int | Int[Array, ""], samples: Int[Array, "B"], shape: tuple[int, int, int]
 ) -> Float[Array, "B h w C"]:
     """Standard normal noise for the given sample indices."""
-    key = jax.random.key(seed)
+    return _noise(jax.random.key(seed), samples, shape)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _noise(key: Key[Array, ""], samples: Int[Array, "B"], shape: tuple[int, int, int]) -> Float[Array, "B h w C"]:
     return jax.vmap(lambda sample: jax.random.normal(jax.random.fold_in(key, sample), shape))(samples)
 
 

@@ -6,6 +6,7 @@ model FLOPs. From the chips' data sheets: their rates. The time that follows is 
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from lattejax.configuration import Config
@@ -33,7 +35,7 @@ from lattejax.training.step import abstract_state, compile_for
 from lattejax.weights.runs import abstract_params, abstract_trained, sampling_axes
 
 GIB = 2**30
-PRESENT_LIBTPU = "libtpu==0.0.51"  # the one that was tried with this JAX
+TRIED_LIBTPU = "libtpu==0.0.51"  # the one that was tried with this JAX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +67,10 @@ def open_topology(name: str) -> tuple[Chip, list[Any]]:
         raise UserError(f"--topology={name} must be one of {', '.join(CHIPS)} and a shape, like v5e:4x4 or v5p:2x2x4")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it looks for a TPU's metadata server, and waits
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody takes a TPU from another by compiling
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"a plan needs the TPU's compiler, which runs without a TPU: pip install {TRIED_LIBTPU}")
     try:
-        import libtpu  # noqa: F401
-        from jax.experimental import topologies
-
         return CHIPS[kind], list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    except ImportError as error:
-        raise UserError(
-            f"a plan needs the TPU's compiler, which runs without a TPU: pip install {PRESENT_LIBTPU}"
-        ) from error
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--topology={name}: {str(error).splitlines()[0]}") from error
 

@@ -209,7 +209,10 @@ def test_both_ways_to_draw_t_have_one_objective():
     for stratified in (True, False):
         loss, rows = flow_loss(config, stratified=stratified), by_group(batch()) if stratified else batch()
         keys = jax.random.split(jax.random.key(1), (300, 2, 4) if stratified else (300, 8))
-        total = lambda keys, loss=loss, rows=rows: loss(PARAMS, SHARED, rows, {"images": keys})[0]  # noqa: E731
+
+        def total(keys, loss=loss, rows=rows):
+            return loss(PARAMS, SHARED, rows, {"images": keys})[0]
+
         losses = jax.jit(jax.vmap(total))(keys)
         means.append((losses.mean(), losses.std() / np.sqrt(300)))
     (a, error_a), (b, error_b) = means
