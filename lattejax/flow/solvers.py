@@ -1,35 +1,42 @@
 """Integrating dx/dt = v(x, t) from noise at t = 0 to latents at t = 1."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Velocity = Callable[[Float[Array, "B h w C"], Float[Array, ""]], Float[Array, "B h w C"]]
+# What a velocity takes from flow time: computed for all steps at once, each array with a leading axis of steps.
+Conditions = Callable[[Float[Array, "steps"]], Any]
+Velocity = Callable[[Float[Array, "B h w C"], Any], Float[Array, "B h w C"]]  # at x, given one step's conditions
 Steps = tuple[tuple[float, float], ...]  # (start, end) of each
 
 
-def euler(velocity: Velocity, x: Float[Array, "B h w C"], steps: Steps) -> jax.Array:
+def euler(velocity: Velocity, conditions: Conditions, x: Float[Array, "B h w C"], steps: Steps) -> jax.Array:
     """Takes the steps, in order, by Euler's rule, as one compiled loop."""
 
-    def step(x, times):
-        start, end = times
-        return x + (end - start) * velocity(x, start), None
+    starts, ends = _times(steps, x)
 
-    return jax.lax.scan(step, x, _times(steps, x))[0]
+    def step(x, inputs):
+        length, at_start = inputs
+        return x + length * velocity(x, at_start), None
+
+    return jax.lax.scan(step, x, (ends - starts, conditions(starts)))[0]
 
 
-def heun(velocity: Velocity, x: Float[Array, "B h w C"], steps: Steps) -> jax.Array:
+def heun(velocity: Velocity, conditions: Conditions, x: Float[Array, "B h w C"], steps: Steps) -> jax.Array:
     """Takes the steps by Heun's rule: the mean velocity of the step's start and of Euler's guess of its end."""
 
-    def step(x, times):
-        start, end = times
-        first = velocity(x, start)
-        second = velocity(x + (end - start) * first, end)
-        return x + (end - start) * (first + second) / 2, None
+    starts, ends = _times(steps, x)
 
-    return jax.lax.scan(step, x, _times(steps, x))[0]
+    def step(x, inputs):
+        length, at_start, at_end = inputs
+        first = velocity(x, at_start)
+        second = velocity(x + length * first, at_end)
+        return x + length * (first + second) / 2, None
+
+    return jax.lax.scan(step, x, (ends - starts, conditions(starts), conditions(ends)))[0]
 
 
 def _times(steps: Steps, x: jax.Array) -> tuple[jax.Array, jax.Array]:

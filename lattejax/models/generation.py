@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lattejax.flow.intervals import Intervals
 from lattejax.models import functional
 from lattejax.models.functional import Layers, Params
-from lattejax.models.generation_layer import GenerationLayer, LayerConfig
+from lattejax.models.generation_layer import GenerationLayer, LayerConfig, Modulation
+from lattejax.models.linear import Linear, zeros
 from lattejax.models.rotary import multimodal_rotary
 from lattejax.models.text import KeysValues, TextConfig
 
@@ -117,14 +118,14 @@ class TimeEmbedding(nnx.Module):
     """Sinusoids of 1000·t through a two-layer SiLU network."""
 
     def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(TIME_CHANNELS, config.text.hidden_size, rngs=rngs)
-        self.fc2 = nnx.Linear(config.text.hidden_size, config.text.hidden_size, rngs=rngs)
+        self.fc1 = Linear(TIME_CHANNELS, config.text.hidden_size, rngs=rngs)
+        self.fc2 = Linear(config.text.hidden_size, config.text.hidden_size, rngs=rngs)
 
-    def __call__(self, t: Float[Array, "B"], dtype: jnp.dtype) -> Float[Array, "B D"]:
+    def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B D"]:
         half = TIME_CHANNELS // 2
         frequencies = 1000 * np.exp(-np.log(10_000) * np.arange(half) / half)
         angles = t[:, None] * jnp.asarray(frequencies, t.dtype)  # never in bfloat16, which cannot tell 999 from 1000
-        sinusoids = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(dtype)
+        sinusoids = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(self.fc1.weight.dtype)
         return self.fc2(jax.nn.silu(self.fc1(sinusoids)))
 
 
@@ -132,7 +133,7 @@ class LatentEmbedding(nnx.Module):
     """A linear map of each patch of latents."""
 
     def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(config.token_dim, config.text.hidden_size, rngs=rngs)
+        self.proj = Linear(config.token_dim, config.text.hidden_size, rngs=rngs)
         self.patch = config.patch_size
 
     def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B N D"]:
@@ -140,19 +141,33 @@ class LatentEmbedding(nnx.Module):
         return self.proj(patches)
 
 
+class HeadModulation(NamedTuple):
+    scale: Float[Array, "B 1 D"]
+    shift: Float[Array, "B 1 D"]
+
+
+class Conditioning(NamedTuple):
+    """All that one group takes from flow time."""
+
+    layers: Modulation | list[Modulation]  # each layer's, stacked or a list as the layers are
+    head: HeadModulation
+
+
 class Head(nnx.Module):
     """RMS norm, scale and shift from c, and a linear map back to patches of latents. Both maps start at zero."""
 
     def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
-        width, zeros = config.text.hidden_size, nnx.initializers.zeros
+        width = config.text.hidden_size
         self.norm = nnx.RMSNorm(width, epsilon=config.text.rms_norm_eps, rngs=rngs)
-        self.modulation = nnx.Linear(width, 2 * width, kernel_init=zeros, rngs=rngs)
-        self.proj = nnx.Linear(width, config.token_dim, kernel_init=zeros, rngs=rngs)
+        self.modulation = Linear(width, 2 * width, init=zeros, rngs=rngs)
+        self.proj = Linear(width, config.token_dim, init=zeros, rngs=rngs)
         self.config = config
 
-    def __call__(self, h: Float[Array, "B N D"], c: Float[Array, "B D"]) -> Float[Array, "B h w C"]:
-        scale, shift = jnp.split(self.modulation(jax.nn.silu(c))[:, None], 2, axis=-1)
-        patches = self.proj(self.norm(h) * (1 + scale) + shift)
+    def modulate(self, c: Float[Array, "B D"]) -> HeadModulation:
+        return HeadModulation(*jnp.split(self.modulation(jax.nn.silu(c))[:, None], 2, axis=-1))
+
+    def __call__(self, h: Float[Array, "B N D"], modulation: HeadModulation) -> Float[Array, "B h w C"]:
+        patches = self.proj(self.norm(h) * (1 + modulation.scale) + modulation.shift)
         (rows, _), patch = self.config.grid, self.config.patch_size
         return rearrange(patches, "B (h w) (p q C) -> B (h p) (w q) C", h=rows, p=patch, q=patch)
 
@@ -200,15 +215,28 @@ def image_positions(config: GenerationConfig, start: Int[Array, "B"]) -> Int[Arr
     return start[:, None, None] + jnp.asarray(offsets, start.dtype)
 
 
+def condition(config: GenerationConfig, params: Params, t: Float[Array, "B"]) -> Conditioning:
+    """Computes what one group takes from flow times: a function of nothing else, so that sampling does it ahead of its
+    steps. `params` are as in `velocity`."""
+    experts: Layers = params["experts"]
+    c = functional.bind(TimeEmbedding, config, params=params["time"])(t)
+
+    def modulate(layer: Params) -> Modulation:
+        return functional.bind(GenerationLayer, config.layer, params=layer).modulate(c)
+
+    layers = [modulate(layer) for layer in experts] if isinstance(experts, list) else jax.vmap(modulate)(experts)
+    return Conditioning(layers, functional.bind(Head, config, params=params["head"]).modulate(c))
+
+
 def velocity(
     config: GenerationConfig,
     params: Params,
     context: Context,
     x_t: Float[Array, "B h w C"],
-    t: Float[Array, "B"],
+    conditioning: Conditioning,
     remat: str = "none",
 ) -> Float[Array, "B h w C"]:
-    """One group's estimate of the flow's velocity at (x_t, t).
+    """One group's estimate of the flow's velocity at x_t and the flow time that `conditioning` was made of.
 
     Args:
       config: the pathway's geometry.
@@ -216,32 +244,32 @@ def velocity(
         dtype is the dtype of the computation.
       context: the prompts' keys and values at those M layers, in the same form.
       x_t: noisy latents.
-      t: flow times inside the group's interval; of length 1 if it is the same for the whole batch.
+      conditioning: of flow times inside the group's interval (see `condition`): each row's, or of length 1 if it is
+        the same for the whole batch.
       remat: what a layer keeps for the backward pass, see `functional.over_layers`.
     """
     experts: Layers = params["experts"]
     embed = functional.bind(LatentEmbedding, config, params=params["embedding"])
-    h = embed(x_t.astype(embed.proj.kernel.dtype))
-    c = functional.bind(TimeEmbedding, config, params=params["time"])(t, h.dtype)
+    h = embed(x_t.astype(embed.proj.weight.dtype))
     text = config.text
     positions = image_positions(config, context.next_position)
     rotary = multimodal_rotary(positions, text.head_dim, text.rope_theta, text.mrope_section)
 
-    def body(carry, layer_and_context):
+    def body(carry, inputs):
         h, previous_map = carry
-        params, keys_values = layer_and_context
+        params, modulation, keys_values = inputs
         layer = functional.bind(GenerationLayer, config.layer, params=params)
-        return layer(h, layer.modulate(c), rotary, keys_values, context.mask, previous_map), None
+        return layer(h, modulation, rotary, keys_values, context.mask, previous_map), None
 
     if isinstance(experts, list):
-        first_map, layers = None, list(zip(experts, context.layers, strict=True))
+        first_map, layers = None, list(zip(experts, conditioning.layers, context.layers, strict=True))
     else:
         # A scan carries one shape throughout: adding a map of zeros is starting afresh.
         shape = (h.shape[0], text.num_heads, h.shape[1], h.shape[1])
         first_map = None if config.residual_attention == "none" else jnp.zeros(shape, h.dtype)
-        layers = (experts, context.layers)
+        layers = (experts, conditioning.layers, context.layers)
     (h, _), _ = functional.over_layers(body, (h, first_map), layers, remat)
-    return functional.bind(Head, config, params=params["head"])(h, c).astype(x_t.dtype)
+    return functional.bind(Head, config, params=params["head"])(h, conditioning.head).astype(x_t.dtype)
 
 
 def group_velocities(
@@ -272,7 +300,8 @@ def group_velocities(
     def one(experts, context, x_t, t):
         if unroll:
             experts, context = functional.unstack(experts), context._replace(layers=functional.unstack(context.layers))
-        return velocity(config, params | {"experts": experts}, context, x_t, t, remat)
+        own = params | {"experts": experts}
+        return velocity(config, own, context, x_t, condition(config, own, t), remat)
 
     experts, groups = params["experts"], config.num_groups
     if config.group_sizes:

@@ -30,6 +30,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from lattejax.models.linear import Linear, zeros
 from lattejax.models.rotary import Rotary
 from lattejax.models.text import DecoderLayer, KeysValues, TextConfig
 
@@ -47,8 +48,8 @@ class Modulation(NamedTuple):
     residual_gate: Float[Array, "B H"] | None
 
 
-def _zero_linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, kernel_init=nnx.initializers.zeros, rngs=rngs)
+def _zero_linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> Linear:
+    return Linear(inputs, outputs, init=zeros, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)

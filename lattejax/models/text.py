@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lattejax.models import functional
 from lattejax.models.attention import attention
 from lattejax.models.functional import Layers, Params
+from lattejax.models.linear import Linear
 from lattejax.models.rotary import Rotary, multimodal_rotary, rotate
 
 
@@ -63,10 +64,10 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nnx.Linear(config.hidden_size, heads, rngs=rngs)
-        self.k_proj = nnx.Linear(config.hidden_size, kv_heads, rngs=rngs)
-        self.v_proj = nnx.Linear(config.hidden_size, kv_heads, rngs=rngs)
-        self.o_proj = nnx.Linear(heads, config.hidden_size, use_bias=False, rngs=rngs)
+        self.q_proj = Linear(config.hidden_size, heads, rngs=rngs)
+        self.k_proj = Linear(config.hidden_size, kv_heads, rngs=rngs)
+        self.v_proj = Linear(config.hidden_size, kv_heads, rngs=rngs)
+        self.o_proj = Linear(heads, config.hidden_size, use_bias=False, rngs=rngs)
         self.head_dim = config.head_dim
 
     def project(
@@ -87,9 +88,9 @@ class FeedForward(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
-        self.gate_proj = nnx.Linear(config.hidden_size, config.intermediate_size, use_bias=False, rngs=rngs)
-        self.up_proj = nnx.Linear(config.hidden_size, config.intermediate_size, use_bias=False, rngs=rngs)
-        self.down_proj = nnx.Linear(config.intermediate_size, config.hidden_size, use_bias=False, rngs=rngs)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, use_bias=False, rngs=rngs)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, use_bias=False, rngs=rngs)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -134,7 +135,7 @@ class Vocabulary(nnx.Module):
         self.embedding = nnx.Param(scale * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)))
         self.final_norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs)
         self.tied = config.tie_word_embeddings
 
     def embed(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lattejax.models import functional
 from lattejax.models.attention import attention
 from lattejax.models.functional import Params
+from lattejax.models.linear import Linear
 from lattejax.models.rotary import Rotary, rotate, vision_rotary
 
 
@@ -57,8 +58,8 @@ class Images(NamedTuple):
 
 class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
-        self.qkv = nnx.Linear(config.embed_dim, 3 * config.embed_dim, rngs=rngs)
-        self.proj = nnx.Linear(config.embed_dim, config.embed_dim, rngs=rngs)
+        self.qkv = Linear(config.embed_dim, 3 * config.embed_dim, rngs=rngs)
+        self.proj = Linear(config.embed_dim, config.embed_dim, rngs=rngs)
         self.num_heads = config.num_heads
 
     def __call__(self, x: Float[Array, "I P E"], rotary: Rotary, mask: Bool[Array, "I P"]) -> Float[Array, "I P E"]:
@@ -73,8 +74,8 @@ class VisionBlock(nnx.Module):
         self.norm1 = nnx.LayerNorm(config.embed_dim, **norm)
         self.attention = VisionAttention(config, rngs=rngs)
         self.norm2 = nnx.LayerNorm(config.embed_dim, **norm)
-        self.fc1 = nnx.Linear(config.embed_dim, config.mlp_ratio * config.embed_dim, rngs=rngs)
-        self.fc2 = nnx.Linear(config.mlp_ratio * config.embed_dim, config.embed_dim, rngs=rngs)
+        self.fc1 = Linear(config.embed_dim, config.mlp_ratio * config.embed_dim, rngs=rngs)
+        self.fc2 = Linear(config.mlp_ratio * config.embed_dim, config.embed_dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "I P E"], rotary: Rotary, mask: Bool[Array, "I P"]) -> Float[Array, "I P E"]:
         x = x + self.attention(self.norm1(x), rotary, mask)
@@ -86,7 +87,7 @@ class PatchEmbedding(nnx.Module):
     """A convolution whose stride is its kernel, that is, a linear map of the flattened patch."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(config.patch_dim, config.embed_dim, use_bias=False, rngs=rngs)
+        self.proj = Linear(config.patch_dim, config.embed_dim, use_bias=False, rngs=rngs)
 
     def __call__(self, patches: Float[Array, "I P patch_dim"]) -> Float[Array, "I P E"]:
         return self.proj(patches)
@@ -98,8 +99,8 @@ class PatchMerger(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.block = config.spatial_merge_size**2
         self.norm = nnx.LayerNorm(config.embed_dim, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
-        self.fc1 = nnx.Linear(config.embed_dim * self.block, config.embed_dim * self.block, rngs=rngs)
-        self.fc2 = nnx.Linear(config.embed_dim * self.block, config.hidden_size, rngs=rngs)
+        self.fc1 = Linear(config.embed_dim * self.block, config.embed_dim * self.block, rngs=rngs)
+        self.fc2 = Linear(config.embed_dim * self.block, config.hidden_size, rngs=rngs)
 
     def __call__(self, x: Float[Array, "I P E"]) -> Float[Array, "I merged D"]:
         x = rearrange(self.norm(x), "I (P block) E -> I P (block E)", block=self.block)
@@ -123,7 +124,7 @@ def encode(config: VisionConfig, params: Params, images: Images) -> Float[Array,
     )
     rotary = vision_rotary(positions, config.embed_dim // config.num_heads)
     embedding = functional.bind(PatchEmbedding, config, params=params["patch_embedding"])
-    x = embedding(patches.astype(embedding.proj.kernel.dtype))
+    x = embedding(patches.astype(embedding.proj.weight.dtype))
 
     def body(x, block):
         return functional.bind(VisionBlock, config, params=block)(x, rotary, mask), None

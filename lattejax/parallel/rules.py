@@ -25,17 +25,17 @@ OF_GROUPS = r"(^|/)(experts|contexts/layers)/"
 # A pattern that a path ends with, and what the array's last dimensions are cut over.
 RULES = (
     (r"vocabulary/embedding", ("tensor", "fsdp")),
-    (r"lm_head/kernel", ("fsdp", "tensor")),
-    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|qkv|fc1)/kernel", ("fsdp", "tensor")),
+    (r"lm_head/weight", ("tensor", "fsdp")),
+    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|qkv|fc1)/weight", ("tensor", "fsdp")),
     (r"(q_proj|k_proj|v_proj|qkv|fc1)/bias", ("tensor",)),
-    (r"(o_proj|down_proj|attention/proj|fc2)/kernel", ("tensor", "fsdp")),
+    (r"(o_proj|down_proj|attention/proj|fc2)/weight", ("fsdp", "tensor")),
     # Its outputs are four parts of D; what it reads is whole on every device.
-    (r"modulation/kernel", (("fsdp", "tensor"), None)),
+    (r"modulation/weight", (None, ("fsdp", "tensor"))),
 )
 
 
 def spec(mesh: Mesh, path: str, shape: Sequence[int], axes: Sequence[str] = AXES) -> PartitionSpec:
-    """Returns how the array at a path ("experts/decoder/mlp/up_proj/kernel") is cut.
+    """Returns how the array at a path ("experts/decoder/mlp/up_proj/weight") is cut.
 
     Args:
       mesh: the mesh.

@@ -81,13 +81,15 @@ def draw_latents(
         own = pathway | {"experts": experts}
         context = generation.pick(contexts._replace(layers=layers), rows)
 
-        def velocity(x, t, guided=segment.guided, own=own, context=context):
+        def velocity(x, conditioning, guided=segment.guided, own=own, context=context):
             if not guided:
-                return generation.velocity(config.generation, own, context, x, t[None])
-            both = generation.velocity(config.generation, own, context, jnp.repeat(x, 2, axis=0), t[None])
+                return generation.velocity(config.generation, own, context, x, conditioning)
+            both = generation.velocity(config.generation, own, context, jnp.repeat(x, 2, axis=0), conditioning)
             return guide(*rearrange(both, "(B two) h w C -> two B h w C", two=2), guidance)
 
-        x = SOLVERS[segment.solver](velocity, x, segment.steps)
+        # Ahead of the loop, so that its steps need not read the weights of time embedding and modulations.
+        conditions = jax.vmap(lambda t, own=own: generation.condition(config.generation, own, t[None]))
+        x = SOLVERS[segment.solver](velocity, conditions, x, segment.steps)
     return x
 
 

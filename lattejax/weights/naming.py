@@ -1,8 +1,8 @@
 """How Qwen2-VL's weights are called and shaped in a Hugging Face checkpoint, beside our own paths.
 
 Two layouts of names are about: the hub's original one, in which this table is written, and the one that transformers 5
-uses in memory and can also write; `original_name` leads from the second to the first. PyTorch keeps a linear map as
-[out, in] and the patch embedding as a convolution; ours are [in, out], and layers are stacked on a leading axis.
+uses in memory and can also write; `original_name` leads from the second to the first. What differs in shape is the
+patch embedding, a convolution there and a linear map here, and that our layers are stacked on a leading axis.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ MODULES = {
     "vision/merger/fc1": "visual.merger.mlp.0",
     "vision/merger/fc2": "visual.merger.mlp.2",
 }
-LEAVES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
+LEAVES = {"embedding": "weight", "weight": "weight", "scale": "weight", "bias": "bias"}
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where embeddings are tied
 
@@ -59,6 +59,7 @@ class Leaf:
     """One of our arrays, and the checkpoint's tensors that make it up: one, or one a layer."""
 
     path: str
+    shape: tuple[int, ...]  # of our array
     names: tuple[str, ...]
     tensor_shape: tuple[int, ...]  # of each tensor, as the checkpoint has it
     stacked: bool
@@ -66,28 +67,17 @@ class Leaf:
     def pack(self, tensors: Iterator[np.ndarray]) -> np.ndarray:
         """Puts the checkpoint's tensors into our array; takes them one at a time."""
         if not self.stacked:
-            return np.ascontiguousarray(self._ours(next(tensors)))
+            return np.ascontiguousarray(next(tensors)).reshape(self.shape)
         packed = None
         for i, tensor in enumerate(tensors):
-            tensor = self._ours(tensor)
-            packed = np.empty((len(self.names), *tensor.shape), tensor.dtype) if packed is None else packed
+            packed = np.empty(self.shape, tensor.dtype) if packed is None else packed
             packed[i] = tensor
         return packed
 
     def unpack(self, array: np.ndarray) -> dict[str, np.ndarray]:
         """The way back: the checkpoint's tensors by name."""
         tensors = array if self.stacked else array[None]
-        return {name: self._theirs(tensor) for name, tensor in zip(self.names, tensors, strict=True)}
-
-    @property
-    def _is_kernel(self) -> bool:
-        return self.path.endswith("/kernel")
-
-    def _ours(self, tensor: np.ndarray) -> np.ndarray:
-        return tensor.reshape(len(tensor), -1).T if self._is_kernel else tensor
-
-    def _theirs(self, tensor: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(tensor.T).reshape(self.tensor_shape) if self._is_kernel else tensor
+        return {name: tensor.reshape(self.tensor_shape) for name, tensor in zip(self.names, tensors, strict=True)}
 
 
 def abstract_vlm(config: VLMConfig) -> Params:
@@ -107,8 +97,6 @@ def leaves(config: VLMConfig) -> list[Leaf]:
         shape = array.shape[1:] if stacked else array.shape
         if module == "vision/patch_embedding/proj":
             shape = (vision.embed_dim, *convolution)
-        elif leaf == "kernel":
-            shape = shape[::-1]
         names = tuple(pattern.format(i) for i in range(array.shape[0])) if stacked else (pattern,)
-        found.append(Leaf(path, names, shape, stacked))
+        found.append(Leaf(path, array.shape, names, shape, stacked))
     return found

@@ -15,7 +15,7 @@ def rms(x, weight, eps):
 
 
 def linear(x, params):
-    return x @ params["kernel"] + params.get("bias", 0.0)
+    return x @ params["weight"].T + params.get("bias", 0.0)
 
 
 def rotated(x, position, sections, theta):
@@ -71,7 +71,7 @@ def read(params, text, input_ids):
             scores = q[:, head] @ k[:, group].T / np.sqrt(text.head_dim)
             scores[np.triu_indices(count, 1)] = -np.inf
             mixed[:, head] = softmax(scores) @ v[:, group]
-        h = h + mixed.reshape(count, -1) @ decoder["attention"]["o_proj"]["kernel"]
+        h = h + mixed.reshape(count, -1) @ decoder["attention"]["o_proj"]["weight"].T
         h = h + feed_forward(rms(h, decoder["post_attention_norm"]["scale"], eps), decoder["mlp"])
     return contexts
 
@@ -106,7 +106,7 @@ def layer(params, decoder, text, h, c, positions, context_k, context_v, previous
             weights[:, tokens:] += gate * previous[head]
         carried[head] = (scores if residual == "logits" else weights)[:, tokens:]
         mixed[:, head] = weights @ values
-    out = mixed.reshape(count, -1) @ decoder["attention"]["o_proj"]["kernel"]
+    out = mixed.reshape(count, -1) @ decoder["attention"]["o_proj"]["weight"].T
     h = h + (1 + a_scale) * rms(out, params["attention_norm"]["scale"], eps)
 
     x = rms(h, decoder["post_attention_norm"]["scale"], eps) * (1 + scale) + shift

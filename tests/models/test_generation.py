@@ -131,7 +131,7 @@ def velocities(config: ModelConfig, **kwargs):
     params = weights(model(config.generation.num_groups))
     gates = config.generation.layer.num_gates
     experts = dict(params["experts"])
-    experts["residual_gate"] = jax.tree.map(lambda x: x[..., :gates], experts["residual_gate"])
+    experts["residual_gate"] = jax.tree.map(lambda x: x[:, :gates], experts["residual_gate"])
     if not gates:
         del experts["residual_gate"]
     pathway = latte_flow.pathway(config, params | {"experts": experts})
@@ -161,9 +161,9 @@ def group_velocity(config: ModelConfig, params, prompts: Prompts, group: int, x_
     experts, layers = (
         generation.group_layers(config.generation, of_all, group) for of_all in (pathway["experts"], context.layers)
     )
-    return generation.velocity(
-        config.generation, pathway | {"experts": experts}, context._replace(layers=layers), x_t, t
-    )
+    own, context = pathway | {"experts": experts}, context._replace(layers=layers)
+    conditioning = generation.condition(config.generation, own, t)
+    return generation.velocity(config.generation, own, context, x_t, conditioning)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +251,11 @@ def test_one_step_costs_a_kth_of_vanillas_and_takes_no_vlm_weights():
         pathway = latte_flow.pathway(config, params)
         own = pathway | {"experts": generation.group_layers(config.generation, pathway["experts"], 0)}
         x_t, t = jnp.ones((4, 4, 6, 3)), jnp.array([0.1])
-        step = jax.jit(lambda own, context, x_t, t, g=config.generation: generation.velocity(g, own, context, x_t, t))
-        compiled = step.lower(own, context, x_t, t).compile()
+
+        def step(own, context, x_t, t, g=config.generation):
+            return generation.velocity(g, own, context, x_t, generation.condition(g, own, t))
+
+        compiled = jax.jit(step).lower(own, context, x_t, t).compile()
         flops[groups] = compiled.cost_analysis()["flops"]
         assert set(own) == {"embedding", "time", "experts", "head"} and len(own["experts"]) == 4 // groups
         vlm_leaves = {id(leaf) for leaf in jax.tree.leaves(params["vlm"])}

@@ -98,14 +98,14 @@ def test_optimizer_and_average_are_cut_as_the_weights():
         for name in [jax.tree_util.keystr(path, simple=True, separator="/")]
     }
     ours = {name.removeprefix("params/"): spec for name, spec in specs.items() if name.startswith("params/")}
-    assert ours["experts/decoder/mlp/up_proj/kernel"] == PartitionSpec("expert", "fsdp", "tensor")
-    assert ours["experts/decoder/mlp/down_proj/kernel"] == PartitionSpec("expert", "tensor", "fsdp")
+    assert ours["experts/decoder/mlp/up_proj/weight"] == PartitionSpec("expert", "tensor", "fsdp")
+    assert ours["experts/decoder/mlp/down_proj/weight"] == PartitionSpec("expert", "fsdp", "tensor")
     assert ours["experts/decoder/input_norm/scale"] == PartitionSpec("expert", None)
     for copy in ("ema", "optimizer/1/0/mu", "optimizer/1/0/nu"):
         assert {name: specs[f"{copy}/{name}"] for name in ours} == ours
-    assert rules.spec(mesh, "vlm/text/layers/mlp/up_proj/kernel", (4, 32, 48)) == PartitionSpec(None, "fsdp", "tensor")
-    assert rules.spec(mesh, "experts/3/decoder/mlp/up_proj/kernel", (32, 48), ("tensor",)) == PartitionSpec(
-        None, "tensor"
+    assert rules.spec(mesh, "vlm/text/layers/mlp/up_proj/weight", (4, 48, 32)) == PartitionSpec(None, "tensor", "fsdp")
+    assert rules.spec(mesh, "experts/3/decoder/mlp/up_proj/weight", (48, 32), ("tensor",)) == PartitionSpec(
+        "tensor", None
     )
     with pytest.raises(ValueError, match="mesh axis expert=2 does not divide experts/norm/scale of shape"):
         rules.spec(mesh, "experts/norm/scale", (3, 8))

@@ -87,7 +87,8 @@ def test_sampling_equals_a_plain_loop(case, variant):
         own = model.generation.layers_of[group]
         context = generation.pick(contexts._replace(layers=contexts.layers[own]), rows + prompt)
         pathway = ours.pathway | {"experts": ours.pathway["experts"][own]}
-        return generation.velocity(model.generation, pathway, context, x, t[None])
+        conditioning = generation.condition(model.generation, pathway, t[None])
+        return generation.velocity(model.generation, pathway, context, x, conditioning)
 
     def guided(x, t, group, scale):
         unconditional = velocity(x, np.float32(t), group, 1)

@@ -61,7 +61,7 @@ def test_an_export_holds_the_average_and_opens_like_the_run(run, tmp_path, monke
     files = sorted((tmp_path / "export").glob("*.safetensors"))
     assert len(files) > 2
     stored = {name: array for file in files for name, array in load_file(file).items()}
-    np.testing.assert_array_equal(stored["head.proj.kernel"], run.trained()["head"]["proj"]["kernel"])
+    np.testing.assert_array_equal(stored["head.proj.weight"], run.trained()["head"]["proj"]["weight"])
 
     export = Run.open(tmp_path / "export")
     assert_same_bits(export.params(), run.params())
@@ -88,9 +88,9 @@ def test_an_export_that_lacks_a_tensor_is_refused(run, tmp_path):
     run.export(tmp_path / "export")
     file = tmp_path / "export" / "model.safetensors"
     stored = load_file(file)
-    del stored["head.proj.kernel"]
+    del stored["head.proj.weight"]
     save_file(stored, file)
-    with pytest.raises(UserError, match=r"head/proj/kernel: None, not \(32, 4\)"):
+    with pytest.raises(UserError, match=r"head/proj/weight: None, not \(4, 32\)"):
         Run.open(tmp_path / "export").params()
 
 

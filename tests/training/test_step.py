@@ -199,7 +199,8 @@ def velocity(config, group, caption, latents, noise, t):
     own = PARAMS | {"experts": generation.group_layers(model, PARAMS["experts"], group)}
     context = TABLE._replace(layers=generation.group_layers(model, TABLE.layers, group))
     x_t = interpolate(latents[None], noise[None], t[None])
-    return generation.velocity(model, own, generation.pick(context, caption[None]), x_t, t[None])[0]
+    conditioning = generation.condition(model, own, t[None])
+    return generation.velocity(model, own, generation.pick(context, caption[None]), x_t, conditioning)[0]
 
 
 def test_both_ways_to_draw_t_have_one_objective():
@@ -253,7 +254,7 @@ def test_flow_matching_reaches_the_shared_layers_through_image_tokens_and_throug
     fixed_contexts = Frozen(frozen.params, contexts=read_prompts(BLEND.model_config, vlm, PROMPTS))
     cut = jax.jit(jax.grad(lambda p: flow_loss(BLEND)(p, fixed_contexts, images, row_keys())[0]))(trained)
     for name in ("k_proj", "v_proj", "q_proj"):
-        leaves = [tree["vlm"]["text"]["layers"]["attention"][name]["kernel"] for tree in (whole, cut)]
+        leaves = [tree["vlm"]["text"]["layers"]["attention"][name]["weight"] for tree in (whole, cut)]
         assert all(np.abs(leaf).max() > 0 for leaf in leaves)
         assert np.abs(leaves[0] - leaves[1]).max() > 1e-5
 
@@ -333,7 +334,7 @@ def test_average_and_clipping_follow_their_formulas():
     state, metrics = one_step(**stage_keys)
     assert metrics["grad_norm"] > 1e-3
     gradients = jax.jit(jax.grad(lambda p: flow_loss()(p, SHARED, by_group(batch()), row_keys())[0]))(PARAMS)
-    name = ("head", "proj", "kernel")
+    name = ("head", "proj", "weight")
     g, before, after, ema = (_leaf(tree, name) for tree in (gradients, PARAMS, state.params, state.ema))
     g = g * 1e-3 / metrics["grad_norm"]
     np.testing.assert_allclose(
@@ -389,4 +390,4 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
     assert (int(state.step), int(state.skipped)) == (1, 1)
     state, metrics = one_step()
     assert metrics["skipped"] == 0 and (int(state.step), int(state.skipped)) == (1, 0)
-    assert np.any(state.params["head"]["proj"]["kernel"] != before.params["head"]["proj"]["kernel"])
+    assert np.any(state.params["head"]["proj"]["weight"] != before.params["head"]["proj"]["weight"])

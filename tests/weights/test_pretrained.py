@@ -304,12 +304,12 @@ def test_weights_are_cut_over_a_mesh_and_answer_alike(converted):
         local = lambda array: array.addressable_shards[0].data.shape
         assert local(weights["text"]["vocabulary"]["embedding"]) == (200, 24)
         layers = weights["text"]["layers"]
-        assert local(layers["attention"]["q_proj"]["kernel"]) == (3, 24, 24)
+        assert local(layers["attention"]["q_proj"]["weight"]) == (3, 24, 24)
         assert local(layers["attention"]["q_proj"]["bias"]) == (3, 24)
-        assert local(layers["mlp"]["down_proj"]["kernel"]) == (3, 20, 24)
+        assert local(layers["mlp"]["down_proj"]["weight"]) == (3, 24, 20)
         assert local(layers["input_norm"]["scale"]) == (3, 48)
         answerer = Answerer.load({str(converted)!r}, "float32", mesh)
-        assert local(answerer.params["text"]["layers"][0]["mlp"]["down_proj"]["kernel"]) == (20, 24)
+        assert local(answerer.params["text"]["layers"][0]["mlp"]["down_proj"]["weight"]) == (24, 20)
         batch = answerer.encoder.batch([answerer.encoder.question("Which digit is this?")])
         assert [int(token[0]) for token in answerer.tokens(batch, Decoding(max_tokens=12))] == {expected}
         try:
