@@ -1,35 +1,91 @@
-"""Measures speed, beside the limit that the machine sets:
+"""Measures speed, beside the limit that the machine sets, and what else could be used instead:
 
-python -m lattejax.benchmark data --config=configs/imagenet256.py
+python -m lattejax.benchmark sample --config=configs/imagenet256.py --config.dtype=float32 --against=vanilla
 
-data: latents a second from the loader alone, random ones in the real format. No weights are needed for any of it.
+sample: images of a batch, from their prompts' tokens to latents, the context pass included. Against vanilla, the same
+    weights as one group; against janus, Janus-Pro's language model with its KV cache; against torch, steps of one
+    group, contexts given, in eager PyTorch.
+train: forward, backward and AdamW of one group, contexts given.
+context: prompts read by the language model. decode: greedy answers. Against torch, both by transformers.
+data: latents a second from the loader alone, random ones in the real format.
+
+Weights are random, at the config's geometry. Figures are medians over repeats in turn, seconds and FLOP/s. `limit` is
+the seconds that matrix products (decode: reading the weights; data: reading the bytes) would take at the best rate that
+this machine reached between the repeats.
 """
 
+import dataclasses
 import json
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
 from lattejax import cli, configuration
+from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
-from lattejax.evaluation import speed
+from lattejax.errors import UserError
+from lattejax.evaluation import benchmarks, loading
+from lattejax.evaluation.benchmarks import RIVALS, Work
 from lattejax.weights.runs import prompt_encoder
 
+MODELS = {
+    "sample": benchmarks.sample,
+    "train": benchmarks.train,
+    "context": benchmarks.context,
+    "decode": benchmarks.decode,
+}
+BATCH_SIZES = {"sample": 1, "train": 16, "context": 1, "decode": 1}
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
+AGAINST = flags.DEFINE_enum("against", "", ["", *RIVALS["sample"]], "What else is timed, in turn with ours.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images, prompts or answers; 0: 16 of train, else 1.", lower_bound=0)
+PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 16, "Tokens of every prompt.", lower_bound=2)
+STEPS = flags.DEFINE_integer("steps", 40, "Of sample: steps of a call.", lower_bound=1)
+GUIDANCE = flags.DEFINE_float("guidance", 5.0, "Of sample: its scale; 1 leaves out the unconditional pass.")
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Of decode: tokens of an answer.", lower_bound=2)
 RECORDS = flags.DEFINE_integer("records", 20_000, "Of data: records to write and read.", lower_bound=1000)
+REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds that are timed, after one that is not.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 flags.mark_flag_as_required("config")
 
 
 def main(what: str) -> None:
     config = configuration.resolve(CONFIG.value)
-    encoder = prompt_encoder(config, tokenizers.train(speed.make_captions(100), 400))
-    result = {"data": speed.data_rate}[what](config, encoder, RECORDS.value)
+    result = data(config) if what == "data" else model(what, config)
     for name, value in result.items():
-        print(f"{name:24} {value:,.4g}" if isinstance(value, float) else f"{name:24} {value:,}")
+        print(f"{name:24} {value:,.4g}" if isinstance(value, float) else f"{name:24} {value}")
     if JSON.value:
-        print(json.dumps({"benchmark": what} | result))
+        print(json.dumps(result))
+
+
+def model(what: str, config: Config) -> dict:
+    check_rival(what, config)
+    batch_size = BATCH_SIZE.value or BATCH_SIZES[what]
+    work = Work(batch_size, PROMPT_TOKENS.value, STEPS.value, GUIDANCE.value, NEW_TOKENS.value, REPEATS.value)
+    setting = {
+        "benchmark": what,
+        "against": AGAINST.value,
+        "device": jax.devices()[0].device_kind,
+        "dtype": config.dtype,
+        "num_groups": config.model.num_groups,
+    }
+    return setting | MODELS[what](config, work, AGAINST.value) | dataclasses.asdict(work)
+
+
+def data(config: Config) -> dict:
+    check_rival("data", config)
+    encoder = prompt_encoder(config, tokenizers.train(loading.make_captions(100), 400))
+    return {"benchmark": "data"} | loading.data_rate(config, encoder, RECORDS.value)
+
+
+def check_rival(what: str, config: Config) -> None:
+    rivals = RIVALS.get(what, ())
+    if AGAINST.value and AGAINST.value not in rivals:
+        raise UserError(f"--against={AGAINST.value}: {what} knows {', '.join(rivals) or 'no rival'}")
+    if AGAINST.value in ("torch", "janus") and (config.dtype != "float32" or jax.default_backend() != "cpu"):
+        raise UserError(f"--against={AGAINST.value} compares on a CPU, in float32: add --config.dtype=float32")
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.check_config_flags, commands=("data",))
+    cli.run(main, cli.check_config_flags, commands=(*MODELS, "data"))

@@ -10,6 +10,7 @@ from absl import app, flags, logging
 # Before transformers is imported: that PyTorch is not there is how it should be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+import jax
 from jax.sharding import Mesh
 
 from lattejax import configuration
@@ -50,7 +51,15 @@ def run(
             fail(error)
 
     logging.set_verbosity(logging.WARNING)
+    keep_compiled()
     app.run(guarded, flags_parser=parse)
+
+
+def keep_compiled() -> None:
+    """Has JAX keep what takes longer than a second to compile in the user's cache, unless it was told of a place."""
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "lattejax"))
 
 
 def define_cluster_flags() -> Callable[[], None]:

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 import warnings
 
-for heavy in ("data.encoding", "evaluation.speed", "sampling.answers", "training.sweep"):
+for heavy in ("data.encoding", "evaluation.benchmarks", "sampling.answers", "training.sweep"):
     importlib.import_module(f"lattejax.{heavy}")
 warnings.filterwarnings("ignore", "os.fork")  # nothing has been computed yet: there are no threads
 

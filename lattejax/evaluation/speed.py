@@ -1,90 +1,70 @@
-"""How fast things are, beside the limit that the machine sets, measured in the same run."""
+"""Timing: calls in turn, and the rates that set a machine's limits, measured in the same rounds."""
 
-import itertools
-import tempfile
 import time
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from lattejax.configuration import Config
-from lattejax.data import latents
-from lattejax.data.examples import image_batcher
-from lattejax.data.latents import LatentDrawings, Shard
-from lattejax.data.pipeline import Batches
-from lattejax.data.prompts import PromptEncoder
-
-NUM_CAPTIONS = 1000  # where contexts are shared
-WORDS = ("a", "red", "blue", "bicycle", "against", "the", "wall", "wooden", "soup", "from", "above", "dog", "photo")
-REPEATS = 7
+Call = Callable[[], Any]
+Calls = Mapping[str, Call]
+READ = 1 << 29  # bytes that the bandwidth's probe reads: no cache has them
 
 
-def data_rate(config: Config, encoder: PromptEncoder, num_records: int) -> dict[str, Any]:
-    """How many latents a second the loader alone delivers, as training reads them, after warm-up.
+class Product(NamedTuple):
+    """x · weightᵀ: [rows, inputs] times [outputs, inputs]."""
 
-    Random latents of the config's shape are written in the real format, in ten files, and read back in the config's
-    batches with its threads, shuffled: with the numbers of 1,000 captions where contexts are shared, and otherwise each
-    with a caption of its own, of twenty words, which is made into a prompt. The limit is the rate at which the same
-    records can be read as bytes, so many at a time and in the same disorder, but not decoded, shuffled or put together.
-    Both are medians over repeats that alternate.
+    rows: int
+    inputs: int
+    outputs: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.inputs * self.outputs
+
+
+def alternate(calls: Calls, repeats: int) -> dict[str, float]:
+    """Runs the calls in turn, so many rounds after one that does not count; returns each one's median seconds.
+
+    What happens on the machine besides then falls on all of them alike. A call returns what has to be waited for.
     """
-    data, batch_size = config.data, config.train.batch_size
-    with tempfile.TemporaryDirectory() as path:
-        captions = make_captions(NUM_CAPTIONS if config.train.share_contexts else num_records)
-        drawings = _write(epath.Path(path), data.latent_shape, num_records, captions)
-        batches = Batches(
-            drawings,
-            image_batcher(config, encoder, captions),
-            batch_size=batch_size,
-            seed=config.seed,
-            threads=data.threads,
-        )
-        rng, ours, limits = np.random.default_rng(0), [], []
-        steps = max(2, num_records // batch_size)
-        for _ in range(REPEATS):
-            list(itertools.islice(batches, 2 * data.threads + 1))  # what has been read ahead
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(1 + repeats):
+        for name, call in calls.items():
             started = time.perf_counter()
-            list(itertools.islice(batches, steps))
-            ours.append(time.perf_counter() - started)
-            chosen = [rng.integers(num_records, size=batch_size).tolist() for _ in range(steps)]
-            time.sleep(0.5)  # until reading ahead has ended
-            started = time.perf_counter()
-            for numbers in chosen:
-                drawings.records.__getitems__(numbers)
-            limits.append(time.perf_counter() - started)
-    rate, limit = (steps * batch_size / float(np.median(seconds[1:])) for seconds in (ours, limits))
-    return {
-        "seconds": batch_size / rate,
-        "latents_per_second": rate,
-        "limit": limit,
-        "share_of_limit": rate / limit,
-        "batch_size": batch_size,
-        "megabytes_per_second": rate * 4 * int(np.prod(data.latent_shape)) / 1e6,
-    }
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - started)
+    return {name: float(np.median(taken[1:])) for name, taken in seconds.items()}
 
 
-def make_captions(count: int) -> list[str]:
-    """So many captions of twenty words and a number, all different."""
-    rng = np.random.default_rng(0)
-    return [f"{' '.join(rng.choice(WORDS, 20))} {number}" for number in range(count)]
+def product_calls(products: Iterable[Product], dtype: jnp.dtype) -> dict[str, Call]:
+    """The products alone, as calls, on random numbers."""
+    multiply = jax.jit(lambda x, weight: jnp.einsum("ri,oi->ro", x, weight))
+    key = jax.random.key(0)
+
+    def call(product: Product) -> Call:
+        x = jax.random.normal(key, (product.rows, product.inputs), dtype)
+        weight = jax.random.normal(key, (product.outputs, product.inputs), dtype)
+        return lambda: multiply(x, weight)
+
+    return {str(product): call(product) for product in products}
 
 
-def _write(
-    directory: epath.Path, latent_shape: tuple[int, int, int], num_records: int, captions: list[str]
-) -> LatentDrawings:
-    rng, shards = np.random.default_rng(0), []
-    files = latents.files({"train": num_records, "test": 0}, -(-num_records // 10))
-    for file in files:
-        records = (
-            {
-                "latents": rng.standard_normal(latent_shape, np.float32),
-                "caption": captions[i % len(captions)],
-                "picture": str(i),
-            }
-            for i in file.pictures
-        )
-        count = latents.write_records(directory / file.name, latent_shape, records)
-        shards.append(Shard(file.name, count, (directory / file.name).stat().length, "", []))
-    latents.write_metadata(directory, latent_shape, {"train": shards})
-    return LatentDrawings(directory, "train", latent_shape)
+def best_rate(products: Iterable[Product], seconds: Mapping[str, float]) -> float:
+    """FLOP/s of the fastest of the products, whose seconds stand under their names."""
+    return max(product.flops / seconds[str(product)] for product in products)
+
+
+def reading_calls() -> dict[str, Call]:
+    """Two ways to read `READ` bytes once, the faster of which is the bandwidth: a sum, and a product with one row."""
+    numbers = jnp.ones((READ // 4 // 1024, 1024), jnp.float32)
+    add, multiply = jax.jit(jnp.sum), jax.jit(lambda x, y: jnp.einsum("i,oi->o", y, x))
+    row = jnp.ones(1024, jnp.float32)
+    return {"read by a sum": lambda: add(numbers), "read by a product": lambda: multiply(numbers, row)}
+
+
+def bandwidth(seconds: Mapping[str, float]) -> float:
+    """Bytes a second, of those calls' seconds."""
+    return READ / min(seconds["read by a sum"], seconds["read by a product"])

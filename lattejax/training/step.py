@@ -65,6 +65,14 @@ def abstract_state(stage: Stage, params: Params, mesh: Mesh) -> TrainState:
     return rules.abstract(mesh, jax.eval_shape(functools.partial(init_state, stage), params))
 
 
+def row_keys(key: Key[Array, ""], numbers: Int[Array, "*rows"]) -> Key[Array, "*rows"]:
+    """Each row's key of a step's, by the row's number."""
+    fold = functools.partial(jax.random.fold_in, key)
+    for _ in numbers.shape:
+        fold = jax.vmap(fold)
+    return fold(numbers)
+
+
 def make_train_step(
     stage: Stage,
     loss: Loss,
@@ -85,12 +93,6 @@ def make_train_step(
     """
     optimizer = make_optimizer(stage)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
-
-    def row_keys(key, numbers):
-        fold = functools.partial(jax.random.fold_in, key)
-        for _ in numbers.shape:
-            fold = jax.vmap(fold)
-        return fold(numbers)
 
     def step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)

@@ -4,7 +4,6 @@ Its directory:
 
 vlm/                    the run that pretrains the VLM
 runs/<variant>_<seed>/  a run each
-compilation_cache/      unless JAX has been told of another
 sampling.json           scores and times by number of sampling steps, of each variant's run with the first seed
 table.csv, table.md     the comparison, see `evaluation.comparison`
 *.png                   its plots
@@ -18,7 +17,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -103,8 +101,6 @@ def run_sweep(sweep: Sweep, path: str | epath.Path, guard: InterruptGuard) -> st
       Interrupted: a signal came; everything that is trained is saved.
     """
     directory = Workdir.at(path).path
-    if jax.config.jax_compilation_cache_dir is None:  # seeds of one variant compile the same programs
-        jax.config.update("jax_compilation_cache_dir", str(directory / "compilation_cache"))
     source = open_source(sweep.base)
     tokenizer = find_tokenizer(sweep.base, Workdir(directory / "vlm"), source)
     for variant in {variant.data: variant for variant in sweep.variants.values()}.values():

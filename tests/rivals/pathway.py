@@ -1,0 +1,156 @@
+"""The generation pathway in eager PyTorch, as its user would write it, on our weights.
+
+Axes: B batch, T context token, N image token, H query head, D width, d head dimension.
+"""
+
+import jax
+import numpy as np
+import torch
+from torch.nn.functional import linear, rms_norm, silu
+
+from lattejax.configuration import Config
+from lattejax.models.functional import Params
+from lattejax.models.generation import Context, GenerationConfig
+
+
+def tensors(tree):
+    """Our arrays as tensors that share their memory."""
+    return jax.tree.map(torch.from_dlpack, tree)
+
+
+def apply(params, x):
+    return linear(x, params["weight"], params.get("bias"))
+
+
+class Rotary:
+    """M-RoPE's cosines and sines of image tokens that follow `start` tokens."""
+
+    def __init__(self, config: GenerationConfig, start: int):
+        text, (rows, columns) = config.text, config.grid
+        positions = np.indices((1, rows, columns)).reshape(3, -1) + start
+        frequencies = text.rope_theta ** (-np.arange(0, text.head_dim, 2) / text.head_dim)
+        angles = positions[np.repeat(np.arange(3), text.mrope_section)].T * frequencies
+        angles = torch.tensor(np.concatenate([angles, angles], axis=-1), dtype=torch.float32)
+        self.cos, self.sin = angles.cos(), angles.sin()
+
+    def __call__(self, x):  # [B, heads, N, d]
+        first, second = x.chunk(2, dim=-1)
+        return x * self.cos + torch.cat([-second, first], dim=-1) * self.sin
+
+
+def layer(config: GenerationConfig, params, h, c, rotary: Rotary, keys, values, previous_map):
+    """One layer; keys and values are the context's, [B, G, T, d]. Returns the hidden states and the map."""
+    text, decoder = config.text, params["decoder"]
+    batch, count, width = h.shape
+    eps, repeats = text.rms_norm_eps, text.num_heads // text.num_kv_heads
+    attention_scale, mlp_scale, norm_scale, norm_shift = apply(params["modulation"], silu(c))[:, None].chunk(4, dim=-1)
+
+    x = rms_norm(h, (width,), decoder["input_norm"]["scale"], eps)
+    q, k, v = (
+        apply(decoder["attention"][name], x).view(batch, count, -1, text.head_dim).transpose(1, 2)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    k = torch.cat([keys, rotary(k)], dim=2).repeat_interleave(repeats, dim=1)
+    v = torch.cat([values, v], dim=2).repeat_interleave(repeats, dim=1)
+    scores = rotary(q) @ k.transpose(-1, -2) / text.head_dim**0.5
+    on_context, on_image = scores.softmax(-1).split([keys.shape[2], count], dim=-1)
+    if previous_map is not None:
+        on_image = on_image + torch.tanh(apply(params["residual_gate"], c))[..., None, None] * previous_map
+    mixed = torch.cat([on_context, on_image], dim=-1) @ v
+    mixed = apply(decoder["attention"]["o_proj"], mixed.transpose(1, 2).reshape(batch, count, width))
+    h = h + (1 + attention_scale) * rms_norm(mixed, (width,), params["attention_norm"]["scale"], eps)
+
+    x = rms_norm(h, (width,), decoder["post_attention_norm"]["scale"], eps) * (1 + norm_scale) + norm_shift
+    mlp = decoder["mlp"]
+    x = apply(mlp["down_proj"], silu(apply(mlp["gate_proj"], x)) * apply(mlp["up_proj"], x))
+    return h + (1 + mlp_scale) * rms_norm(x, (width,), params["mlp_norm"]["scale"], eps), on_image
+
+
+def velocity(config: GenerationConfig, params, rotary: Rotary, contexts, x_t, t):
+    """One group's velocity [B, h, w, C]; contexts: of each layer keys and values [B, G, T, d]; t [B or 1]. Patches of
+    one latent."""
+    (rows, columns), channels, width = config.grid, config.token_dim, config.text.hidden_size
+    h = apply(params["embedding"]["proj"], x_t.reshape(len(x_t), rows * columns, channels))
+    frequencies = torch.tensor(1000 * 10_000.0 ** (-np.arange(128) / 128), dtype=torch.float32)
+    angles = t[:, None] * frequencies
+    sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    c = apply(params["time"]["fc2"], silu(apply(params["time"]["fc1"], sinusoids)))
+    carried = None
+    for expert, (keys, values) in zip(params["experts"], contexts, strict=True):
+        h, carried = layer(config, expert, h, c, rotary, keys, values, carried)
+    head = params["head"]
+    scale, shift = apply(head["modulation"], silu(c))[:, None].chunk(2, dim=-1)
+    h = rms_norm(h, (width,), head["norm"]["scale"], config.text.rms_norm_eps) * (1 + scale) + shift
+    return apply(head["proj"], h).reshape(x_t.shape)
+
+
+class Sampler:
+    """Euler's rule in equal steps with one group, guided unless the scale is 1; the empty prompt's context is last."""
+
+    def __init__(
+        self, config: GenerationConfig, pathway: Params, contexts: Context, noise, guidance: float, steps: int
+    ):
+        self.config, self.params, self.noise = config, tensors(pathway), torch.from_dlpack(noise)
+        self.guidance, self.steps = guidance, steps
+        self.rotary = Rotary(config, contexts.mask.shape[1])
+        batch = len(noise)
+        chosen = list(range(batch)) + [batch] * batch * (guidance != 1)
+        self.contexts = [
+            tuple(torch.from_dlpack(part)[chosen].transpose(1, 2) for part in pair) for pair in contexts.layers
+        ]
+
+    @torch.no_grad()
+    def draw(self) -> np.ndarray:
+        x = self.noise
+        for step in range(self.steps):
+            inputs = x if self.guidance == 1 else torch.cat([x, x])
+            t = torch.tensor([step / self.steps])
+            v = velocity(self.config, self.params, self.rotary, self.contexts, inputs, t)
+            if self.guidance != 1:
+                conditional, unconditional = v.chunk(2)
+                v = unconditional + self.guidance * (conditional - unconditional)
+            x = x + v / self.steps
+        return x.numpy()
+
+
+class Trainer:
+    """Flow matching of one group with AdamW, always on the same latents, noise and flow times; prompt j is row j's."""
+
+    def __init__(self, config: Config, trained: Params, contexts: Context, latents, noise, t):
+        stage, self.config = config.train, config.model_config.generation
+        layers = [jax.tree.map(lambda x, i=i: x[i], trained["experts"]) for i in range(self.config.text.num_layers)]
+
+        def own(array) -> torch.Tensor:
+            return torch.tensor(np.asarray(array)).requires_grad_()
+
+        self.params = jax.tree.map(own, trained | {"experts": layers})
+        self.latents, self.noise, self.t = (torch.tensor(np.asarray(x)) for x in (latents, noise, t))
+        self.contexts = [
+            tuple(torch.tensor(np.asarray(part[i]))[: len(latents)].transpose(1, 2) for part in contexts.layers)
+            for i in range(self.config.text.num_layers)
+        ]
+        self.rotary = Rotary(self.config, contexts.mask.shape[1])
+        self.leaves, self.clip_norm = jax.tree.leaves(self.params), stage.clip_norm
+        self.optimizer = torch.optim.AdamW(
+            self.leaves, betas=(stage.adam_b1, stage.adam_b2), weight_decay=stage.weight_decay, fused=True
+        )
+        self.warmup, self.rate, self.count = max(stage.warmup_steps, 1), stage.learning_rate, 0
+
+    def step(self) -> np.ndarray:
+        """Takes a step; returns the loss and the gradient's norm before clipping."""
+        self.count += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * min(self.count / self.warmup, 1)
+        t = self.t[:, None, None, None]
+        x_t = t * self.latents + (1 - t) * self.noise
+        v = velocity(self.config, self.params, self.rotary, self.contexts, x_t, self.t)
+        loss = (v - (self.latents - self.noise)).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.leaves, self.clip_norm)
+        self.optimizer.step()
+        return np.stack([loss.detach().numpy(), norm.numpy()])
+
+    def head(self) -> np.ndarray:
+        """The head's weight as it is now."""
+        return self.params["head"]["proj"]["weight"].detach().numpy()

@@ -1,0 +1,75 @@
+"""Qwen2-VL's language model by transformers, on our weights."""
+
+import jax
+import numpy as np
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from lattejax.models.functional import Params
+from lattejax.models.qwen2_vl import Prompts, VLMConfig
+from lattejax.weights import naming
+from tests import checkpoints
+
+
+def model_of(config: VLMConfig, params: Params) -> Qwen2VLForConditionalGeneration:
+    """The model with our weights, a tree for each layer, whose memory it shares."""
+    text, vision = config.text, config.vision
+    model = Qwen2VLForConditionalGeneration(
+        checkpoints.tiny_config(
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_hidden_layers=text.num_layers,
+            num_attention_heads=text.num_heads,
+            num_key_value_heads=text.num_kv_heads,
+            vocab_size=text.vocab_size,
+            rms_norm_eps=text.rms_norm_eps,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=text.rope_theta, mrope_section=list(text.mrope_section)
+            ),
+            tied=text.tie_word_embeddings,
+            vision_depth=vision.depth,
+            vision_embed_dim=vision.embed_dim,
+            vision_num_heads=vision.num_heads,
+            vision_mlp_ratio=vision.mlp_ratio,
+            vision_patch_size=vision.patch_size,
+        )
+    )
+    ours = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(params)
+    }
+    theirs = {}
+    for leaf in naming.leaves(config):
+        for i, name in enumerate(leaf.names):
+            path = leaf.path.replace("/layers/", f"/layers/{i}/").replace("/blocks/", f"/blocks/{i}/")
+            name = f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
+            theirs[name] = torch.from_dlpack(ours[path]).reshape(leaf.tensor_shape)
+    missing, unexpected = model.load_state_dict(theirs, strict=False, assign=True)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    model.tie_weights()
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+class Reader:
+    """Reads one batch of unpadded prompts of text, and answers it greedily."""
+
+    def __init__(self, config: VLMConfig, params: Params, prompts: Prompts):
+        self.model = model_of(config, params)
+        self.inputs = dict(
+            input_ids=torch.tensor(np.asarray(prompts.input_ids, np.int64)),
+            attention_mask=torch.ones(prompts.input_ids.shape, dtype=torch.long),
+        )
+
+    @torch.no_grad()
+    def read(self):
+        return self.model.model(**self.inputs, use_cache=True).past_key_values
+
+    def last_values(self) -> np.ndarray:
+        """The last layer's values [B, T, G, d]."""
+        return self.read().layers[-1].values.transpose(1, 2).numpy()
+
+    @torch.no_grad()
+    def answer(self, new_tokens: int) -> np.ndarray:
+        """So many tokens [B, new_tokens]."""
+        tokens = self.model.generate(**self.inputs, max_new_tokens=new_tokens, do_sample=False)
+        return tokens[:, self.inputs["input_ids"].shape[1] :].numpy()
