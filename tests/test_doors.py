@@ -195,8 +195,14 @@ BAD_INPUT = {
     "seed out of range": ([*CHAT, "--seed=9223372036854775808"], "seed"),
     "image too large to be true": ([*CHAT, "--image={tmp}/bomb.bmp"], "bomb.bmp"),
     "negative temperature": ([*CHAT, "--temperature=-1"], "--temperature=-1"),
-    "benchmark of nothing": (["benchmark", "--config=configs/digits.py"], "say what: sample, train, context, decode, data"),
-    "benchmark of the unknown": (["benchmark", "speed", "--config=configs/digits.py"], "say what: sample, train, context, decode, data; found speed"),
+    "benchmark of nothing": (
+        ["benchmark", "--config=configs/digits.py"],
+        "say what: sample, train, context, decode, data",
+    ),
+    "benchmark of the unknown": (
+        ["benchmark", "speed", "--config=configs/digits.py"],
+        "say what: sample, train, context, decode, data; found speed",
+    ),
     "worker of too few": (["encode", *tiny_flags(), "--out={tmp}/out", "--worker=2", "--workers=2"], "--worker=2"),
     "latents without a manifest": (
         [*TRAIN, *tiny_flags(**LATENTS)],

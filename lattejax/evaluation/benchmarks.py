@@ -312,11 +312,11 @@ def random_like(tree: Any, dtype: jnp.dtype = jnp.float32) -> Any:
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        numbers = rng.standard_normal(leaf.shape, np.float32)
+        numbers = rng.random(leaf.shape, np.float32)
+        numbers -= 0.5
         if path[-1] == jax.tree_util.DictKey("scale"):
-            numbers = 1 + numbers / 10
-        else:
-            numbers *= (leaf.shape or (1,))[-1] ** -0.5
+            return jnp.asarray(1 + numbers, dtype)
+        numbers *= (12 / leaf.shape[-1]) ** 0.5  # a variance of one over the inputs
         return jnp.asarray(numbers, dtype)
 
     return jax.tree.map_with_path(draw, tree)
