@@ -8,6 +8,7 @@ sample: images of a batch, from their prompts' tokens to latents, the context pa
 train: forward, backward and AdamW of one group, contexts given.
 context: prompts read by the language model. decode: greedy answers. Against torch, both by transformers.
 data: latents a second from the loader alone, random ones in the real format.
+plot: time per image by group count; --results are lines of JSON from sample --against=torch.
 
 Weights are random, at the config's geometry. Figures are medians over repeats in turn, seconds and FLOP/s. `limit` is
 the seconds that matrix products (decode: reading the weights; data: reading the bytes) would take at the best rate that
@@ -16,6 +17,7 @@ this machine reached between the repeats.
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 from absl import flags
@@ -25,7 +27,7 @@ from lattejax import cli, configuration
 from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
 from lattejax.errors import UserError
-from lattejax.evaluation import benchmarks, loading
+from lattejax.evaluation import benchmarks, loading, speed
 from lattejax.evaluation.benchmarks import RIVALS, Work
 from lattejax.weights.runs import prompt_encoder
 
@@ -47,10 +49,15 @@ NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Of decode: tokens of an ans
 RECORDS = flags.DEFINE_integer("records", 20_000, "Of data: records to write and read.", lower_bound=1000)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds that are timed, after one that is not.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
-flags.mark_flag_as_required("config")
+RESULTS = flags.DEFINE_string("results", "", "Of plot: a file of JSON lines.")
+OUT = flags.DEFINE_string("out", "speed.png", "Of plot: the picture.")
 
 
 def main(what: str) -> None:
+    if what == "plot":
+        return plot(RESULTS.value, OUT.value)
+    if CONFIG.value is None:
+        raise UserError(f"--config is missing: whose geometry is {what} to have?")
     config = configuration.resolve(CONFIG.value)
     result = data(config) if what == "data" else model(what, config)
     for name, value in result.items():
@@ -79,6 +86,16 @@ def data(config: Config) -> dict:
     return {"benchmark": "data"} | loading.data_rate(config, encoder, RECORDS.value)
 
 
+def plot(results: str, out: str) -> None:
+    try:
+        found = [json.loads(line) for line in Path(results).read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"--results={results}: {error}") from error
+    if not found or any((one["benchmark"], one["against"]) != ("sample", "torch") for one in found):
+        raise UserError(f"--results={results} must have objects of sample --against=torch --json, one a line")
+    speed.plot_by_groups(found).savefig(out, dpi=120)
+
+
 def check_rival(what: str, config: Config) -> None:
     rivals = RIVALS.get(what, ())
     if AGAINST.value and AGAINST.value not in rivals:
@@ -88,4 +105,4 @@ def check_rival(what: str, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.check_config_flags, commands=(*MODELS, "data"))
+    cli.run(main, cli.check_config_flags, commands=(*MODELS, "data", "plot"))

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from lattejax import configuration
+from lattejax import cli, configuration
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.images import open_image
 from lattejax.data.prompts import Turn
@@ -195,13 +196,14 @@ BAD_INPUT = {
     "seed out of range": ([*CHAT, "--seed=9223372036854775808"], "seed"),
     "image too large to be true": ([*CHAT, "--image={tmp}/bomb.bmp"], "bomb.bmp"),
     "negative temperature": ([*CHAT, "--temperature=-1"], "--temperature=-1"),
-    "benchmark of nothing": (
-        ["benchmark", "--config=configs/digits.py"],
-        "say what: sample, train, context, decode, data",
-    ),
-    "benchmark of the unknown": (
-        ["benchmark", "speed", "--config=configs/digits.py"],
-        "say what: sample, train, context, decode, data; found speed",
+    "benchmark of nothing": (["benchmark", "--config=configs/digits.py"], "say what: sample, train, "),
+    "benchmark of the unknown": (["benchmark", "speed", "--config=configs/digits.py"], "found speed"),
+    "benchmark without a config": (["benchmark", "sample"], "--config"),
+    "plot of nothing": (["benchmark", "plot", "--results={tmp}/none.jsonl", "--out={tmp}/a.png"], "none.jsonl"),
+    "rival of the loader": (["benchmark", "data", "--config=configs/digits.py", "--against=torch"], "knows no rival"),
+    "rival in another dtype": (
+        ["benchmark", "sample", "--config=configs/imagenet256.py", "--against=torch"],
+        "add --config.dtype=float32",
     ),
     "worker of too few": (["encode", *tiny_flags(), "--out={tmp}/out", "--worker=2", "--workers=2"], "--worker=2"),
     "latents without a manifest": (
@@ -251,3 +253,33 @@ def test_the_loaders_benchmark_ends_with_a_json_object():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["benchmark"] == "data" and 0 < found["share_of_limit"] < 1
     assert found["latents_per_second"] == pytest.approx(found["batch_size"] / found["seconds"])
+
+
+def test_the_benchmark_of_a_call_ends_with_a_json_object():
+    flags = ["--steps=2", "--batch_size=2", "--repeats=1", "--against=vanilla", "--json"]
+    done = run_door("benchmark", "sample", *tiny_flags(), *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["benchmark"], found["against"], found["num_groups"]) == ("sample", "vanilla", 2)
+    assert found["ratio"] == pytest.approx(found["against_seconds"] / found["seconds"])
+
+
+def test_benchmarks_of_steps_are_plotted_by_group_count(tmp_path):
+    figures = {"seconds": 0.5, "against_seconds": 0.8, "limit": 0.4, "batch_size": 1}
+    results = [{"benchmark": "sample", "against": "torch", "num_groups": count} | figures for count in (4, 1, 2)]
+    (tmp_path / "speed.jsonl").write_text("\n".join(map(json.dumps, results)))
+    done = run_door("benchmark", "plot", f"--results={tmp_path / 'speed.jsonl'}", f"--out={tmp_path / 'speed.png'}")
+    assert done.returncode == 0, done.stderr
+    assert open_image(tmp_path / "speed.png").width > 400
+
+
+def test_compiled_programs_are_kept_unless_jax_knows_where(monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    try:
+        for told, kept in ((None, "/somewhere/lattejax"), ("/elsewhere", "/elsewhere")):
+            jax.config.update("jax_compilation_cache_dir", told)
+            cli.keep_compiled()
+            assert jax.config.jax_compilation_cache_dir == kept
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

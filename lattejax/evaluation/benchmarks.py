@@ -129,10 +129,8 @@ def one_groups_steps(config: Config, work: Work) -> Result:
 def train(config: Config, work: Work, against: str) -> Result:
     """Forward, backward and AdamW of one group of L/K layers, contexts given. Ours keeps its average besides."""
     config = without_vision(first_group(config))
-    stage = dataclasses.replace(
-        config.train, batch_size=work.batch_size, accumulation=1, warmup_steps=0, prompt_dropout=0.0
-    )
-    config = dataclasses.replace(config, train=dataclasses.replace(stage, share_contexts=True, stratified=True))
+    plain = dict(accumulation=1, warmup_steps=0, decay="none", prompt_dropout=0.0, share_contexts=True, stratified=True)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=work.batch_size, **plain))
     model, rows, loss = config.model_config, stage_rows(config)["train"], flow_loss(config)
     trained = random_like(abstract_trained(config))
     contexts = random_contexts(config, work)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 Call = Callable[[], Any]
 Calls = Mapping[str, Call]
@@ -68,3 +69,29 @@ def reading_calls() -> dict[str, Call]:
 def bandwidth(seconds: Mapping[str, float]) -> float:
     """Bytes a second, of those calls' seconds."""
     return READ / min(seconds["read by a sum"], seconds["read by a product"])
+
+
+PLOTTED_STEPS = 40  # the paper's
+
+
+def plot_by_groups(results: list[dict[str, Any]]) -> Figure:
+    """Time per image by group count: of results of steps of one group, ours and PyTorch's, with the machine's limit."""
+    results = sorted(results, key=lambda result: result["num_groups"])
+    groups = [result["num_groups"] for result in results]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, label, style in (
+        ("against_seconds", "PyTorch, eager", "C1s-"),
+        ("seconds", "lattejax", "C0o-"),
+        ("limit", "the matrix products alone, at this machine's best rate", "k:"),
+    ):
+        per_image = [PLOTTED_STEPS * result[name] / result["batch_size"] for result in results]
+        axes.plot(groups, per_image, style, label=label)
+        if name == "seconds" and groups[0] == 1:
+            axes.axhline(per_image[0], color="C0", linewidth=0.8, linestyle="--", label="Vanilla: lattejax, one group")
+    axes.set(xscale="log", yscale="log", xlabel="timestep-expert groups", ylabel=f"seconds, {PLOTTED_STEPS} steps")
+    axes.set_xticks(groups, [str(count) for count in groups])
+    axes.minorticks_off()
+    axes.set_title("Time per image by group count")
+    axes.legend(fontsize="small")
+    return figure

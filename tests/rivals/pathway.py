@@ -114,7 +114,7 @@ class Sampler:
 
 
 class Trainer:
-    """Flow matching of one group with AdamW, always on the same latents, noise and flow times; prompt j is row j's."""
+    """Flow matching of one group with AdamW, each step on the same latents, noise and flow times; prompt j is row j's."""
 
     def __init__(self, config: Config, trained: Params, contexts: Context, latents, noise, t):
         stage, self.config = config.train, config.model_config.generation
@@ -132,15 +132,15 @@ class Trainer:
         self.rotary = Rotary(self.config, contexts.mask.shape[1])
         self.leaves, self.clip_norm = jax.tree.leaves(self.params), stage.clip_norm
         self.optimizer = torch.optim.AdamW(
-            self.leaves, betas=(stage.adam_b1, stage.adam_b2), weight_decay=stage.weight_decay, fused=True
+            self.leaves,
+            stage.learning_rate,
+            betas=(stage.adam_b1, stage.adam_b2),
+            weight_decay=stage.weight_decay,
+            fused=True,
         )
-        self.warmup, self.rate, self.count = max(stage.warmup_steps, 1), stage.learning_rate, 0
 
     def step(self) -> np.ndarray:
         """Takes a step; returns the loss and the gradient's norm before clipping."""
-        self.count += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * min(self.count / self.warmup, 1)
         t = self.t[:, None, None, None]
         x_t = t * self.latents + (1 - t) * self.noise
         v = velocity(self.config, self.params, self.rotary, self.contexts, x_t, self.t)

@@ -122,6 +122,21 @@ def test_prompts_with_images_draw_beside_prompts_without(variant):
         assert np.abs(alone - together[i]).max() <= 1
 
 
+def test_the_loops_read_no_weights_of_the_time_conditioning():
+    """Time embedding and modulations are computed for all steps ahead of the loops."""
+    ours = sampler()
+    contexts, segments = ours.read(PROMPTS[:1]), plan_segments(ours.config.generation.intervals, Sampling(4))
+    noise = np.zeros((1, *ours.config.generation.latent_shape), np.float32)
+    drawing = functools.partial(draw_latents, ours.config, segments=segments)
+    (call,) = jax.make_jaxpr(drawing)(ours.pathway, contexts, np.zeros(1, np.int32), noise, 2.0).eqns
+    loops = [eqn for eqn in call.params["jaxpr"].eqns if eqn.primitive.name == "scan"]
+    layer = ours.pathway["experts"][0]
+    conditioning = (ours.pathway["time"]["fc1"], layer["modulation"], ours.pathway["head"]["modulation"])
+    read = {var.aval.shape for loop in loops for var in loop.invars}
+    assert len(loops) == 2 and layer["decoder"]["mlp"]["up_proj"]["weight"].shape in read
+    assert not read & {linear["weight"].shape for linear in conditioning}
+
+
 def test_a_sampling_call_traces_the_context_pass_once_and_outside_the_loop(monkeypatch):
     """Over several batches and many steps; and the drawing itself has no VLM weight among its inputs."""
     passes, calls = [], []
