@@ -34,6 +34,7 @@ from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.qwen2_vl import Prompts
 from lattejax.models.text import KeysValues, TextConfig
+from lattejax.parallel import rules
 from lattejax.parallel.mesh import one_device
 from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.sampling.images import draw_latents, read_prompts, sample_noise
@@ -146,8 +147,10 @@ def train(config: Config, work: Work, against: str) -> Result:
         rival = load_rival("pathway").Trainer(config, trained, contexts, latents[0, 0], noise[0], t)
         calls["theirs"] = rival.step
     first_head = np.array(trained["head"]["proj"]["weight"])
-    state = jax.jit(functools.partial(init_state, config.train), donate_argnums=0)(trained)
-    step = compile_for(one_device(), make_train_step(config.train, loss, rows), state, frozen, rows)
+    init, mesh = functools.partial(init_state, config.train), one_device()
+    placed = rules.shardings(mesh, jax.eval_shape(init, trained))
+    state = jax.jit(init, out_shardings=placed, donate_argnums=0)(trained)
+    step = compile_for(mesh, make_train_step(config.train, loss, rows), state, frozen, rows)
 
     def ours():
         nonlocal state

@@ -114,7 +114,7 @@ class Sampler:
 
 
 class Trainer:
-    """Flow matching of one group with AdamW, each step on the same latents, noise and flow times; prompt j is row j's."""
+    """Flow matching of one group with AdamW, each step on the same latents, noise and times; row j's prompt is j."""
 
     def __init__(self, config: Config, trained: Params, contexts: Context, latents, noise, t):
         stage, self.config = config.train, config.model_config.generation
