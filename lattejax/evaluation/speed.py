@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 Call = Callable[[], Any]
 Calls = Mapping[str, Call]
@@ -91,6 +92,8 @@ def plot_by_groups(results: list[dict[str, Any]]) -> Figure:
             axes.axhline(per_image[0], color="C0", linewidth=0.8, linestyle="--", label="Vanilla: lattejax, one group")
     axes.set(xscale="log", yscale="log", xlabel="timestep-expert groups", ylabel=f"seconds, {PLOTTED_STEPS} steps")
     axes.set_xticks(groups, [str(count) for count in groups])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.minorticks_off()
     axes.set_title("Time per image by group count")
     axes.legend(fontsize="small")
