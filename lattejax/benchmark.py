@@ -102,6 +102,8 @@ def check_rival(what: str, config: Config) -> None:
         raise UserError(f"--against={AGAINST.value}: {what} knows {', '.join(rivals) or 'no rival'}")
     if AGAINST.value in ("torch", "janus") and (config.dtype != "float32" or jax.default_backend() != "cpu"):
         raise UserError(f"--against={AGAINST.value} compares on a CPU, in float32: add --config.dtype=float32")
+    if AGAINST.value == "torch" and what in ("sample", "train") and config.model.patch_size != 1:
+        raise UserError("PyTorch's rendering knows patches of one latent: add --config.model.patch_size=1")
 
 
 if __name__ == "__main__":

@@ -205,6 +205,14 @@ BAD_INPUT = {
         ["benchmark", "sample", "--config=configs/imagenet256.py", "--against=torch"],
         "add --config.dtype=float32",
     ),
+    "rival of larger patches": (
+        ["benchmark", "train", "--config=configs/digits.py", "--against=torch"],
+        "add --config.model.patch_size=1",
+    ),
+    "training benchmark of Blend": (
+        ["benchmark", "train", "--config=configs/digits.py", "--config.model.variant=blend"],
+        "model.variant='couple'",
+    ),
     "worker of too few": (["encode", *tiny_flags(), "--out={tmp}/out", "--worker=2", "--workers=2"], "--worker=2"),
     "latents without a manifest": (
         [*TRAIN, *tiny_flags(**LATENTS)],

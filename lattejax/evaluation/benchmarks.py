@@ -59,6 +59,11 @@ class Work:
     new_tokens: int  # that are decoded
     repeats: int
 
+    @property
+    def rows(self) -> int:
+        """Rows of a sampling step: guided, an image has two."""
+        return self.batch_size * (1 if self.guidance == 1 else 2)
+
 
 # ---- Drawing
 
@@ -73,7 +78,6 @@ def whole_images(config: Config, work: Work, against: str) -> Result:
     config = without_vision(config)
     model, params = config.model_config, random_params(config)
     pathway, vlm = latte_flow.pathway(model, params), params.pop("vlm")
-    guided = work.guidance != 1
     prompts = random_prompts(config, work.batch_size + 1, work.prompt_tokens)  # the empty one is as long here
     rows = jnp.arange(work.batch_size)
 
@@ -84,7 +88,7 @@ def whole_images(config: Config, work: Work, against: str) -> Result:
         return draw_latents(model, pathway, contexts, rows, noise, work.guidance, segments=segments)
 
     calls = {"ours": draw, "context": lambda: read_prompts(model, vlm, prompts)}
-    products = layer_products(model.vlm.text, work.batch_size * (2 if guided else 1) * num_tokens(config))
+    products = layer_products(model.vlm.text, work.rows * num_tokens(config))
     if against == "vanilla":
         one_group = dataclasses.replace(model.generation, num_groups=1, group_sizes=(), interval_edges=())
         calls["theirs"] = lambda: draw(dataclasses.replace(model, generation=one_group))
@@ -92,8 +96,7 @@ def whole_images(config: Config, work: Work, against: str) -> Result:
         rival = load_rival("janus").Janus(work.batch_size, work.prompt_tokens, work.guidance)
         calls["theirs"] = rival.draw
     work_flops = flops.reading(model.vlm.text, work.prompt_tokens) * len(prompts.mask)
-    passes = work.steps * work.batch_size * (2 if guided else 1)
-    work_flops += passes * flops.velocity(model.generation, work.prompt_tokens)
+    work_flops += work.steps * work.rows * flops.velocity(model.generation, work.prompt_tokens)
     result, seconds = measure(config, work, calls, products, work_flops, against)
     return result | {
         "seconds_per_image": seconds["ours"] / work.batch_size,
@@ -106,7 +109,7 @@ def one_groups_steps(config: Config, work: Work) -> Result:
     """Steps of one group of L/K layers, contexts given; all figures are for one step."""
     config = without_vision(first_group(config))
     model, params = config.model_config, random_params(config)
-    pathway, guided = latte_flow.pathway(model, params), work.guidance != 1
+    pathway = latte_flow.pathway(model, params)
     contexts = read_prompts(model, params.pop("vlm"), random_prompts(config, work.batch_size + 1, work.prompt_tokens))
     rows = jnp.arange(work.batch_size)
     noise = sample_noise(0, rows, model.generation.latent_shape)
@@ -117,11 +120,10 @@ def one_groups_steps(config: Config, work: Work) -> Result:
 
     rival = load_rival("pathway").Sampler(model.generation, pathway, contexts, noise, work.guidance, work.steps)
     must_agree(draw(), rival.draw())
-    products = layer_products(model.vlm.text, work.batch_size * (2 if guided else 1) * num_tokens(config))
-    step_flops = flops.velocity(model.generation, work.prompt_tokens) * work.batch_size * (2 if guided else 1)
-    return measure(
-        config, work, {"ours": draw, "theirs": rival.draw}, products, work.steps * step_flops, "torch", work.steps
-    )[0]
+    products = layer_products(model.vlm.text, work.rows * num_tokens(config))
+    work_flops = work.steps * work.rows * flops.velocity(model.generation, work.prompt_tokens)
+    calls = {"ours": draw, "theirs": rival.draw}
+    return measure(config, work, calls, products, work_flops, "torch", work.steps)[0]
 
 
 # ---- Training
@@ -129,6 +131,8 @@ def one_groups_steps(config: Config, work: Work) -> Result:
 
 def train(config: Config, work: Work, against: str) -> Result:
     """Forward, backward and AdamW of one group of L/K layers, contexts given. Ours keeps its average besides."""
+    if config.trains_answers:
+        raise UserError("train measures the step of model.variant='couple'; Blend's trains the VLM and answers besides")
     config = without_vision(first_group(config))
     plain = dict(accumulation=1, warmup_steps=0, decay="none", prompt_dropout=0.0, share_contexts=True, stratified=True)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=work.batch_size, **plain))
