@@ -3,8 +3,8 @@
 python -m lattejax.benchmark sample --config=configs/imagenet256.py --config.dtype=float32 --against=vanilla
 
 sample: images of a batch, from their prompts' tokens to latents, the context pass included. Against vanilla, the same
-    weights as one group; against janus, Janus-Pro's language model with its KV cache (on two cores some ten minutes
-    an image, and 22 GiB); against torch, steps of one group, contexts given, in eager PyTorch.
+    weights as one group; against janus, Janus-Pro's language model with its KV cache (21 GiB, and on two cores many
+    minutes an image); against torch, steps of one group, contexts given, in eager PyTorch.
 train: forward, backward and AdamW of one group, contexts given.
 context: prompts read by the language model. decode: greedy answers. Against torch, both by transformers.
 data: latents a second from the loader alone, random ones in the real format.
@@ -91,7 +91,7 @@ def plot(results: str, out: str) -> None:
         found = [json.loads(line) for line in Path(results).read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"--results={results}: {error}") from error
-    if not found or any((one["benchmark"], one["against"]) != ("sample", "torch") for one in found):
+    if not found or any((one.get("benchmark"), one.get("against")) != ("sample", "torch") for one in found):
         raise UserError(f"--results={results} must have objects of sample --against=torch --json, one a line")
     speed.plot_by_groups(found).savefig(out, dpi=120)
 

@@ -304,7 +304,7 @@ def group_velocities(
         return velocity(config, own, context, x_t, condition(config, own, t), remat)
 
     experts, groups = params["experts"], config.num_groups
-    if config.group_sizes or groups == 1:
+    if config.group_sizes or groups == 1:  # groups that differ; and one alone, whose products need no axis K
         velocities = []
         for k in range(groups):
             table = contexts if rows is not None else jax.tree.map(lambda x, k=k: x[k], contexts)
