@@ -8,7 +8,6 @@ before anything is timed.
 """
 
 import dataclasses
-import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -130,7 +129,7 @@ def one_groups_steps(config: Config, work: Work) -> Result:
 
 
 def train(config: Config, work: Work, against: str) -> Result:
-    """Forward, backward and AdamW of one group of L/K layers, contexts given. Ours keeps its average besides."""
+    """Forward, backward and AdamW of one group of L/K layers, contexts given; no average is kept."""
     if config.trains_answers:
         raise UserError("train measures the step of model.variant='couple'; Blend's trains the VLM and answers besides")
     config = without_vision(first_group(config))
@@ -151,7 +150,11 @@ def train(config: Config, work: Work, against: str) -> Result:
         rival = load_rival("pathway").Trainer(config, trained, contexts, latents[0, 0], noise[0], t)
         calls["theirs"] = rival.step
     first_head = np.array(trained["head"]["proj"]["weight"])
-    init, mesh = functools.partial(init_state, config.train), one_device()
+
+    def init(params):
+        return init_state(config.train, params)._replace(ema=None)
+
+    mesh = one_device()
     placed = rules.shardings(mesh, jax.eval_shape(init, trained))
     state = jax.jit(init, out_shardings=placed, donate_argnums=0)(trained)
     step = compile_for(mesh, make_train_step(config.train, loss, rows), state, frozen, rows)

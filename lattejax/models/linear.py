@@ -28,5 +28,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        # One axis of rows: summing over several, the weight's gradient would turn its operands in memory first.
+        rows = x.reshape(-1, x.shape[-1])
+        y = jnp.einsum("ri,oi->ro", rows, self.weight[...]).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...]

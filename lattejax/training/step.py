@@ -20,12 +20,13 @@ Loss = Callable[[Params, Any, Any, dict[str, Key[Array, "*rows"]]], tuple[Array,
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. `params` and `ema` are float32; `skipped` counts the steps that changed nothing."""
+    """All that a step changes. `params` and `ema` are float32; `skipped` counts the steps that changed nothing. Without
+    an `ema` (None) no average is kept."""
 
     step: Int[Array, ""]
     skipped: Int[Array, ""]
     params: Params
-    ema: Params
+    ema: Params | None
     optimizer: Any
 
 
@@ -113,11 +114,16 @@ def make_train_step(
 
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(total_loss) & jnp.isfinite(norm)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1 - stage.ema_decay)
-        moved, stayed = (params, ema, optimizer_state), (state.params, state.ema, state.optimizer)
-        moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed)
+
+        # Behind a condition every array is updated where it stands; choosing between old and new would keep both.
+        def move(params, ema, optimizer_state):
+            updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+            params = optax.apply_updates(params, updates)
+            if ema is not None:
+                ema = optax.incremental_update(params, ema, 1 - stage.ema_decay)
+            return params, ema, optimizer_state
+
+        moved = jax.lax.cond(finite, move, lambda *same: same, state.params, state.ema, state.optimizer)
         skipped = (~finite).astype(jnp.int32)
         metrics |= {"grad_norm": norm, "skipped": skipped} | gradient_metrics(gradients)
         return TrainState(state.step + 1, state.skipped + skipped, *moved), metrics
