@@ -29,6 +29,6 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         # One axis of rows: summing over several, the weight's gradient would turn its operands in memory first.
-        rows = x.reshape(-1, x.shape[-1])
-        y = jnp.einsum("ri,oi->ro", rows, self.weight[...]).reshape(*x.shape[:-1], -1)
+        weight = self.weight[...]
+        y = jnp.einsum("ri,oi->ro", x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], len(weight))
         return y if self.bias is None else y + self.bias[...]

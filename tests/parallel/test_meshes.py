@@ -34,9 +34,10 @@ def test_ten_steps_and_a_sampling_call_come_out_as_on_one_device(found):
         assert mesh["moved"] > 0.1, "the steps change the weights"
         for what in ("parameters", "average", "losses"):
             assert mesh[what] < 1e-10, (name, what)
-        assert mesh["float32_losses"] < 1e-5, name
         assert mesh["images"] <= 1, name
-    assert next(iter(found.values()))["own_prompts"] < 1e-5, "where each row reads its own prompt"
+    first = next(iter(found.values()))
+    assert first["float32_losses"] < 1e-5
+    assert first["own_prompts"] < 1e-5, "where each row reads its own prompt"
 
 
 def test_batches_flow_times_noise_and_dropout_are_the_same_bits(found):
