@@ -75,7 +75,8 @@ def test_a_slurm_job_is_queued_again_after_75(played, code, ends, requeued):
 PART = """
 import pathlib, sys, time
 number = sys.argv[-1].removeprefix("--process=")
-print(*sys.argv[1:], flush=True)
+sys.stdout.write(" ".join(sys.argv[1:]) + "\\n")  # in one piece: two processes share the pipe
+sys.stdout.flush()
 starts = pathlib.Path(sys.argv[1])
 count = len(list(starts.iterdir()))
 (starts / f"{number} {time.time()}").touch()
