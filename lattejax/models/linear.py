@@ -28,7 +28,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        # One axis of rows: summing over several, the weight's gradient would turn its operands in memory first.
         weight = self.weight[...]
+        # One axis of rows: summing over several, CPUs would turn the operands of the weight's gradient in memory first.
         y = jnp.einsum("ri,oi->ro", x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], len(weight))
         return y if self.bias is None else y + self.bias[...]
