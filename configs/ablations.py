@@ -32,6 +32,7 @@ SWITCHES = {
     "residual_on_logits": {"model.residual_attention": "logits"},
     "gate_per_layer": {"model.residual_gate": "layer"},
     "random_replicas": {"model.replica_init": "random"},
+    "no_latent_position": {"model.latent_position": "none"},  # M-RoPE alone
     "more_layers_late": {"model.group_sizes": (1, 1, 3, 3)},
     "short_first_interval": {"model.interval_edges": (0.0, 0.1, 0.4, 0.7, 1.0)},
     "logit_normal": {"train.density": "logit_normal"},

@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     config.model.residual_attention = "probabilities"
     config.model.residual_gate = "head"
     config.model.replica_init = "vlm"
+    config.model.latent_position = "sincos"
     config.model.patch_size = 1
 
     config.model.text = ConfigDict()

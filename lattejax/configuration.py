@@ -7,6 +7,7 @@ error before any work starts.
 
 import dataclasses
 import difflib
+import functools
 import json
 import types
 import typing
@@ -17,12 +18,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lattejax.errors import UserError
-from lattejax.files import write_whole
+from lattejax.files import read_json, write_whole
 from lattejax.flow.densities import Density, LogitNormal, Shifted, Uniform
 from lattejax.flow.schedule import Sampling
 from lattejax.models.autoencoders import PIXELS, Autoencoder
 from lattejax.models.functional import REMAT_POLICIES
-from lattejax.models.generation import GenerationConfig
+from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.latte_flow import ModelConfig
 from lattejax.models.pixels import PixelConfig
 from lattejax.models.qwen2_vl import VLMConfig
@@ -72,6 +73,7 @@ class Model:
     residual_attention: str  # what a layer takes up from the one before: "probabilities", "logits", or "none"
     residual_gate: str  # one gate for each "head", or one for the "layer"
     replica_init: str  # replicas of the VLM's layers start as copies ("vlm") or at "random"
+    latent_position: str  # places of image tokens, beside M-RoPE: a fixed table of sines and cosines ("sincos"); "none"
     patch_size: int  # side of the square of latents that makes one image token
     text: TextConfig
     vision: VisionConfig
@@ -329,6 +331,7 @@ class Config:
                 residual_attention=self.model.residual_attention,
                 residual_gate=self.model.residual_gate,
                 replica_init=self.model.replica_init,
+                latent_position=self.model.latent_position,
                 patch_size=self.model.patch_size,
             ),
             variant=self.model.variant,
@@ -336,6 +339,9 @@ class Config:
 
 
 # ---- From a ConfigDict or JSON to the dataclasses, and back
+
+# Keys that configs did not have from the start, and the value that says what the code did before.
+ADDED_KEYS = {"model.latent_position": "none"}
 
 
 def check_key(key: str) -> None:
@@ -384,7 +390,8 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
             check_key(prefix + name)
     missing = [prefix + name for name in fields if name not in values]
     if missing:
-        raise UserError(f"the config lacks {', '.join(missing)}")
+        before = [f"{key}={ADDED_KEYS[key]!r} is how it was before that key" for key in missing if key in ADDED_KEYS]
+        raise UserError("; ".join([f"the config lacks {', '.join(missing)}", *before]))
     arguments = {name: _convert(kind, values[name], prefix + name) for name, kind in fields.items()}
     try:
         return cls(**arguments)
@@ -402,7 +409,14 @@ def save(config: Config, path: epath.Path) -> None:
 
 
 def load(path: epath.Path) -> Config:
-    return resolve(json.loads(path.read_text()))
+    """Reads the config of a run or an export; one made before a key was added means what the code did then."""
+    values = read_json(path)
+    for key, before in ADDED_KEYS.items():
+        *sections, name = key.split(".")
+        section = functools.reduce(lambda values, part: values.get(part, {}), sections, values)
+        if isinstance(section, dict):
+            section.setdefault(name, before)
+    return resolve(values)
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:

@@ -7,100 +7,20 @@ by the groups.
 Axes: B batch, K group, M layer in group, L = K M layers, T context token, N image token, D width, C latent channel.
 """
 
-import dataclasses
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lattejax.flow.intervals import Intervals
 from lattejax.models import functional
 from lattejax.models.functional import Layers, Params
-from lattejax.models.generation_layer import GenerationLayer, LayerConfig, Modulation
-from lattejax.models.linear import Linear, zeros
+from lattejax.models.generation_config import GenerationConfig
+from lattejax.models.generation_ends import Head, HeadModulation, LatentEmbedding, TimeEmbedding
+from lattejax.models.generation_layer import GenerationLayer, Modulation
 from lattejax.models.rotary import multimodal_rotary
-from lattejax.models.text import KeysValues, TextConfig
-
-REPLICA_INITS = ("vlm", "random")
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationConfig:
-    """Geometry of the generation pathway; `text` is the VLM's, `latent_shape` the autoencoder's (rows, columns, C).
-
-    The groups are equal in layers and in flow time unless `group_sizes` (summing to L) or `interval_edges` (rising from
-    0 to 1) say otherwise.
-    """
-
-    text: TextConfig
-    latent_shape: tuple[int, int, int]
-    num_groups: int = 4
-    group_sizes: tuple[int, ...] = ()
-    interval_edges: tuple[float, ...] = ()
-    residual_attention: str = "probabilities"
-    residual_gate: str = "head"
-    replica_init: str = "vlm"
-    patch_size: int = 1
-
-    def __post_init__(self):
-        layers = self.text.num_layers
-        if self.group_sizes:
-            if len(self.group_sizes) != self.num_groups or min(self.group_sizes) < 1:
-                raise ValueError(
-                    f"group_sizes={self.group_sizes} must be num_groups={self.num_groups} positive numbers"
-                )
-            if sum(self.group_sizes) != layers:
-                raise ValueError(
-                    f"group_sizes={self.group_sizes} sum to {sum(self.group_sizes)}, not to the {layers} layers of the "
-                    "language model"
-                )
-        elif self.num_groups < 1 or layers % self.num_groups:
-            fitting = [k for k in range(1, layers + 1) if layers % k == 0]
-            raise ValueError(
-                f"num_groups={self.num_groups} does not divide the {layers} layers of the language model; use one of "
-                f"{fitting}, or give group_sizes"
-            )
-        if self.intervals.num_groups != self.num_groups:
-            raise ValueError(
-                f"interval_edges={self.interval_edges} make {self.intervals.num_groups} intervals; num_groups="
-                f"{self.num_groups} needs {self.num_groups + 1} edges"
-            )
-        if self.replica_init not in REPLICA_INITS:
-            raise ValueError(f"replica_init={self.replica_init!r} is unknown; use one of {list(REPLICA_INITS)}")
-        if self.latent_shape[0] % self.patch_size or self.latent_shape[1] % self.patch_size:
-            raise ValueError(f"patch_size={self.patch_size} does not divide latents of shape {self.latent_shape}")
-        _ = self.layer  # checks of its own
-
-    @property
-    def intervals(self) -> Intervals:
-        """Which group owns which flow time."""
-        return Intervals(self.interval_edges) if self.interval_edges else Intervals.equal(self.num_groups)
-
-    @property
-    def layers_of(self) -> tuple[slice, ...]:
-        """Which of the L layers are each group's."""
-        sizes = self.group_sizes or (self.text.num_layers // self.num_groups,) * self.num_groups
-        ends = tuple(itertools.accumulate(sizes))
-        return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of image tokens."""
-        return self.latent_shape[0] // self.patch_size, self.latent_shape[1] // self.patch_size
-
-    @property
-    def token_dim(self) -> int:
-        """Latent numbers in one image token."""
-        return self.latent_shape[2] * self.patch_size**2
-
-    @property
-    def layer(self) -> LayerConfig:
-        return LayerConfig(self.text, self.residual_attention, self.residual_gate)
+from lattejax.models.text import KeysValues
 
 
 class Context(NamedTuple):
@@ -111,65 +31,11 @@ class Context(NamedTuple):
     next_position: Int[Array, "B"]
 
 
-TIME_CHANNELS = 256
-
-
-class TimeEmbedding(nnx.Module):
-    """Sinusoids of 1000·t through a two-layer SiLU network."""
-
-    def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
-        self.fc1 = Linear(TIME_CHANNELS, config.text.hidden_size, rngs=rngs)
-        self.fc2 = Linear(config.text.hidden_size, config.text.hidden_size, rngs=rngs)
-
-    def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B D"]:
-        half = TIME_CHANNELS // 2
-        frequencies = 1000 * np.exp(-np.log(10_000) * np.arange(half) / half)
-        angles = t[:, None] * jnp.asarray(frequencies, t.dtype)  # never in bfloat16, which cannot tell 999 from 1000
-        sinusoids = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(self.fc1.weight.dtype)
-        return self.fc2(jax.nn.silu(self.fc1(sinusoids)))
-
-
-class LatentEmbedding(nnx.Module):
-    """A linear map of each patch of latents."""
-
-    def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
-        self.proj = Linear(config.token_dim, config.text.hidden_size, rngs=rngs)
-        self.patch = config.patch_size
-
-    def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B N D"]:
-        patches = rearrange(latents, "B (h p) (w q) C -> B (h w) (p q C)", p=self.patch, q=self.patch)
-        return self.proj(patches)
-
-
-class HeadModulation(NamedTuple):
-    scale: Float[Array, "B 1 D"]
-    shift: Float[Array, "B 1 D"]
-
-
 class Conditioning(NamedTuple):
     """All that one group takes from flow time."""
 
     layers: Modulation | list[Modulation]  # each layer's, stacked or a list as the layers are
     head: HeadModulation
-
-
-class Head(nnx.Module):
-    """RMS norm, scale and shift from c, and a linear map back to patches of latents. Both maps start at zero."""
-
-    def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
-        width = config.text.hidden_size
-        self.norm = nnx.RMSNorm(width, epsilon=config.text.rms_norm_eps, rngs=rngs)
-        self.modulation = Linear(width, 2 * width, init=zeros, rngs=rngs)
-        self.proj = Linear(width, config.token_dim, init=zeros, rngs=rngs)
-        self.config = config
-
-    def modulate(self, c: Float[Array, "B D"]) -> HeadModulation:
-        return HeadModulation(*jnp.split(self.modulation(jax.nn.silu(c))[:, None], 2, axis=-1))
-
-    def __call__(self, h: Float[Array, "B N D"], modulation: HeadModulation) -> Float[Array, "B h w C"]:
-        patches = self.proj(self.norm(h) * (1 + modulation.scale) + modulation.shift)
-        (rows, _), patch = self.config.grid, self.config.patch_size
-        return rearrange(patches, "B (h w) (p q C) -> B (h p) (w q) C", h=rows, p=patch, q=patch)
 
 
 def init(config: GenerationConfig, decoder_layers: Params | None, key: jax.Array) -> Params:

@@ -22,7 +22,8 @@ import jax
 
 from lattejax.models import functional, generation, qwen2_vl
 from lattejax.models.functional import Params
-from lattejax.models.generation import Context, GenerationConfig
+from lattejax.models.generation import Context
+from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.qwen2_vl import Prompts, VLMConfig
 
 # For each variant, what its second stage of training changes: patterns that a parameter's path starts with.

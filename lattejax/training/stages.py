@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+from absl import logging
 from etils import epath
 from tqdm import tqdm
 
@@ -163,6 +164,15 @@ def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity) -> 
         theirs, name = Run.open(config.train.init_from), f"the weights of {config.train.init_from}"
         checkpoints.check_shapes(abstract_trained(theirs.config), abstract_trained(config), name)
         Identity.load(theirs.workdir.autoencoder).check(autoencoder, theirs.workdir.path, config.data.autoencoder)
+        warn_of_another_pathway(config, theirs.config)
+
+
+def warn_of_another_pathway(config: Config, theirs: Config) -> None:
+    """Says where weights to start from were trained as another function than the config's; shapes do not tell."""
+    ours, before = (dataclasses.asdict(either.model_config.generation) for either in (config, theirs))
+    different = [f"{key}: {before[key]!r} -> {ours[key]!r}" for key in ours if ours[key] != before[key]]
+    if different:
+        logging.warning("the weights of %s were trained with %s", config.train.init_from, "; ".join(different))
 
 
 def check_lengths(config: Config, encoder: PromptEncoder, source: Source) -> None:

@@ -122,9 +122,15 @@ def _train(variant: Config, seed: int, vlm: epath.Path, workdir: Workdir, guard:
     pretrained = dataclasses.replace(variant.pretrain, init_from=str(vlm), steps=0)
     config = dataclasses.replace(variant, seed=seed, pretrain=pretrained)
     print(f"---- {workdir.path.name}", flush=True)
-    if not workdir.results.exists() or configuration.load(workdir.config) != config:
+    if not (workdir.results.exists() and _same_but_place(configuration.load(workdir.config), config)):
         train(config, workdir.path, guard)
     return Run.open(workdir.path)
+
+
+def _same_but_place(theirs: Config, ours: Config) -> bool:
+    """Whether a finished run is the one that is asked for; the sweep's directory may have moved since."""
+    moved = dataclasses.replace(theirs.pretrain, init_from=ours.pretrain.init_from)
+    return dataclasses.replace(theirs, pretrain=moved) == ours
 
 
 def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: InterruptGuard) -> None:

@@ -113,6 +113,15 @@ def layer(params, decoder, text, h, c, positions, context_k, context_v, previous
     return h + (1 + m_scale) * rms(feed_forward(x, decoder["mlp"]), params["mlp_norm"]["scale"], eps), carried
 
 
+def place(width, row, column):
+    """What is added to an embedded latent at its row and column: of each, sines and then cosines."""
+    out = []
+    for position in (row, column):
+        for wave in (np.sin, np.cos):
+            out += [wave(position / 10_000 ** (i / (width / 4))) for i in range(width // 4)]
+    return np.array(out)
+
+
 def velocity(params, config, layers, decoders, x_t, t, contexts, start):
     """One image through one group: `layers`, `decoders` and `contexts` have an entry for each of its M layers."""
     text, patch = config.text, config.patch_size
@@ -124,6 +133,8 @@ def velocity(params, config, layers, decoders, x_t, t, contexts, start):
             positions.append((start, start + row // patch, start + column // patch))
     c = time_embedding(params["time"], t)
     h = linear(np.array(tokens), params["embedding"]["proj"])
+    if config.latent_position == "sincos":
+        h = h + [place(text.hidden_size, row - start, column - start) for _, row, column in positions]
     previous = None
     for weights, decoder, (context_k, context_v) in zip(layers, decoders, contexts, strict=True):
         h, previous = layer(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lattejax.models import functional, generation, latte_flow, qwen2_vl
-from lattejax.models.generation import GenerationConfig
+from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.latte_flow import ModelConfig
 from lattejax.models.qwen2_vl import Prompts, VLMConfig
 from lattejax.models.rotary import token_positions
@@ -37,8 +37,8 @@ def model(
     """`overrides` are the language model's geometry, `pathway` the generation pathway's."""
     text = TextConfig(**vars(TEXT) | overrides)
     vision = VisionConfig(depth=1, embed_dim=8, num_heads=1, patch_size=2, hidden_size=text.hidden_size)
-    settings = dict(num_groups=num_groups, residual_attention=residual, patch_size=2) | (pathway or {})
-    return ModelConfig(VLMConfig(text, vision), GenerationConfig(text, (4, 6, 3), **settings), variant)
+    settings = dict(latent_shape=(4, 6, 3), num_groups=num_groups, residual_attention=residual, patch_size=2)
+    return ModelConfig(VLMConfig(text, vision), GenerationConfig(text, **settings | (pathway or {})), variant)
 
 
 def prompts_of_lengths(lengths: list[int], seed: int = 0) -> Prompts:
@@ -73,7 +73,10 @@ CASES = {
     "a head for each query": model(2, num_kv_heads=6),
     "one layer and three": model(2, pathway={"group_sizes": (1, 3)}),
     "three uneven groups": model(3, pathway={"group_sizes": (2, 1, 1), "interval_edges": (0.0, 0.2, 0.3, 1.0)}),
+    "no positions but M-RoPE": model(2, pathway={"latent_position": "none"}),
+    "one row": model(2, pathway={"patch_size": 1, "latent_shape": (1, 5, 3)}),
     "blend": model(2, variant="blend"),
+    "blend, no positions but M-RoPE": model(2, variant="blend", pathway={"latent_position": "none"}),
     "blend, one group, on logits": model(1, "logits", variant="blend"),
     "blend, uneven, a head for each query": model(2, variant="blend", num_kv_heads=6, pathway={"group_sizes": (3, 1)}),
     "7 of 28 layers": model(7, num_layers=28),
@@ -93,7 +96,7 @@ def test_every_group_equals_the_plain_rendering(case):
         prompts = prompts_of_lengths(lengths)
         table = read_prompts(config, params["vlm"], prompts)
         rng = np.random.default_rng(3)
-        x_t = rng.standard_normal((groups, 3, 4, 6, 3))
+        x_t = rng.standard_normal((groups, 3, *config.generation.latent_shape))
         t = rng.uniform(size=(groups, 3))
         rows = np.tile(np.arange(3), (groups, 1))
         ours = group_velocities(config.generation, latte_flow.pathway(config, params), table, rows, x_t, t)
@@ -281,6 +284,8 @@ def test_one_step_costs_a_kth_of_vanillas_and_takes_no_vlm_weights():
         (dict(num_groups=2, residual="maps"), "residual_attention='maps' is unknown"),
         (dict(num_groups=2, pathway={"residual_gate": "token"}), "residual_gate='token' is unknown"),
         (dict(num_groups=2, pathway={"replica_init": "zeros"}), "replica_init='zeros' is unknown"),
+        (dict(num_groups=2, pathway={"latent_position": "rope"}), "latent_position='rope' is unknown"),
+        (dict(num_groups=2, hidden_size=30, num_heads=3, num_kv_heads=1, mrope_section=(1, 2, 2)), "that 4 divides"),
         (dict(num_groups=2, variant="mixed"), r"variant='mixed' is unknown; use one of \['couple', 'blend'\]"),
         (dict(num_groups=2, variant="blend", pathway={"replica_init": "random"}), "variant='blend' has none"),
     ],

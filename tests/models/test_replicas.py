@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lattejax.models import functional, generation, latte_flow
-from lattejax.models.generation import GenerationConfig
+from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.generation_layer import GenerationLayer
 from lattejax.models.latte_flow import ModelConfig
 from lattejax.models.rotary import multimodal_rotary

@@ -10,7 +10,8 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from lattejax.configuration import Config
 from lattejax.models.functional import Params
-from lattejax.models.generation import Context, GenerationConfig
+from lattejax.models.generation import Context
+from lattejax.models.generation_config import GenerationConfig
 
 
 def tensors(tree):
@@ -22,23 +23,29 @@ def apply(params, x):
     return linear(x, params["weight"], params.get("bias"))
 
 
-class Rotary:
-    """M-RoPE's cosines and sines of image tokens that follow `start` tokens."""
+class Positions:
+    """What image tokens that follow `start` tokens know of their places: M-RoPE, and the table on the embedded latents."""
 
     def __init__(self, config: GenerationConfig, start: int):
         text, (rows, columns) = config.text, config.grid
-        positions = np.indices((1, rows, columns)).reshape(3, -1) + start
+        positions = np.indices((1, rows, columns)).reshape(3, -1)
         frequencies = text.rope_theta ** (-np.arange(0, text.head_dim, 2) / text.head_dim)
-        angles = positions[np.repeat(np.arange(3), text.mrope_section)].T * frequencies
+        angles = (positions + start)[np.repeat(np.arange(3), text.mrope_section)].T * frequencies
         angles = torch.tensor(np.concatenate([angles, angles], axis=-1), dtype=torch.float32)
         self.cos, self.sin = angles.cos(), angles.sin()
+        self.table = torch.zeros(())
+        if config.latent_position == "sincos":
+            frequencies = 10_000 ** (-4 * np.arange(text.hidden_size // 4) / text.hidden_size)
+            angles = positions[1:, :, None] * frequencies
+            table = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+            self.table = torch.tensor(np.concatenate(table, axis=-1), dtype=torch.float32)
 
-    def __call__(self, x):  # [B, heads, N, d]
+    def rotate(self, x):  # [B, heads, N, d]
         first, second = x.chunk(2, dim=-1)
         return x * self.cos + torch.cat([-second, first], dim=-1) * self.sin
 
 
-def layer(config: GenerationConfig, params, h, c, rotary: Rotary, keys, values, previous_map):
+def layer(config: GenerationConfig, params, h, c, positions: Positions, keys, values, previous_map):
     """One layer; keys and values are the context's, [B, G, T, d]. Returns the hidden states and the map."""
     text, decoder = config.text, params["decoder"]
     batch, count, width = h.shape
@@ -50,9 +57,9 @@ def layer(config: GenerationConfig, params, h, c, rotary: Rotary, keys, values, 
         apply(decoder["attention"][name], x).view(batch, count, -1, text.head_dim).transpose(1, 2)
         for name in ("q_proj", "k_proj", "v_proj")
     )
-    k = torch.cat([keys, rotary(k)], dim=2).repeat_interleave(repeats, dim=1)
+    k = torch.cat([keys, positions.rotate(k)], dim=2).repeat_interleave(repeats, dim=1)
     v = torch.cat([values, v], dim=2).repeat_interleave(repeats, dim=1)
-    scores = rotary(q) @ k.transpose(-1, -2) / text.head_dim**0.5
+    scores = positions.rotate(q) @ k.transpose(-1, -2) / text.head_dim**0.5
     on_context, on_image = scores.softmax(-1).split([keys.shape[2], count], dim=-1)
     if previous_map is not None:
         on_image = on_image + torch.tanh(apply(params["residual_gate"], c))[..., None, None] * previous_map
@@ -66,18 +73,18 @@ def layer(config: GenerationConfig, params, h, c, rotary: Rotary, keys, values, 
     return h + (1 + mlp_scale) * rms_norm(x, (width,), params["mlp_norm"]["scale"], eps), on_image
 
 
-def velocity(config: GenerationConfig, params, rotary: Rotary, contexts, x_t, t):
+def velocity(config: GenerationConfig, params, positions: Positions, contexts, x_t, t):
     """One group's velocity [B, h, w, C]; contexts: of each layer keys and values [B, G, T, d]; t [B or 1]. Patches of
     one latent."""
     (rows, columns), channels, width = config.grid, config.token_dim, config.text.hidden_size
-    h = apply(params["embedding"]["proj"], x_t.reshape(len(x_t), rows * columns, channels))
+    h = apply(params["embedding"]["proj"], x_t.reshape(len(x_t), rows * columns, channels)) + positions.table
     frequencies = torch.tensor(1000 * 10_000.0 ** (-np.arange(128) / 128), dtype=torch.float32)
     angles = t[:, None] * frequencies
     sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
     c = apply(params["time"]["fc2"], silu(apply(params["time"]["fc1"], sinusoids)))
     carried = None
     for expert, (keys, values) in zip(params["experts"], contexts, strict=True):
-        h, carried = layer(config, expert, h, c, rotary, keys, values, carried)
+        h, carried = layer(config, expert, h, c, positions, keys, values, carried)
     head = params["head"]
     scale, shift = apply(head["modulation"], silu(c))[:, None].chunk(2, dim=-1)
     h = rms_norm(h, (width,), head["norm"]["scale"], config.text.rms_norm_eps) * (1 + scale) + shift
@@ -92,7 +99,7 @@ class Sampler:
     ):
         self.config, self.params, self.noise = config, tensors(pathway), torch.from_dlpack(noise)
         self.guidance, self.steps = guidance, steps
-        self.rotary = Rotary(config, contexts.mask.shape[1])
+        self.positions = Positions(config, contexts.mask.shape[1])
         batch = len(noise)
         chosen = list(range(batch)) + [batch] * batch * (guidance != 1)
         self.contexts = [
@@ -105,7 +112,7 @@ class Sampler:
         for step in range(self.steps):
             inputs = x if self.guidance == 1 else torch.cat([x, x])
             t = torch.tensor([step / self.steps])
-            v = velocity(self.config, self.params, self.rotary, self.contexts, inputs, t)
+            v = velocity(self.config, self.params, self.positions, self.contexts, inputs, t)
             if self.guidance != 1:
                 conditional, unconditional = v.chunk(2)
                 v = unconditional + self.guidance * (conditional - unconditional)
@@ -129,7 +136,7 @@ class Trainer:
             tuple(torch.tensor(np.asarray(part[i]))[: len(latents)].transpose(1, 2) for part in contexts.layers)
             for i in range(self.config.text.num_layers)
         ]
-        self.rotary = Rotary(self.config, contexts.mask.shape[1])
+        self.positions = Positions(self.config, contexts.mask.shape[1])
         self.leaves, self.clip_norm = jax.tree.leaves(self.params), stage.clip_norm
         self.optimizer = torch.optim.AdamW(
             self.leaves,
@@ -143,7 +150,7 @@ class Trainer:
         """Takes a step; returns the loss and the gradient's norm before clipping."""
         t = self.t[:, None, None, None]
         x_t = t * self.latents + (1 - t) * self.noise
-        v = velocity(self.config, self.params, self.rotary, self.contexts, x_t, self.t)
+        v = velocity(self.config, self.params, self.positions, self.contexts, x_t, self.t)
         loss = (v - (self.latents - self.noise)).square().mean()
         self.optimizer.zero_grad()
         loss.backward()

@@ -1,0 +1,97 @@
+"""Both ends of the generation pathway: the embeddings of latents and of flow time, and the head.
+
+The groups share them.
+
+Axes: B batch, N image token, D width, C latent channel; h, w rows and columns of latents.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lattejax.models.generation_config import GenerationConfig
+from lattejax.models.linear import Linear, zeros
+
+TIME_CHANNELS = 256
+
+
+class TimeEmbedding(nnx.Module):
+    """Sinusoids of 1000·t through a two-layer SiLU network."""
+
+    def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(TIME_CHANNELS, config.text.hidden_size, rngs=rngs)
+        self.fc2 = Linear(config.text.hidden_size, config.text.hidden_size, rngs=rngs)
+
+    def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B D"]:
+        half = TIME_CHANNELS // 2
+        frequencies = 1000 * np.exp(-np.log(10_000) * np.arange(half) / half)
+        angles = t[:, None] * jnp.asarray(frequencies, t.dtype)  # never in bfloat16, which cannot tell 999 from 1000
+        sinusoids = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(self.fc1.weight.dtype)
+        return self.fc2(jax.nn.silu(self.fc1(sinusoids)))
+
+
+def sincos(positions: Float[np.ndarray, "n"], channels: int) -> Float[np.ndarray, "n channels"]:
+    """The sine-cosine embedding of positions along one axis: sines, then cosines, of period 10⁴ and amplitude 1.
+
+    `channels` is even. Computed on the host, in float64.
+    """
+    half = channels // 2
+    angles = np.asarray(positions)[:, None] * 10_000.0 ** (-np.arange(half) / half)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+
+class LatentEmbedding(nnx.Module):
+    """A linear map of each patch of latents, and its place on the grid.
+
+    M-RoPE alone cannot tell columns apart: at the VLM's theta of 10⁶ the fastest column channel turns by 1.8e-4 rad
+    from one column to the next. So with `latent_position="sincos"` a fixed table is added, half of its channels for the
+    row and half for the column. The paper does not say how its latents know their places; the table is our reading,
+    after BAGEL (arXiv 2505.14683), which keeps Qwen's M-RoPE too.
+    """
+
+    def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
+        self.proj = Linear(config.token_dim, config.text.hidden_size, rngs=rngs)
+        self.config = config
+
+    def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B N D"]:
+        patch = self.config.patch_size
+        patches = rearrange(latents, "B (h p) (w q) C -> B (h w) (p q C)", p=patch, q=patch)
+        h = self.proj(patches)
+        if self.config.latent_position == "none":
+            return h
+        # Two short constants in the compiled program, not one for the whole grid.
+        (rows, columns), width = self.config.grid, h.shape[-1]
+        row, column = (jnp.asarray(sincos(np.arange(count), width // 2)) for count in (rows, columns))
+        table = jnp.concatenate(
+            [repeat(row, "h d -> (h w) d", w=columns), repeat(column, "w d -> (h w) d", h=rows)], axis=-1
+        )
+        return (h + table).astype(h.dtype)  # bfloat16 is rounded once, after the sum
+
+
+class HeadModulation(NamedTuple):
+    scale: Float[Array, "B 1 D"]
+    shift: Float[Array, "B 1 D"]
+
+
+class Head(nnx.Module):
+    """RMS norm, scale and shift from c, and a linear map back to patches of latents. Both maps start at zero."""
+
+    def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
+        width = config.text.hidden_size
+        self.norm = nnx.RMSNorm(width, epsilon=config.text.rms_norm_eps, rngs=rngs)
+        self.modulation = Linear(width, 2 * width, init=zeros, rngs=rngs)
+        self.proj = Linear(width, config.token_dim, init=zeros, rngs=rngs)
+        self.config = config
+
+    def modulate(self, c: Float[Array, "B D"]) -> HeadModulation:
+        return HeadModulation(*jnp.split(self.modulation(jax.nn.silu(c))[:, None], 2, axis=-1))
+
+    def __call__(self, h: Float[Array, "B N D"], modulation: HeadModulation) -> Float[Array, "B h w C"]:
+        patches = self.proj(self.norm(h) * (1 + modulation.scale) + modulation.shift)
+        (rows, _), patch = self.config.grid, self.config.patch_size
+        return rearrange(patches, "B (h w) (p q C) -> B (h p) (w q) C", h=rows, p=patch, q=patch)

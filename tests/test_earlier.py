@@ -1,0 +1,121 @@
+"""What earlier versions have written still opens and means what it meant: see tests/earlier/README.md."""
+
+import dataclasses
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from lattejax import configuration
+from lattejax.data.latents import LatentSource
+from lattejax.data.pipeline import every
+from lattejax.errors import UserError
+from lattejax.flow.schedule import Sampling
+from lattejax.sampling.answers import Answerer, Decoding
+from lattejax.sampling.images import ImageSampler
+from lattejax.training import stages, sweep
+from lattejax.training.interrupt import InterruptGuard
+from lattejax.training.sweep import resolve_sweep, run_sweep
+from lattejax.weights.runs import Run, inference_weights
+from tests.helpers import ROOT, assert_same_bits, tiny_config
+
+PICTURES = {"run": "run", "export": "export", "couple": "sweep/runs/couple_0", "blend": "sweep/runs/blend_0"}
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("earlier")
+    with tarfile.open(ROOT / "tests" / "earlier" / "3672460.tar.xz") as archive:
+        archive.extractall(directory, filter="data")
+    return directory
+
+
+def assert_draws(workdir: Path, earlier: Path, name: str) -> None:
+    """The kept pictures, within two grey levels: float32 sums may come in another order."""
+    sampler = ImageSampler.load(workdir)
+    prompts = [sampler.encoder.drawing(f"a handwritten {digit}") for digit in ("seven", "three")]
+    drawn = sampler(prompts, Sampling(6, guidance=2.0), images_per_prompt=2, batch_size=4, seed=1)
+    kept = np.load(earlier / "pictures.npz")[name]
+    assert np.abs(drawn.astype(int) - kept).max() <= 2
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_it_draws_the_same_pictures(earlier, name):
+    assert Run.open(earlier / PICTURES[name]).config.model.latent_position == "none"
+    assert_draws(earlier / PICTURES[name], earlier, name)
+
+
+def test_a_run_gives_the_same_answer(earlier):
+    run = Run.open(earlier / "run")
+    vlm = inference_weights(run.config, {"vlm": run.vlm()}, run.mesh)["vlm"]
+    answerer = Answerer(run.vlm_config, vlm, run.encoder)
+    digit = answerer.encoder.read_image(Image.open(earlier / "digit.png").convert("RGB"))
+    prompts = [answerer.encoder.question("Which digit is this?", [digit])]
+    assert answerer.generate(prompts, Decoding(max_tokens=8)) == [(earlier / "answer.txt").read_text().strip()]
+
+
+def test_a_run_is_exported(earlier, tmp_path):
+    Run.open(earlier / "run").export(tmp_path / "export")
+    assert_draws(tmp_path / "export", earlier, "run")
+
+
+def test_a_run_goes_on_to_where_it_would_have_ended(earlier, tmp_path):
+    workdir = shutil.copytree(earlier / "run", tmp_path / "run")
+    config = Run.open(workdir).config
+    another = dataclasses.replace(config, model=dataclasses.replace(config.model, latent_position="sincos"))
+    with pytest.raises(UserError, match=r"belongs to another config \(model\.latent_position: 'none' -> 'sincos'\)"):
+        stages.train(another, workdir, InterruptGuard())
+    stages.train(config, workdir, InterruptGuard())
+    assert Run.open(workdir).trained_step == 8
+    assert_draws(workdir, earlier, "export")
+
+
+def test_a_run_is_started_from_and_a_changed_function_is_named(earlier, tmp_path, caplog):
+    """Also with the position table that it was trained without, which is said."""
+    config = Run.open(earlier / "run").config
+    start = dict(init_from=str(earlier / "run"), steps=0)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, latent_position="sincos"),
+        pretrain=dataclasses.replace(config.pretrain, **start),
+        train=dataclasses.replace(config.train, **start),
+        eval=dataclasses.replace(config.eval, final_images=0, scored_images=0),
+    )
+    stages.train(config, tmp_path, InterruptGuard())
+    assert_same_bits(Run.open(tmp_path).trained(), Run.open(earlier / "run").trained())
+    assert "were trained with latent_position: 'none' -> 'sincos'" in caplog.text
+
+
+def test_a_sweep_has_nothing_left_to_train_wherever_it_stands_now(earlier, monkeypatch):
+    base = json.loads((earlier / "sweep" / "vlm" / "config.json").read_text())
+    base["model"]["latent_position"] = "none"
+    asked = dict(base=base, seeds=(0,), variants=(("couple", {}), ("blend", {"model.variant": "blend"})))
+    monkeypatch.setattr(sweep, "train", lambda *args: pytest.fail("a finished run is trained again"))
+    table = run_sweep(resolve_sweep(ConfigDict(asked | {"sample_steps": (2,)})), earlier / "sweep", InterruptGuard())
+    assert "| couple | 1 |" in table and "| blend | 1 |" in table
+
+
+def test_latents_are_read(earlier):
+    config = tiny_config(
+        data__source="latents",
+        data__latents=str(earlier / "latents"),
+        pretrain__steps=0,
+        eval__scored_images=0,
+        eval__final_images=0,
+    )
+    source = LatentSource.open(config)
+    drawings = [drawing for split in ("train", "test") for drawing in every(source.drawings(split))]
+    kept = np.load(earlier / "records.npz")
+    assert [drawing.caption for drawing in drawings] == kept["captions"].tolist()
+    assert_same_bits(np.stack([drawing.latents for drawing in drawings]), kept["latents"])
+
+
+def test_a_config_of_ones_own_is_told_what_the_key_meant_before(earlier):
+    values = json.loads((earlier / "run" / "config.json").read_text())
+    with pytest.raises(UserError, match=r"lacks model\.latent_position; model\.latent_position='none' is how it was"):
+        configuration.resolve(values)
