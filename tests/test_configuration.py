@@ -103,7 +103,7 @@ def test_a_missing_key_is_named():
 
 def test_differences_name_the_key_and_both_values():
     old, new = tiny_config(), tiny_config(train__steps=13, model__text__rope_theta=9.0)
-    assert configuration.differences(new, old) == ["model.text.rope_theta: 2.0 -> 9.0", "train.steps: 12 -> 13"]
+    assert configuration.differences(new, old) == ["model.text.rope_theta: 10000.0 -> 9.0", "train.steps: 12 -> 13"]
 
 
 def test_autoencoder_latents_fix_the_pathways_geometry():

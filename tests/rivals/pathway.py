@@ -24,7 +24,7 @@ def apply(params, x):
 
 
 class Positions:
-    """What image tokens that follow `start` tokens know of their places: M-RoPE, and the table on the embedded latents."""
+    """How image tokens that follow `start` tokens know their places: M-RoPE, and the table on the embedded latents."""
 
     def __init__(self, config: GenerationConfig, start: int):
         text, (rows, columns) = config.text, config.grid

@@ -1,0 +1,82 @@
+"""The flagship sees where it draws: its velocity depends on which column and row a latent stands in."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lattejax import configuration
+from lattejax.models import functional, generation, latte_flow, qwen2_vl
+from lattejax.models.latte_flow import ModelConfig
+from lattejax.models.vision import VisionConfig
+from tests.helpers import config_file
+from tests.models.test_generation import prompts_of_lengths
+
+LAYERS = 2  # of one group, at the flagship's width, heads and theta; narrower in the feed-forward, which sees no places
+GRID = (8, 8)
+
+
+def flagship(variant: str, latent_position: str) -> ModelConfig:
+    whole = configuration.resolve(config_file("imagenet256")).model_config
+    assert whole.vlm.text.hidden_size == 1536 and whole.vlm.text.rope_theta == 1e6 and whole.generation.grid == GRID
+    text = dataclasses.replace(whole.vlm.text, num_layers=LAYERS, intermediate_size=2048, vocab_size=64)
+    vision = VisionConfig(depth=1, embed_dim=16, num_heads=1, patch_size=2, hidden_size=text.hidden_size)
+    pathway = dataclasses.replace(whole.generation, text=text, num_groups=1, latent_position=latent_position)
+    return dataclasses.replace(
+        whole, vlm=dataclasses.replace(whole.vlm, text=text, vision=vision), generation=pathway, variant=variant
+    )
+
+
+@pytest.fixture(scope="module")
+def started():
+    """Weights as training starts with them, but small random ones in the place of zeros, whose velocity is zero; and
+    noisy latents."""
+    config = flagship("couple", "sincos")
+
+    @jax.jit
+    def init(key):
+        return latte_flow.init(config, qwen2_vl.init(config.vlm, key), key)
+
+    params, rng = init(jax.random.key(0, impl="rbg")), np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x if np.any(x) else 0.02 * rng.standard_normal(x.shape, dtype=np.float32), jax.device_get(params)
+    )
+    return params, rng.standard_normal((1, *config.generation.latent_shape), dtype=np.float32)
+
+
+def changes(started, variant: str, latent_position: str, dtype: str) -> dict[str, float]:
+    """By how much of its norm the velocity changes if columns or rows of x_t are shuffled, and its own back again."""
+    config = flagship(variant, latent_position)
+    params, x_t = functional.cast_floats(started[0], dtype), started[1]
+    if variant == "blend":
+        params = params | {"experts": {name: part for name, part in params["experts"].items() if name != "decoder"}}
+    order = np.random.default_rng(0).permutation(GRID[0])
+    x_t = jnp.concatenate([x_t, x_t[:, order], x_t[:, :, order]])
+
+    @jax.jit
+    def velocity(params, x_t):
+        context = latte_flow.read_prompts(config, params["vlm"], prompts_of_lengths([16]))
+        pathway = latte_flow.pathway(config, params)
+        conditioning = generation.condition(config.generation, pathway, jnp.array([0.5]))
+        rows = np.zeros(len(x_t), int)
+        return generation.velocity(config.generation, pathway, generation.pick(context, rows), x_t, conditioning)
+
+    back = np.argsort(order)
+    v, rows, columns = np.asarray(velocity(params, x_t))
+    changed = {"rows": rows[back] - v, "columns": columns[:, back] - v}
+    return {name: float(np.linalg.norm(change) / np.linalg.norm(v)) for name, change in changed.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", latte_flow.VARIANTS)
+def test_the_flagships_velocity_depends_on_rows_and_columns(started, variant, dtype):
+    found = changes(started, variant, "sincos", dtype)
+    assert min(found.values()) > 0.1, found
+
+
+def test_without_the_table_the_flagship_sees_no_columns(started):
+    """Why the table is there."""
+    found = changes(started, "couple", "none", "float32")
+    assert found["columns"] < 1e-3, found
