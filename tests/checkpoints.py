@@ -24,7 +24,7 @@ OF_DIGITS = dict(
     intermediate_size=48,
     num_hidden_layers=4,
     num_attention_heads=4,
-    rope_parameters=dict(rope_type="default", rope_theta=2.0, mrope_section=[1, 2, 1]),
+    rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[1, 2, 1]),
     vision_depth=1,
     vision_embed_dim=16,
     vision_mlp_ratio=4,

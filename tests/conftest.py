@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+import pytest
+
 FASTER_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,3 +13,13 @@ if FASTER_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):
 # Workers, and runs that tests start, compile the same programs again and again.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="lattejax-test-cache-"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+
+@pytest.fixture(scope="session")
+def forked_command():
+    """Runs a command as a user would, without waiting for its imports."""
+    from tests.helpers import Forks  # imports JAX
+
+    forks = Forks()
+    yield forks
+    forks.close()

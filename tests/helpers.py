@@ -3,11 +3,14 @@
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
+import types
 from typing import Any
 
 import jax
@@ -54,7 +57,7 @@ TINY = {
     "eval.examples": 8,
     "eval.images_per_prompt": 2,
     "eval.sample_steps": 3,
-    "eval.batch_size": 20,
+    "eval.batch_size": 100,
     "eval.scored_images": 20,
     "eval.final_images": 20,
     "checkpoint.every": 4,
@@ -120,18 +123,78 @@ PYTHONPATH = [str(ROOT / "tests" / "without_torch"), *filter(None, [os.environ.g
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PYTHONPATH)}
 
 
-def run_door(door: str, *arguments: str, **kwargs: Any) -> subprocess.CompletedProcess:
-    """Runs `python -m lattejax.<door>` in the repository, as a user would."""
+def run_command(command: str, *arguments: str, **kwargs: Any) -> subprocess.CompletedProcess:
+    """Runs `python -m lattejax.<command>` in the repository, as a user would."""
     settings = dict(cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True)
     if "stdin" not in kwargs:
         settings["input"] = ""
-    return subprocess.run([sys.executable, "-m", f"lattejax.{door}", *arguments], **settings | kwargs)
+    return subprocess.run([sys.executable, "-m", f"lattejax.{command}", *arguments], **settings | kwargs)
 
 
-def start_door(door: str, *arguments: str, **kwargs: Any) -> subprocess.Popen:
+def start_command(command: str, *arguments: str, **kwargs: Any) -> subprocess.Popen:
     """The same, without waiting for its end."""
-    command = [sys.executable, "-m", f"lattejax.{door}", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, "-m", f"lattejax.{command}", *arguments], cwd=ROOT, env=ENVIRONMENT, **kwargs
+    )
+
+
+class Forks:
+    """Runs commands as `run_command` and `start_command` do, without waiting for their imports."""
+
+    def __init__(self):
+        self._server: subprocess.Popen | None = None
+
+    def ask(self, *request: Any) -> Any:
+        if self._server is None:
+            command = [sys.executable, "-m", "tests.forked_commands"]
+            pipe = subprocess.PIPE
+            self._server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stdin=pipe, stdout=pipe)
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, command: str, *arguments: str, output: os.PathLike, env: dict[str, str] | None = None) -> "Fork":
+        """Starts a command whose output and errors go to a file; `env` is added to the environment."""
+        open(output, "w").close()
+        return Fork(self, self.ask("start", command, arguments, [os.devnull, *[str(output)] * 2], env or {}))
+
+    def __call__(
+        self, command: str, *arguments: str, input: str = "", env: dict[str, str] | None = None
+    ) -> types.SimpleNamespace:
+        """Runs a command to its end; returns `returncode`, `stdout` and `stderr`."""
+        with tempfile.TemporaryDirectory() as directory:
+            files = [pathlib.Path(directory) / name for name in ("stdin", "stdout", "stderr")]
+            files[0].write_text(input)
+            code = self.ask("wait", self.ask("start", command, arguments, list(map(str, files)), env or {}))
+            stdout, stderr = (file.read_text() for file in files[1:])
+        return types.SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.stdin.close()
+            self._server.wait()
+
+
+@dataclasses.dataclass
+class Fork:
+    """A command that was started; like `subprocess.Popen`."""
+
+    forks: Forks
+    pid: int
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self.forks.ask("poll", self.pid)
+        return self.returncode
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            self.returncode = self.forks.ask("wait", self.pid)
+        return self.returncode
+
+    def send_signal(self, signum: int) -> None:
+        os.kill(self.pid, signum)
 
 
 # ---- A signal while a stage trains

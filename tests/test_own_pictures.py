@@ -1,4 +1,4 @@
-"""One's own pictures, through the doors as a new user takes them: convert, encode, train, sample."""
+"""One's own pictures, through the commands as a new user takes them: convert, encode, train, sample."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from lattejax.flow.schedule import Sampling
 from lattejax.sampling.images import ImageSampler
 from lattejax.weights.runs import Run
 from tests import checkpoints, pictures
-from tests.helpers import ENVIRONMENT, run_door, tiny_flags
+from tests.helpers import ENVIRONMENT, tiny_flags
 
 
 def succeed(done):
@@ -28,12 +28,12 @@ def vlm():
     return checkpoints.convert(checkpoints.random_model(checkpoints.tiny_config(**checkpoints.OF_DIGITS)))
 
 
-def test_pictures_become_latents_a_trained_pathway_and_drawings(vlm, tmp_path):
+def test_pictures_become_latents_a_trained_pathway_and_drawings(vlm, tmp_path, forked_command):
     """Photos as JPEGs with captions, a random DC-AE as diffusers writes it, a random Qwen2-VL; a few steps of training
     on the captions' shared contexts; a drawing that is what the library draws. Encoded on two devices."""
     checkpoints.random_autoencoder("in-1.0").save_pretrained(tmp_path / "diffusers")
     dc_ae, latents, workdir = tmp_path / "dc_ae", tmp_path / "latents", tmp_path / "run"
-    said = succeed(run_door("convert", f"--source={tmp_path / 'diffusers'}", "--scale=0.3", f"--out={dc_ae}"))
+    said = succeed(forked_command("convert", f"--source={tmp_path / 'diffusers'}", "--scale=0.3", f"--out={dc_ae}"))
     assert "is whole" in said
     photos = pictures.folder(tmp_path / "photos", 20, listed=True)
     flags = tiny_flags(
@@ -48,8 +48,8 @@ def test_pictures_become_latents_a_trained_pathway_and_drawings(vlm, tmp_path):
             train__ema_decay=0.0,
         )
     )
-    two_devices = ENVIRONMENT | {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
-    said = succeed(run_door("encode", *flags, f"--out={latents}", env=two_devices))
+    two_devices = {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
+    said = succeed(forked_command("encode", *flags, f"--out={latents}", env=two_devices))
     assert "16 of 20" in said and "images/s" in said and "is whole" in said
     again = pictures.config(photos, dc_ae, data__latents=str(tmp_path / "again"))
     encode(again, again.data.latents)
@@ -58,11 +58,11 @@ def test_pictures_become_latents_a_trained_pathway_and_drawings(vlm, tmp_path):
         for config in (pictures.config(photos, dc_ae), again)
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert "held_out_loss" in succeed(run_door("train", *flags, f"--workdir={workdir}"))
+    assert "held_out_loss" in succeed(forked_command("train", *flags, f"--workdir={workdir}"))
     assert not (workdir / "vlm").exists(), "the frozen VLM is referred to, not copied"
     out = tmp_path / "drawn.png"
     arguments = ["--prompt=a flower", "--num=2", "--steps=4", f"--out={out}", "--npz"]
-    succeed(run_door("sample", f"--workdir={workdir}", *arguments))
+    succeed(forked_command("sample", f"--workdir={workdir}", *arguments))
     drawn = np.load(out.with_suffix(".npz"))["arr_0"]
     assert drawn.shape == (2, pictures.SIZE, pictures.SIZE, 3) and Image.open(out).format == "PNG"
     assert drawn.std() > 1 and np.any(drawn[0] != drawn[1])

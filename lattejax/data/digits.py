@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from lattejax.data.examples import Drawing
-from lattejax.data.prompts import EncodedPrompt, PromptEncoder
+from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage
 from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.pixels import PixelConfig
 
@@ -82,10 +82,10 @@ class Questions:
     def __init__(self, split: str, encoder: PromptEncoder):
         self.digits = load(split)
         self.encoder = encoder
-        self.images = [encoder.read_image(Image.fromarray(image)) for image in self.digits.images]
+        self.images: dict[int, ReadableImage] = {}  # each as soon as it is asked about
 
     def __len__(self) -> int:
-        return QUESTIONS_PER_IMAGE * len(self.images)
+        return QUESTIONS_PER_IMAGE * len(self.digits.images)
 
     def __getitems__(self, indices: Sequence[int]) -> list[EncodedPrompt]:
         return [self._encode(index, self.text(index)[1]) for index in indices]
@@ -98,7 +98,10 @@ class Questions:
         return self._encode(index, None)
 
     def _encode(self, index: int, answer: str | None) -> EncodedPrompt:
-        return self.encoder.question(self.text(index)[0], [self.images[index // QUESTIONS_PER_IMAGE]], answer)
+        number = index // QUESTIONS_PER_IMAGE
+        if number not in self.images:
+            self.images[number] = self.encoder.read_image(Image.fromarray(self.digits.images[number]))
+        return self.encoder.question(self.text(index)[0], [self.images[number]], answer)
 
 
 class Drawings:

@@ -103,6 +103,7 @@ def prompt_encoder(config: Config, tokenizer: tokenizers.Tokenizer) -> PromptEnc
     return PromptEncoder(tokenizer, processor)
 
 
+@functools.lru_cache(maxsize=16)  # it takes a quarter of a second, and is asked for a dozen times a run
 def abstract_params(config: Config) -> Params:
     """Shapes and dtypes of all of the model's weights."""
     model = config.model_config

@@ -1,6 +1,7 @@
 """The same numbers on every mesh: training, drawing, and what is read back from a checkpoint."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -8,23 +9,26 @@ import pytest
 
 from tests.helpers import ENVIRONMENT, ROOT
 
-IN_CI = ("4x2x1x1", "2x1x2x2")  # expert, data, fsdp, tensor: each axis is cut in one of them
-OTHERS = ("1x8x1x1", "1x1x8x1", "1x2x2x2", "2x2x2x1", "4x1x1x2")
+# Of how many groups, and the meshes: expert, data, fsdp, tensor. In CI each axis is cut in one of them.
+IN_CI = (2, "2x2x1x1", "1x1x2x2")
+ON_EIGHT = (4, "4x2x1x1", "2x1x2x2", "1x8x1x1", "1x1x8x1", "1x2x2x2", "2x2x2x1", "4x1x1x2")
 
 
-@pytest.fixture(scope="module", params=[IN_CI, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["two", "others"])
+@pytest.fixture(scope="module", params=[IN_CI, pytest.param(ON_EIGHT, marks=pytest.mark.slow)], ids=["four", "eight"])
 def found(request) -> dict[str, dict]:
+    groups, *meshes = request.param
+    devices = math.prod(map(int, meshes[0].split("x")))
     # With the emitters that XLA has by default: the older ones' float64 functions are good to 1e-9 only.
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.eight_devices", *request.param],
+        [sys.executable, "-m", "tests.parallel.many_devices", str(groups), *meshes],
         cwd=ROOT,
         env=ENVIRONMENT | {"XLA_FLAGS": flags, "JAX_ENABLE_X64": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return {name: mesh | {"layers": 2 * groups} for name, mesh in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 def test_ten_steps_and_a_sampling_call_come_out_as_on_one_device(found):
@@ -49,10 +53,10 @@ def test_checkpoints_are_read_onto_other_meshes_bit_for_bit(found):
 
 
 def test_each_device_holds_its_own_groups_alone_and_sends_only_sums_along_expert_and_data(found):
-    """Eight layers over the axis `expert`, those of weights, average and contexts alike."""
+    """All layers over the axis `expert`, those of weights, average and contexts alike."""
     for name, mesh in found.items():
         expert, _, fsdp, tensor = map(int, name.split("x"))
-        assert mesh["layers_of_state"] == mesh["layers_of_contexts"] == [8 // expert], name
+        assert mesh["layers_of_state"] == mesh["layers_of_contexts"] == [mesh["layers"] // expert], name
         if fsdp == tensor == 1:
             assert mesh["collectives"] == ["all-reduce"], name
     assert next(iter(found.values()))["own_prompts_collectives"] == ["all-reduce"]

@@ -45,7 +45,7 @@ def test_a_run_starts_from_converted_weights_and_their_tokenizer(run, converted)
 @pytest.mark.parametrize(
     "change, named",
     [
-        (dict(model__text__rope_theta=3.0), r"config\.model\.text\.rope_theta is 3\.0, theirs 2\.0"),
+        (dict(model__text__rope_theta=3.0), r"config\.model\.text\.rope_theta is 3\.0, theirs 10000\.0"),
         (dict(model__vision__mlp_ratio=3), r"config\.model\.vision\.mlp_ratio is 3, theirs 4"),
     ],
 )

@@ -16,7 +16,7 @@ from lattejax.parallel.collectives import Traffic, traffic
 from lattejax.parallel.mesh import one_device
 from lattejax.training import planning
 from lattejax.training.plans import frozen_inputs
-from tests.helpers import ENVIRONMENT, encoder_for, run_door, tiny_config, tiny_flags
+from tests.helpers import ENVIRONMENT, encoder_for, run_command, tiny_config, tiny_flags
 
 PICTURES = dict(data__prompts="pictures", train__share_contexts=False, data__prompt_length=36)
 
@@ -105,7 +105,7 @@ def test_a_plan_for_real_chips_ends_with_a_json_object(program):
     flags = [*tiny_flags(model__num_groups=4, train__batch_size=16), "--config.mesh.expert=4"]
     flags += ["--captions=10", "--topology=v5e:2x2", "--json", f"--{'no' * (program == 'train')}sample"]
     # libtpu does not know all of the CPU's flags.
-    done = run_door("plan", *flags, env=ENVIRONMENT | {"XLA_FLAGS": ""})
+    done = run_command("plan", *flags, env=ENVIRONMENT | {"XLA_FLAGS": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     plan = json.loads(done.stdout.splitlines()[-1])
     assert (plan["program"], plan["chips"], plan["hbm_capacity_gib"]) == (program, 4, 15.75)

@@ -22,7 +22,7 @@ from lattejax.training.loop import run_stage
 from lattejax.training.step import init_state
 from lattejax.weights.checkpoints import Checkpoints
 from lattejax.weights.runs import Run, abstract_params, abstract_trained
-from tests.helpers import ROOT, assert_same_bits, run_interrupted, start_door, tiny_config, tiny_flags
+from tests.helpers import ROOT, assert_same_bits, run_interrupted, tiny_config, tiny_flags
 
 STAGE_KEYS = {
     "stage",
@@ -119,11 +119,13 @@ def test_loss_is_the_mean_of_the_groups_losses(finished):
 # ---- What kills a run, and what it survives
 
 
-def test_a_run_that_is_killed_again_and_again_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_path):
+def test_a_run_that_is_killed_again_and_again_equals_an_uninterrupted_one_bit_for_bit(
+    finished, tmp_path, forked_command
+):
     """SIGTERM while XLA compiles, SIGKILL in a step of the first stage, SIGKILL while a checkpoint of the second is
     being written, SIGTERM in a step; each time the same command goes on. The instants are drawn, from one seed."""
     whole, rng = finished[0], np.random.default_rng(0)
-    attempt = Attempts(tmp_path, tiny_flags())
+    attempt = Attempts(forked_command, tmp_path, tiny_flags())
 
     # Nothing is trained yet: it ends at once, and leaves no checkpoint.
     assert attempt.stop(signal.SIGTERM, attempt.says("pretrain: 53,488 trained parameters"), rng.uniform(0, 0.2)) == 75
@@ -153,8 +155,8 @@ def assert_equal_runs(ours, theirs) -> None:
 class Attempts:
     """The same command, again and again."""
 
-    def __init__(self, workdir, flags):
-        self.command = ["train", *flags, f"--workdir={os.path.relpath(workdir, ROOT)}"]
+    def __init__(self, forks, workdir, flags):
+        self.forks, self.command = forks, ["train", *flags, f"--workdir={os.path.relpath(workdir, ROOT)}"]
         self._output = workdir / "output.txt"
 
     def output(self) -> str:
@@ -165,8 +167,7 @@ class Attempts:
 
     def stop(self, signum: int, when, seconds: float, or_ended: bool = False) -> int:
         """Starts it, and sends a signal so many seconds after `when` holds; returns the exit code."""
-        with open(self._output, "w") as output:
-            process = start_door(*self.command, stdout=output, stderr=output)
+        process = self.forks.start(*self.command, output=self._output)
         deadline = time.monotonic() + 300
         while not when():
             if or_ended and process.poll() is not None:
@@ -178,19 +179,18 @@ class Attempts:
         return process.wait()
 
     def finish(self) -> int:
-        with open(self._output, "w") as output:
-            return start_door(*self.command, stdout=output, stderr=output).wait()
+        return self.forks.start(*self.command, output=self._output).wait()
 
 
 @pytest.mark.slow
-def test_soak(tmp_path_factory):
+def test_soak(tmp_path_factory, forked_command):
     """Twenty kills at random instants of a run's life, imports and compilation left out, SIGKILL and SIGTERM: it ends
     bit for bit where an uninterrupted run ends."""
     settings = dict(pretrain__steps=60, train__steps=400, checkpoint__every=10, log_every=10, eval__every=40)
     flags, rng = tiny_flags(**settings, eval__scored_images=0), np.random.default_rng(0)
     whole, killed = (tmp_path_factory.mktemp(name) for name in ("whole", "killed"))
-    assert Attempts(whole, flags).finish() == 0
-    attempt, kills = Attempts(killed, flags), 0
+    assert Attempts(forked_command, whole, flags).finish() == 0
+    attempt, kills = Attempts(forked_command, killed, flags), 0
     while kills < 20:
         signum = signal.SIGKILL if rng.random() < 0.5 else signal.SIGTERM
         code = attempt.stop(signum, attempt.says("trained parameters"), rng.uniform(0, 12), or_ended=True)

@@ -12,14 +12,15 @@ from lattejax.training import stages, sweep
 from lattejax.training.interrupt import Interrupted, InterruptGuard
 from lattejax.training.sweep import resolve_sweep, run_sweep
 from lattejax.weights.runs import Run
-from tests.helpers import assert_same_bits, config_file, run_door, tiny_dict
+from tests.helpers import assert_same_bits, config_file, tiny_dict
 
 # The base of the sweep is Blend, whose pretrained VLM other runs start from before its layers are trained further.
 TWO = (("base", {}), ("no_residual", {"model.residual_attention": "none", "model.variant": "couple"}))
 
 
 def sweep_config(**overrides) -> ConfigDict:
-    base = tiny_dict(model__variant="blend", train__steps=2, pretrain__steps=1, eval__every=1, checkpoint__every=1)
+    settings = dict(train__steps=2, pretrain__steps=1, eval__every=1, eval__batch_size=20, checkpoint__every=1)
+    base = tiny_dict(model__variant="blend", **settings)
     values = dict(base=base, seeds=(0, 1), variants=TWO, sample_steps=(2, 3)) | overrides
     return ConfigDict(values)
 
@@ -113,11 +114,11 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("flag", BAD_FLAGS)
-def test_the_door_refuses_bad_input_in_one_line(tmp_path, flag):
-    done = run_door("sweep", "--config=configs/ablations.py", f"--workdir={tmp_path}", flag)
+def test_bad_input_is_refused_in_one_line(tmp_path, flag, forked_command):
+    done = forked_command("sweep", "--config=configs/ablations.py", f"--workdir={tmp_path}", flag)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and BAD_FLAGS[flag] in done.stderr, done.stderr
 
 
-def test_the_door_refuses_an_unknown_list_in_one_line(tmp_path):
-    done = run_door("sweep", "--config=configs/ablations.py:nothing", f"--workdir={tmp_path}")
+def test_an_unknown_list_is_refused_in_one_line(tmp_path, forked_command):
+    done = forked_command("sweep", "--config=configs/ablations.py:nothing", f"--workdir={tmp_path}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "paper" in done.stderr, done.stderr

@@ -24,7 +24,7 @@ from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.weights import pretrained
 from lattejax.weights.pretrained import Pretrained
 from tests import checkpoints
-from tests.helpers import ENVIRONMENT, ROOT, run_door, start_door
+from tests.helpers import ENVIRONMENT, ROOT, run_command, start_command
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_nothing_is_overwritten(source, converted, tmp_path):
 
 def test_a_killed_conversion_is_never_taken_for_a_whole_one(source, tmp_path):
     """Killed while weights are written; the next conversion starts over and ends."""
-    with start_door("convert", f"--source={source}", f"--out={tmp_path / 'out'}") as running:
+    with start_command("convert", f"--source={source}", f"--out={tmp_path / 'out'}") as running:
         while not list(tmp_path.glob("out.partial-*/params*/**/d/*")):
             time.sleep(0.001)
             assert running.poll() is None
@@ -275,12 +275,12 @@ def test_a_hub_id_is_looked_up_in_the_hubs_cache(source, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123abc")
     environment = ENVIRONMENT | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = run_door("convert", "--source=some/vlm", f"--out={tmp_path / 'out'}", env=environment)
+    done = run_command("convert", "--source=some/vlm", f"--out={tmp_path / 'out'}", env=environment)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert record["source"] == "some/vlm" and record["directory"].endswith("0123abc")
 
-    done = run_door("convert", "--source=some/other", f"--out={tmp_path / 'other'}", env=environment)
+    done = run_command("convert", "--source=some/other", f"--out={tmp_path / 'other'}", env=environment)
     assert done.returncode == 2 and "--source=some/other is no directory" in done.stderr
     assert not (tmp_path / "other").exists()
 

@@ -1,5 +1,7 @@
-"""Run by test_meshes.py in a process of its own, on eight simulated devices: ten training steps and a sampling call on
-one device, and on each of the meshes that are named (as 4x2x1x1: expert, data, fsdp, tensor); prints JSON."""
+"""Run by test_meshes.py in a process of its own, on simulated devices: ten training steps and a sampling call on one
+device, and on each of the meshes that are named (as 4x2x1x1: expert, data, fsdp, tensor); prints JSON.
+
+The model has as many groups of two layers as the first argument says."""
 
 import json
 import sys
@@ -26,15 +28,8 @@ from lattejax.weights.runs import inference_weights
 from tests.helpers import encoder_for, randomize, tiny_config
 
 STEPS = 10
-CONFIG = tiny_config(
-    model__num_groups=4,
-    model__text__num_layers=8,
-    train__batch_size=64,
-    train__accumulation=2,
-    train__learning_rate=1e-2,
-    train__prompt_dropout=0.2,
-)
-OWN_PROMPTS = tiny_config(**{"model__num_groups": 4, "train__batch_size": 32, "train__share_contexts": False})
+SHARED = dict(train__batch_size=64, train__accumulation=2, train__learning_rate=1e-2, train__prompt_dropout=0.2)
+OWN_PROMPTS = dict(train__batch_size=32, train__share_contexts=False)
 
 
 class Trial:
@@ -115,7 +110,7 @@ def restored(state, like) -> bool:
 
 def collectives(step) -> list[str]:
     """Of which kinds, those left out that send no more than a group's metrics."""
-    return sorted(kind for kind, one in traffic(step.as_text(), 8).items() if one.sent_bytes > 1024)
+    return sorted(kind for kind, one in traffic(step.as_text(), jax.device_count()).items() if one.sent_bytes > 1024)
 
 
 def on_each_device(tree) -> list[int]:
@@ -123,9 +118,12 @@ def on_each_device(tree) -> list[int]:
     return sorted({shard.data.shape[0] for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards})
 
 
-def main(meshes: list[str]) -> None:
+def main(groups: int, meshes: list[str]) -> None:
     alone = make_mesh({}, jax.devices()[:1])
-    shared, own = Trial(CONFIG, STEPS), Trial(OWN_PROMPTS, 2)
+    model = dict(model__num_groups=groups, model__text__num_layers=2 * groups)
+    shared, own = (
+        Trial(tiny_config(**model, **settings), steps) for settings, steps in ((SHARED, STEPS), (OWN_PROMPTS, 2))
+    )
     wide, narrow, read = shared.run(alone, "float64"), shared.run(alone, "float32"), own.run(alone, "float32")
     images = draw(shared, alone)
     found = {}
@@ -156,4 +154,4 @@ def main(meshes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -1,11 +1,8 @@
-"""The doors as a user meets them: results out, and bad input as one line and exit code 2."""
+"""The commands as a user meets them: results out, and bad input as one line and exit code 2."""
 
 import json
 import os
 import pty
-import subprocess
-import sys
-import types
 
 import jax
 import numpy as np
@@ -21,7 +18,7 @@ from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.weights.runs import Workdir
 from tests import checkpoints
-from tests.helpers import ENVIRONMENT, ROOT, encoder_for, run_door, tiny_config, tiny_flags
+from tests.helpers import ROOT, encoder_for, run_command, tiny_config, tiny_flags
 
 
 @pytest.fixture(scope="module")
@@ -41,28 +38,11 @@ def digit(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def warm_door():
-    """Runs a door as `run_door` does, without waiting for its imports."""
-    command = [sys.executable, "-m", "tests.warm_doors"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as doors:
-
-        def run(*arguments: str) -> types.SimpleNamespace:
-            doors.stdin.write(json.dumps(arguments) + "\n")
-            doors.stdin.flush()
-            return types.SimpleNamespace(**json.loads(doors.stdout.readline()))
-
-        yield run
-        doors.stdin.close()
-
-
 def test_sample_draws_every_prompt_in_order(workdir, tmp_path):
     out = tmp_path / "new" / "grid.png"
     prompts = ["--prompt=a handwritten seven", "--prompt=a handwritten two"]
     relative = os.path.relpath(workdir, ROOT)
-    done = run_door("sample", f"--workdir={relative}", *prompts, "--num=3", "--steps=5", f"--out={out}", "--npz")
+    done = run_command("sample", f"--workdir={relative}", *prompts, "--num=3", "--steps=5", f"--out={out}", "--npz")
     assert done.returncode == 0, done.stderr
     images = np.load(out.with_suffix(".npz"))["arr_0"]
     assert images.shape == (6, 8, 8, 3) and images.dtype == np.uint8
@@ -74,36 +54,36 @@ def test_sample_draws_every_prompt_in_order(workdir, tmp_path):
     assert np.array_equal(grid[108:172, 4:68], fourth), "the second prompt's"
 
 
-def test_sample_takes_every_setting_and_an_image_to_look_at(workdir, digit, tmp_path, warm_door):
+def test_sample_takes_every_setting_and_an_image_to_look_at(workdir, digit, tmp_path, forked_command):
     """Each setting changes what is drawn, from the same noise."""
     settings = ["--guidance=2", "--solver=heun", "--shift=0.5", "--guidance_interval=0.4,0.6", f"--image={digit}"]
     drawn = []
     for i, setting in enumerate(settings):
         out = tmp_path / f"{i}.npz"
         common = [f"--workdir={workdir}", "--prompt=a handwritten two", "--num=1", "--steps=4", "--npz"]
-        done = warm_door("sample", *common, setting, f"--out={out.with_suffix('.png')}")
+        done = forked_command("sample", *common, setting, f"--out={out.with_suffix('.png')}")
         assert done.returncode == 0, done.stderr
         assert ("steps per group: [3, 1]" in done.stdout) == (setting == "--shift=0.5")
         drawn.append(np.load(out)["arr_0"].tobytes())
     assert len(set(drawn)) == len(settings)
 
 
-def test_chat_answers_for_a_run(workdir, digit):
-    done = run_door(
+def test_chat_answers_for_a_run(workdir, digit, forked_command):
+    done = forked_command(
         "chat", f"--workdir={workdir}", f"--image={digit}", "--question=Which digit is this?", "--max_tokens=3"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
 
 
-def test_an_exported_run_draws_what_the_run_draws(workdir, tmp_path, warm_door):
-    done = warm_door("convert", f"--source={workdir}", "--to=safetensors", f"--out={tmp_path / 'export'}")
+def test_an_exported_run_draws_what_the_run_draws(workdir, tmp_path, forked_command):
+    done = forked_command("convert", f"--source={workdir}", "--to=safetensors", f"--out={tmp_path / 'export'}")
     assert done.returncode == 0 and "is whole" in done.stdout, done.stderr
     drawn = []
     for directory in (workdir, tmp_path / "export"):
         out = tmp_path / f"{directory.name}.png"
         settings = ["--prompt=a handwritten two", "--num=2", "--steps=4", f"--out={out}", "--npz"]
-        done = warm_door("sample", f"--workdir={directory}", *settings)
+        done = forked_command("sample", f"--workdir={directory}", *settings)
         assert done.returncode == 0, done.stderr
         drawn.append(np.load(out.with_suffix(".npz"))["arr_0"])
     np.testing.assert_array_equal(*drawn)
@@ -128,9 +108,9 @@ def expected_answer(weights, turns, **decoding):
     return "".join(answerer.stream(encoder.chat(turns), Decoding(**decoding)))
 
 
-def test_chat_takes_its_question_from_a_pipe_and_every_setting(weights, digit):
+def test_chat_takes_its_question_from_a_pipe_and_every_setting(weights, digit, forked_command):
     flags = [f"--image={digit}", f"--image={digit}", "--system=Speak.", "--temperature=0.7", "--top_p=0.9", "--seed=3"]
-    done = run_door(
+    done = forked_command(
         "chat", f"--weights={weights}", "--dtype=float32", "--max_tokens=5", *flags, input="Which digits are these?\n"
     )
     assert done.returncode == 0, done.stderr
@@ -145,7 +125,7 @@ def test_a_chat_on_a_terminal_goes_on_from_what_was_said(weights, digit):
         f"Is this a three?\n<|image_pad|>\n/image nothing.png\n/image {digit}\nAnd this?\n/new\nIs this a three?\n\x04"
     )
     os.write(ours, typed.encode())
-    done = run_door("chat", f"--weights={weights}", "--dtype=float32", "--max_tokens=6", stdin=theirs)
+    done = run_command("chat", f"--weights={weights}", "--dtype=float32", "--max_tokens=6", stdin=theirs)
     assert done.returncode == 0, done.stderr
     first = expected_answer(weights, [("user", "Is this a three?", [])], max_tokens=6)
     turns = [("user", "Is this a three?", []), ("assistant", first, []), ("user", "And this?", [digit])]
@@ -229,7 +209,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, digit, warm_door):
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, digit, forked_command):
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "cut.png").write_bytes(digit.read_bytes()[:200])
     Image.new("RGB", (1, 1)).save(tmp_path / "bomb.bmp")
@@ -237,46 +217,51 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, di
         file.seek(18)
         file.write((60000).to_bytes(4, "little") * 2)
     arguments, named = BAD_INPUT[case]
-    done = warm_door(*(argument.format(tmp=tmp_path, workdir=workdir) for argument in arguments))
+    done = forked_command(*(argument.format(tmp=tmp_path, workdir=workdir) for argument in arguments))
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     assert named in lines[0]
 
 
-def test_a_workdir_without_a_checkpoint_is_refused(tmp_path, warm_door):
+def test_a_workdir_without_a_checkpoint_is_refused(tmp_path, forked_command):
     """A run killed before its first checkpoint has a config and no weights."""
     config, workdir = tiny_config(), Workdir.at(tmp_path)
     tokenizers.save(encoder_for(config).tokenizer, workdir.tokenizer)
     configuration.save(config, workdir.config)
-    for door, flag, missing in [("sample", "--prompt=a", "no checkpoint"), ("chat", "--question=a", "no finished VLM")]:
-        done = warm_door(door, f"--workdir={tmp_path}", flag)
+    for command, flag, missing in [
+        ("sample", "--prompt=a", "no checkpoint"),
+        ("chat", "--question=a", "no finished VLM"),
+    ]:
+        done = forked_command(command, f"--workdir={tmp_path}", flag)
         assert done.returncode == 2 and missing in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_the_loaders_benchmark_ends_with_a_json_object():
+def test_the_loaders_benchmark_ends_with_a_json_object(forked_command):
     flags = tiny_flags(train__share_contexts=False, train__batch_size=200, data__prompt_length=100)
-    done = run_door("benchmark", "data", *flags, "--records=1000", "--json")
+    done = forked_command("benchmark", "data", *flags, "--records=1000", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["benchmark"] == "data" and 0 < found["share_of_limit"] < 1
     assert found["latents_per_second"] == pytest.approx(found["batch_size"] / found["seconds"])
 
 
-def test_the_benchmark_of_a_call_ends_with_a_json_object():
+def test_the_benchmark_of_a_call_ends_with_a_json_object(forked_command):
     flags = ["--steps=2", "--batch_size=2", "--repeats=1", "--against=vanilla", "--json"]
-    done = run_door("benchmark", "sample", *tiny_flags(), *flags)
+    done = forked_command("benchmark", "sample", *tiny_flags(), *flags)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["benchmark"], found["against"], found["num_groups"]) == ("sample", "vanilla", 2)
     assert found["ratio"] == pytest.approx(found["against_seconds"] / found["seconds"])
 
 
-def test_benchmarks_of_steps_are_plotted_by_group_count(tmp_path):
+def test_benchmarks_of_steps_are_plotted_by_group_count(tmp_path, forked_command):
     figures = {"seconds": 0.5, "against_seconds": 0.8, "limit": 0.4, "batch_size": 1}
     results = [{"benchmark": "sample", "against": "torch", "num_groups": count} | figures for count in (4, 1, 2)]
     (tmp_path / "speed.jsonl").write_text("\n".join(map(json.dumps, results)))
-    done = run_door("benchmark", "plot", f"--results={tmp_path / 'speed.jsonl'}", f"--out={tmp_path / 'speed.png'}")
+    done = forked_command(
+        "benchmark", "plot", f"--results={tmp_path / 'speed.jsonl'}", f"--out={tmp_path / 'speed.png'}"
+    )
     assert done.returncode == 0, done.stderr
     assert open_image(tmp_path / "speed.png").width > 400
 

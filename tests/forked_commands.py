@@ -1,0 +1,53 @@
+"""Runs commands each in a fork of a process that has imported everything: a start takes most of the time of an error.
+
+Reads JSON requests, a line each, and answers each with a line. `start` forks, and answers with the pid; `poll` and
+`wait` answer with the exit code, `poll` with null while the command runs.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import sys
+import traceback
+import warnings
+
+for heavy in ("data.encoding", "evaluation.benchmarks", "sampling.answers", "training.sweep"):
+    importlib.import_module(f"lattejax.{heavy}")
+warnings.filterwarnings("ignore", "os.fork")  # nothing has been computed yet: there are no threads
+
+
+def start(command: str, arguments: list[str], files: list[str], environment: dict[str, str]) -> int:
+    """Forks; `files` are the paths of standard input, output and errors."""
+    pid = os.fork()
+    if pid:
+        return pid
+    modes = (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT | os.O_APPEND] * 2)
+    for stream, (path, mode) in enumerate(zip(files, modes, strict=True)):
+        os.dup2(os.open(path, mode), stream)
+    os.environ.update(environment)
+    code = 0
+    try:
+        sys.argv = [command, *arguments]
+        runpy.run_module(f"lattejax.{command}", run_name="__main__", alter_sys=True)
+    except SystemExit as stopped:
+        code = stopped.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def wait(pid: int, options: int = 0) -> int | None:
+    ended, status = os.waitpid(pid, options)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+ANSWERS = {"start": start, "wait": wait, "poll": lambda pid: wait(pid, os.WNOHANG)}
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        print(json.dumps(ANSWERS[name](*arguments)), flush=True)
