@@ -1,5 +1,6 @@
 """What several tests share: the smallest config of the real thing, and its parts."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -116,6 +118,22 @@ def assert_same_bits(ours: Any, theirs: Any) -> None:
     assert [path for path, _ in ours] == [path for path, _ in theirs]
     for (path, a), (_, b) in zip(ours, theirs, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), f"{jax.tree_util.keystr(path)} differs"
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[Callable[[], int]]:
+    """Yields what tells how many programs have been compiled in the block, those read from a cache included."""
+    counted = []
+
+    def listen(event: str, seconds: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            counted.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield lambda: len(counted)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 # Of the processes that tests start: they have no PyTorch, like most users.

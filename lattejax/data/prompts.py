@@ -206,10 +206,10 @@ def largest_image(prompts: Iterable[EncodedPrompt]) -> int:
 def question_batch(encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], length: int) -> dict[str, object]:
     """A training batch of questions with answers.
 
-    `target_weights` [B, T] are those of the tokens to be predicted (the answers' alone), scaled so that the mean over
-    rows of a row's weighted sum is the mean over all answer tokens of the batch.
+    `target_weights` [B, T] are 1 at the tokens to be predicted, the answers' alone. `objectives.weigh_answers` scales
+    them, when the rows of all processes are together.
     """
     weights = np.zeros((len(prompts), length), np.float32)
     for row, prompt in enumerate(prompts):
         weights[row, : len(prompt.input_ids)] = prompt.is_answer
-    return {"prompts": encoder.batch(prompts, length), "target_weights": weights * (len(prompts) / weights.sum())}
+    return {"prompts": encoder.batch(prompts, length), "target_weights": weights}

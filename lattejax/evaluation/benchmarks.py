@@ -151,13 +151,11 @@ def train(config: Config, work: Work, against: str) -> Result:
         calls["theirs"] = rival.step
     first_head = np.array(trained["head"]["proj"]["weight"])
 
-    def init(params):
-        return init_state(config.train, params)._replace(ema=None)
-
-    mesh = one_device()
+    stage, mesh = dataclasses.replace(config.train, ema_decay=0.0), one_device()  # no average is kept
+    init = functools.partial(init_state, stage)
     placed = rules.shardings(mesh, jax.eval_shape(init, trained))
     state = jax.jit(init, out_shardings=placed, donate_argnums=0)(trained)
-    step = compile_for(mesh, make_train_step(config.train, loss, rows), state, frozen, rows)
+    step = compile_for(mesh, make_train_step(stage, loss, rows), state, frozen, rows)
 
     def ours():
         nonlocal state

@@ -21,7 +21,7 @@ TIME_CHANNELS = 256
 
 
 class TimeEmbedding(nnx.Module):
-    """Sinusoids of 1000·t through a two-layer SiLU network."""
+    """Sinusoids of 1000·t through a two-layer SiLU network; in t's own precision, whatever that of the weights."""
 
     def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
         self.fc1 = Linear(TIME_CHANNELS, config.text.hidden_size, rngs=rngs)
@@ -30,8 +30,8 @@ class TimeEmbedding(nnx.Module):
     def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B D"]:
         half = TIME_CHANNELS // 2
         frequencies = 1000 * np.exp(-np.log(10_000) * np.arange(half) / half)
-        angles = t[:, None] * jnp.asarray(frequencies, t.dtype)  # never in bfloat16, which cannot tell 999 from 1000
-        sinusoids = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(self.fc1.weight.dtype)
+        angles = t[:, None] * jnp.asarray(frequencies, t.dtype)  # bfloat16 could not tell 999 from 1000
+        sinusoids = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return self.fc2(jax.nn.silu(self.fc1(sinusoids)))
 
 
@@ -92,6 +92,7 @@ class Head(nnx.Module):
         return HeadModulation(*jnp.split(self.modulation(jax.nn.silu(c))[:, None], 2, axis=-1))
 
     def __call__(self, h: Float[Array, "B N D"], modulation: HeadModulation) -> Float[Array, "B h w C"]:
-        patches = self.proj(self.norm(h) * (1 + modulation.scale) + modulation.shift)
+        modulated = self.norm(h) * (1 + modulation.scale) + modulation.shift  # in the modulation's precision
+        patches = self.proj(modulated.astype(h.dtype))
         (rows, _), patch = self.config.grid, self.config.patch_size
         return rearrange(patches, "B (h w) (p q C) -> B (h p) (w q) C", h=rows, p=patch, q=patch)

@@ -15,7 +15,8 @@ takes up the previous layer's, before it multiplies the values:
 What the paper leaves open, and what we chose: scale_attn and scale_mlp are 1 + linear(silu(c)), shift and scale are
 linear(silu(c)), gate is tanh(linear(c)) for each head, A is the map after the softmax. All these linears start at zero
 and the norms after attention and FFN at one. Two other choices are there to be compared: one gate for all of a layer's
-heads, and A for the scores before the softmax.
+heads, and A for the scores before the softmax. Modulations, gates and softmax are in at least float32, also where the
+weights are bfloat16, in which 1 + 0.003 is 1.
 
 Axes: B batch, T context token, N image token, H query head, G KV head, R query heads per KV head (H = G R), D width,
 d head dimension.
@@ -110,8 +111,8 @@ class GenerationLayer(nnx.Module):
         `previous_map` is None in the first layer of a group, which starts afresh, and without residual attention.
         """
         mixed, attention_map = self.attention(h, modulation, rotary, context, context_mask, previous_map)
-        h = h + modulation.attention_scale * self.attention_norm(mixed)
-        h = h + modulation.mlp_scale * self.mlp_norm(self.feed_forward(h, modulation))
+        h = (h + modulation.attention_scale * self.attention_norm(mixed)).astype(h.dtype)
+        h = (h + modulation.mlp_scale * self.mlp_norm(self.feed_forward(h, modulation))).astype(h.dtype)
         return h, None if self.residual_attention == "none" else attention_map
 
     def attention(
@@ -136,7 +137,7 @@ class GenerationLayer(nnx.Module):
     def feed_forward(self, h: Float[Array, "B N D"], modulation: Modulation) -> Float[Array, "B N D"]:
         """The second half, before the norm after it."""
         x = self.decoder.post_attention_norm(h) * (1 + modulation.mlp_norm_scale) + modulation.mlp_norm_shift
-        return self.decoder.mlp(x)
+        return self.decoder.mlp(x.astype(h.dtype))
 
 
 def attend(
@@ -168,9 +169,10 @@ def attend(
     peak = jax.lax.stop_gradient(peak)
     on_context, on_image = jnp.exp(on_context - peak), jnp.exp(on_image - peak)
     total = on_context.sum(-1, keepdims=True) + on_image.sum(-1, keepdims=True)
-    on_context, on_image = (on_context / total).astype(q.dtype), (on_image / total).astype(q.dtype)
+    on_context, on_image = on_context / total, on_image / total
     if residual is not None and not on_logits:
         on_image = on_image + residual
+    on_context, on_image = on_context.astype(q.dtype), on_image.astype(q.dtype)
 
     mixed = jnp.einsum("bgrnt,btgd->bngrd", on_context, context.values)
     mixed = mixed + jnp.einsum("bgrnm,bmgd->bngrd", on_image, image.values)

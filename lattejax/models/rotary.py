@@ -40,10 +40,10 @@ def vision_rotary(positions: Int[Array, "I P 2"], head_dim: int, theta: float = 
 
 
 def rotate(x: Float[Array, "B T heads d"], rotary: Rotary) -> Float[Array, "B T heads d"]:
-    """Turns each pair (x[i], x[i + d/2]) by its angle."""
-    cos, sin = (table[..., None, :].astype(x.dtype) for table in rotary)
+    """Turns each pair (x[i], x[i + d/2]) by its angle; in at least float32, and rounded once."""
+    cos, sin = (table[..., None, :] for table in rotary)
     first, second = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+    return (x * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
 
 
 def token_positions(

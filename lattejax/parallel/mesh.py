@@ -1,7 +1,7 @@
 """The mesh of devices: axes `expert`, `data`, `fsdp` and `tensor`, any of which may be 1."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -65,3 +65,12 @@ def one_device() -> Mesh:
 def row_shares(mesh: Mesh) -> int:
     """Into how many shares rows are split that any device may take."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def batches_of(total: int, batch_size: int, mesh: Mesh) -> Iterator[np.ndarray]:
+    """Cuts the numbers 0 to total - 1 into batches of one size: `batch_size`, or less if there are fewer, rounded up so
+    that every device gets as many. The last one is filled up with the last number."""
+    shares = row_shares(mesh)
+    size = -(-min(batch_size, total) // shares) * shares
+    for start in range(0, total, size):
+        yield np.minimum(np.arange(start, start + size, dtype=np.int32), total - 1)

@@ -45,6 +45,17 @@ class Rows:
         """Of rows on one leading axis, which any device may take."""
         return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
+    @staticmethod
+    def place_flat(mesh: Mesh, tree: Any) -> Any:
+        """Splits arrays that every process has over all devices, by rows on the leading axis; those must be a multiple
+        of `row_shares`."""
+
+        def placed(x):
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, Rows.flat_sharding(mesh), lambda index: x[index])
+
+        return jax.tree.map(placed, tree)
+
     def sharding(self, mesh: Mesh) -> NamedSharding:
         return NamedSharding(mesh, self.spec)
 

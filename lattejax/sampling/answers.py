@@ -1,7 +1,8 @@
 """Answering: prompts in, text out, token by token with a KV cache.
 
 Two compiled functions do it: one reads the prompts and chooses the first token, one reads a token and chooses the next.
-Prompts, images and caches are padded to a few sizes (`bucket`), so that both serve many lengths without compiling anew.
+Prompts, images and caches are padded to a few sizes (`sampling.padding`), so that both serve many lengths without
+compiling anew.
 
 Axes: B batch, V vocabulary.
 """
@@ -18,14 +19,14 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from lattejax.data.prompts import EncodedPrompt, PromptEncoder, largest_image
+from lattejax.data.prompts import EncodedPrompt, PromptEncoder
 from lattejax.models import qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import DecodeState, Prompts, VLMConfig
 from lattejax.parallel import hosts
+from lattejax.sampling.padding import bucket, padded
 from lattejax.weights.pretrained import Pretrained
 
-LEAST_TOKENS = 32
 LEAST_TEMPERATURE = 1e-6  # below, logits over it leave float32
 
 
@@ -101,12 +102,6 @@ def read_token(
     return choose(logits, chance, count), state
 
 
-def bucket(size: int) -> int:
-    """Rounds up to the next of 1, 2, …, 8, 10, 12, 14, 16, 20, …: four sizes to a doubling, at most a quarter more."""
-    step = max(1, 2 ** ((size - 1).bit_length() - 3))
-    return -(-size // step) * step
-
-
 class Answerer:
     """A VLM that answers.
 
@@ -134,7 +129,7 @@ class Answerer:
         for start in range(0, len(prompts), batch_size):
             # The last batch is filled up, so that every call has one shape, and cut below.
             rows = np.minimum(np.arange(start, start + min(batch_size, len(prompts))), len(prompts) - 1)
-            batch = self._batch([prompts[row] for row in rows], prompts)
+            batch = padded(self.encoder, [prompts[row] for row in rows], prompts)
             tokens = np.stack(list(self.tokens(batch, decoding, rows)), axis=1)
             answers.extend(self.encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True))
         return [text.strip() for text in answers[: len(prompts)]]
@@ -143,7 +138,7 @@ class Answerer:
         """Yields one answer piece by piece, as soon as its tokens make whole characters."""
         tokens: list[int] = []
         said = text = ""
-        for token in self.tokens(self._batch([prompt], [prompt]), decoding):
+        for token in self.tokens(padded(self.encoder, [prompt]), decoding):
             tokens.append(int(token[0]))
             text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -182,11 +177,3 @@ class Answerer:
             if done.all() or count == decoding.max_tokens:
                 return
             token = following
-
-    def _batch(self, prompts: Sequence[EncodedPrompt], among: Sequence[EncodedPrompt]) -> Prompts:
-        """Pads a batch to the sizes that suit all the prompts that it is `among`."""
-        length = max(len(prompt.input_ids) for prompt in among)
-        images = max(len(prompt.images) for prompt in among)
-        block = self.encoder.merge**2
-        patches = bucket(-(-largest_image(among) // block)) * block
-        return self.encoder.batch(prompts, max(LEAST_TOKENS, bucket(length)), bucket(images), patches)

@@ -27,8 +27,9 @@ from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.latte_flow import ModelConfig
 from lattejax.parallel import hosts, rules
-from lattejax.parallel.mesh import one_device, row_shares
+from lattejax.parallel.mesh import batches_of, one_device
 from lattejax.parallel.rows import Rows
+from lattejax.sampling.padding import bucket, padded
 from lattejax.weights.runs import Run, inference_weights
 
 read_prompts = jax.jit(latte_flow.read_prompts, static_argnames=("config", "remat"))
@@ -151,8 +152,13 @@ class ImageSampler:
         return cls.of(run, run.params(run.config.dtype), autoencoder)
 
     def read(self, prompts: Sequence[EncodedPrompt]) -> Context:
-        """Returns the contexts of the prompts and, last, of the empty one."""
-        return read_prompts(self.config, self.vlm, self.encoder.batch([*prompts, self.encoder.unconditional()]))
+        """Returns the contexts of the prompts and, last, of the empty one.
+
+        Both their lengths and their number are rounded up, the number by more empty prompts, so that other prompts are
+        read and drawn by the same programs.
+        """
+        empty = [self.encoder.unconditional()] * (bucket(len(prompts) + 1) - len(prompts))
+        return read_prompts(self.config, self.vlm, padded(self.encoder, [*prompts, *empty]))
 
     def __call__(
         self,
@@ -174,22 +180,12 @@ class ImageSampler:
         """
         contexts = self.read(prompts)
         segments = plan_segments(self.config.generation.intervals, sampling)
-        total, shares = len(prompts) * images_per_prompt, row_shares(self.mesh)
-        size = -(-min(batch_size, total) // shares) * shares
-        batches = []
-        for start in range(0, total, size):
-            # The last batch is filled up, so that every call has one shape, and cut below.
-            samples = np.minimum(np.arange(start, start + size), total - 1)
-            samples, rows = self._place(samples), self._place(samples // images_per_prompt)
+        total, batches = len(prompts) * images_per_prompt, []
+        for samples in batches_of(total, batch_size, self.mesh):
+            samples, rows = Rows.place_flat(self.mesh, (samples, samples // images_per_prompt))
             noise = sample_noise(seed, samples, self.config.generation.latent_shape)
             latents = draw_latents(
                 self.config, self.pathway, contexts, rows, noise, sampling.guidance, segments=segments
             )
             batches.append(decode_images(self.autoencoder, self.decoder, latents))
         return np.concatenate(hosts.fetch(batches))[:total]
-
-    def _place(self, numbers: Int[np.ndarray, "B"]) -> Int[Array, "B"]:
-        """Splits a batch's numbers over the devices."""
-        return jax.make_array_from_callback(
-            numbers.shape, Rows.flat_sharding(self.mesh), lambda index: numbers[index].astype(np.int32)
-        )

@@ -65,24 +65,22 @@ def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock
     # ---- Where to start
     first_step, window = 0, Window()
     if checkpoints.steps:
-        arrays = {name: getattr(abstract, name) for name in ("params", "ema", "optimizer")}
-        first_step, restored = checkpoints.restore_latest(**arrays)
+        first_step, restored = checkpoints.restore_latest(**abstract.arrays)
         progress = restored.pop("progress")
         plan.batches.set_state(progress["data"])
         window = Window.loaded(progress["window"])
         counts = np.asarray([first_step, progress["skipped"]], np.int32)
         counts = rules.put(tuple(counts), (abstract.step.sharding, abstract.skipped.sharding))
-        state = TrainState(*counts, **restored)
+        state = TrainState(*counts, **({"ema": None} | restored))
     else:
         placed = jax.tree.map(lambda x: x.sharding, abstract)
         init = jax.jit(functools.partial(init_state, settings), out_shardings=placed, donate_argnums=0)
         state = init(plan.init())
 
     def save(step: int) -> None:
-        arrays = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
         skipped = int(hosts.fetch(state.skipped))
         progress = {"data": plan.batches.get_state(), "skipped": skipped, "window": window.dumped()}
-        checkpoints.save(step, arrays, progress)
+        checkpoints.save(step, state.arrays, progress)
         guard.saved(checkpoints.wait)
 
     if settings.steps == 0 and not checkpoints.steps:

@@ -1,7 +1,8 @@
 """The losses: flow matching for what draws, and language modelling of answers for what reads.
 
 A loss takes (trained parameters, frozen inputs, batch, keys) and returns a scalar and a dict of metrics. A batch has
-one or both of two streams, "images" to be drawn and "questions" to be answered; `keys` has a key for each row of each.
+one or both of two streams, "images" to be drawn and "questions" to be answered, these weighed as a whole batch by
+`weigh_answers`; `keys` has a key for each row of each.
 Rows stand on the leading axis, or on two, [K, b], where each group has rows of its own (`parallel.rows`). A loss is a
 mean over rows, so that the losses of micro-batches average to that of their batch.
 
@@ -9,6 +10,7 @@ Axes: K group, b rows of one group's share, U prompts of a table, T token, C lat
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +30,16 @@ Metrics = dict[str, Array]
 
 
 # ---- The VLM: answers to questions
+
+
+def weigh_answers(batch: dict[str, Any]) -> dict[str, Any]:
+    """Scales the weights of the questions' tokens, so that the mean over rows of a row's weighted loss is the mean over
+    all answer tokens of the batch: of all its processes and micro-batches, however long each row's answer."""
+    if "questions" not in batch:
+        return batch
+    weights = batch["questions"]["target_weights"]
+    rows = math.prod(weights.shape[:-1])
+    return batch | {"questions": batch["questions"] | {"target_weights": weights * (rows / jnp.sum(weights))}}
 
 
 def answer_loss(
@@ -187,16 +199,21 @@ class FlowLoss:
         )
         return jnp.mean((velocities - target_velocity(latents, noise)) ** 2, axis=(2, 3, 4))
 
-    def held_out(self, trained: Params, frozen: Frozen, images: dict[str, Any]) -> Float[Array, "K"]:
-        """Returns each group's loss on held-out rows, at fixed flow times and noise: the midpoints of b equal cells of
-        the group's interval, whatever the density of training, and noise by the row's number."""
+    def held_out(
+        self, trained: Params, frozen: Frozen, images: dict[str, Any], index: Int[Array, "b"], total: Int[Array, ""]
+    ) -> Float[Array, "K b"]:
+        """Returns each group's losses on some of `total` held-out rows.
+
+        Flow times and noise depend on a row's `index` alone: the midpoint of one of `total` equal cells of the group's
+        interval, whatever the density of training, and noise by number. So the mean does not depend on how rows are cut
+        into batches.
+        """
         params, latents = self.assemble(trained, frozen), images["latents"]
-        index = jnp.arange(len(latents))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index)
         noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
         contexts, prompts = self.read(params, frozen, images, jnp.zeros(len(latents), bool))
-        *rows, u = self.for_all_groups((prompts, latents, noise, (index + 0.5) / len(latents)))
-        return self.losses(params, contexts, *rows, self.intervals.draw(u)).mean(axis=1)
+        *rows, u = self.for_all_groups((prompts, latents, noise, (index + 0.5) / total))
+        return self.losses(params, contexts, *rows, self.intervals.draw(u))
 
 
 def drop(prompts: Prompts, unconditional: Prompts, dropped: Array) -> Prompts:

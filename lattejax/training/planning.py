@@ -29,6 +29,7 @@ from lattejax.parallel import collectives, rules
 from lattejax.parallel.mesh import make_mesh, row_shares
 from lattejax.parallel.rows import Rows
 from lattejax.sampling.images import draw_latents
+from lattejax.sampling.padding import bucket
 from lattejax.training.objectives import Frozen
 from lattejax.training.plans import check_mesh, flow_loss, flow_step, generation_flops, stage_rows
 from lattejax.training.step import abstract_state, compile_for
@@ -162,7 +163,7 @@ def compile_sampler(config: Config, mesh: Mesh) -> tuple[jax.stages.Compiled, di
     params = jax.eval_shape(latte_flow.unstack, params)
     vlm = rules.abstract(mesh, params["vlm"], sampling_axes("vlm"))
     pathway = rules.abstract(mesh, latte_flow.pathway(model, params), sampling_axes("experts"))
-    prompts = len(config.eval.prompts) + 1
+    prompts = bucket(len(config.eval.prompts) + 1)
     described = abstract_prompts(config, prompts, config.data.prompt_length)
     contexts = jax.eval_shape(functools.partial(latte_flow.read_prompts, model), vlm, described)
     contexts = rules.abstract(mesh, contexts, axes=())

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lattejax.configuration import Config
 from lattejax.data import digits
-from lattejax.data.examples import image_batcher, open_source
+from lattejax.data.examples import Drawings, image_batcher, open_source
 from lattejax.data.pipeline import Batches, Streams
 from lattejax.data.prompts import PromptEncoder, question_batch
 from lattejax.errors import UserError
@@ -23,12 +23,13 @@ from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.qwen2_vl import Prompts
 from lattejax.parallel import hosts, rules
+from lattejax.parallel.mesh import batches_of
 from lattejax.parallel.rows import Rows
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler, read_prompts
 from lattejax.training.loop import StagePlan
 from lattejax.training.metrics import MetricsLog
-from lattejax.training.objectives import AnswerLoss, FlowLoss, Frozen, norms_per_group
+from lattejax.training.objectives import AnswerLoss, FlowLoss, Frozen, norms_per_group, weigh_answers
 from lattejax.training.step import TrainState, make_train_step
 from lattejax.weights.runs import Run, abstract_params, abstract_trained, inference_weights, open_vlm
 
@@ -70,9 +71,10 @@ def pretrain_plan(run: Run, key: jax.Array) -> StagePlan:
     config, stage, model = run.config, run.config.pretrain, run.config.model_config
     init_key, step_key = jax.random.split(key)
     rows = stage_rows(config)["pretrain"]
+    loss = AnswerLoss(model, jnp.dtype(config.dtype), stage.remat, stage.unroll)
 
     def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:
-        return {"answer_accuracy": held_out_answers(run, state.ema, config.eval.examples)}
+        return {"answer_accuracy": held_out_answers(run, state.average, config.eval.examples)}
 
     return StagePlan(
         name="pretrain",
@@ -81,7 +83,7 @@ def pretrain_plan(run: Run, key: jax.Array) -> StagePlan:
         rows=rows,
         trained=abstract_params(config)["vlm"],
         init=lambda: first_vlm(config, init_key, run.mesh),
-        step=make_train_step(stage, AnswerLoss(model, jnp.dtype(config.dtype), stage.remat, stage.unroll), rows),
+        step=make_train_step(stage, loss, rows, prepare=weigh_answers),
         key=step_key,
         frozen=None,
         batches=Streams(questions=question_batches(run, rows["questions"])),
@@ -144,10 +146,8 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
 
     # With contexts made ahead, training itself has no more use for the VLM, which is not kept between evaluations.
     frozen = frozen_inputs(config, encoder, source.captions, read_fixed(), run.mesh)
-    held_out_loss = jax.jit(loss.held_out)
     make_batch = image_batcher(config, encoder, source.captions)
-    held_out = source.drawings("test", encoder)
-    few = list(range(len(held_out))[: config.eval.examples or None])
+    held_out = HeldOutLoss(config, loss, source.drawings("test", encoder), make_batch, run.mesh)
     reader = DigitReader() if config.eval.scored_images else None
     stored = run.open_autoencoder()
     # Read now, when nothing is lost if it cannot be; kept on the host until an evaluation draws.
@@ -163,11 +163,10 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
         return jax.jit(fresh, out_shardings=rules.shardings(run.mesh, trained))(run.pretrained_vlm(), init_key)
 
     def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:
-        losses = held_out_loss(state.ema, frozen, make_batch(held_out.__getitems__(few)))
+        losses = held_out(state.average, frozen)
         lengths = np.asarray(model.generation.intervals.lengths)
-        losses = hosts.fetch(losses)
         metrics = {"held_out_loss": np.sum(losses * lengths), "held_out_loss_per_group": losses}
-        params = functional.merge(frozen.params or read_fixed(), state.ema)
+        params = functional.merge(frozen.params or read_fixed(), state.average)
         if config.trains_answers:
             metrics["answer_accuracy"] = held_out_answers(run, params["vlm"], config.eval.examples)
         weights = inference_weights(config, params, run.mesh)
@@ -206,6 +205,24 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
     )
 
 
+class HeldOutLoss:
+    """Each group's loss on the first eval.examples held-out rows, eval.batch_size of them at a time, over the mesh."""
+
+    def __init__(self, config: Config, loss: FlowLoss, drawings: Drawings, make_batch: Callable, mesh: Mesh):
+        self._drawings, self._make_batch, self._mesh = drawings, make_batch, mesh
+        self._total = min(len(drawings), config.eval.examples or len(drawings))
+        self._batch_size, self._losses = config.eval.batch_size, jax.jit(loss.held_out)
+
+    def __call__(self, trained: Params, frozen: Frozen) -> np.ndarray:
+        """Returns the mean over rows [K], summed in float64."""
+        losses = []
+        for rows in batches_of(self._total, self._batch_size, self._mesh):
+            images = self._make_batch(self._drawings.__getitems__(rows.tolist()))
+            images, index = Rows.place_flat(self._mesh, (images, rows))
+            losses.append(self._losses(trained, frozen, images, index, self._total))
+        return np.concatenate(hosts.fetch(losses), axis=1)[:, : self._total].mean(axis=1, dtype=np.float64)
+
+
 def flow_loss(config: Config) -> FlowLoss:
     stage = config.train
     return FlowLoss(
@@ -228,6 +245,7 @@ def flow_step(config: Config, loss: FlowLoss) -> Callable:
         loss,
         stage_rows(config)["train"],
         lambda gradients: {"grad_norm_per_group": norms_per_group(model, gradients)},
+        prepare=weigh_answers,
     )
 
 

@@ -72,7 +72,7 @@ def train_vlm(run: Run, clock: RunClock, guard: InterruptGuard) -> None:
     if not run.has_vlm:
         if config.pretrain.steps:
             plan = pretrain_plan(run, key)
-            checkpoints.save_weights(workdir.vlm, run_stage(plan, config, workdir, clock, guard).ema)
+            checkpoints.save_weights(workdir.vlm, run_stage(plan, config, workdir, clock, guard).average)
         elif (converted := converted_vlm(config)) is not None:
             if hosts.is_first():
                 run.refer_to(converted)

@@ -20,14 +20,25 @@ Loss = Callable[[Params, Any, Any, dict[str, Key[Array, "*rows"]]], tuple[Array,
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. `params` and `ema` are float32; `skipped` counts the steps that changed nothing. Without
-    an `ema` (None) no average is kept."""
+    """All that a step changes. `params` and `ema` are float32; `skipped` counts the steps that changed nothing. Where
+    the weights are their own average, `ema` is None."""
 
     step: Int[Array, ""]
     skipped: Int[Array, ""]
     params: Params
     ema: Params | None
     optimizer: Any
+
+    @property
+    def average(self) -> Params:
+        """What evaluation and sampling use."""
+        return self.params if self.ema is None else self.ema
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """What a checkpoint holds, by name."""
+        kept = {"params": self.params, "ema": self.ema, "optimizer": self.optimizer}
+        return {name: tree for name, tree in kept.items() if tree is not None}
 
 
 def learning_rate(stage: Stage) -> optax.Schedule:
@@ -45,15 +56,19 @@ def learning_rate(stage: Stage) -> optax.Schedule:
 
 
 def make_optimizer(stage: Stage) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(stage.clip_norm),
-        optax.adamw(learning_rate(stage), stage.adam_b1, stage.adam_b2, weight_decay=stage.weight_decay),
-    )
+    adam = (learning_rate(stage), stage.adam_b1, stage.adam_b2)
+    adamw = optax.adamw(*adam, weight_decay=stage.weight_decay, mask=are_matrices)
+    return optax.chain(optax.clip_by_global_norm(stage.clip_norm), adamw)
+
+
+def are_matrices(params: Params) -> Any:
+    """Which weights decay: matrices, by the last name of their path, and not norms' scales or biases."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("weight", "embedding"), params)
 
 
 def init_state(stage: Stage, params: Params) -> TrainState:
-    """The state before the first step; the average starts as a copy of the weights."""
-    zero, average = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params)
+    """The state before the first step; the average starts as a copy of the weights, or with no decay is none."""
+    zero, average = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params) if stage.ema_decay else None
     return TrainState(zero, zero, params, average, make_optimizer(stage).init(params))
 
 
@@ -79,6 +94,7 @@ def make_train_step(
     loss: Loss,
     rows: Mapping[str, Rows],
     gradient_metrics: Callable[[Params], dict[str, Array]] = lambda gradients: {},
+    prepare: Callable[[Any], Any] = lambda batch: batch,
 ) -> Callable[[TrainState, Any, Any, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
     """Returns `step(state, frozen, batch, key) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -91,6 +107,7 @@ def make_train_step(
       loss: see `objectives`; a mean over rows.
       rows: how each stream's rows are arranged on the leading axes of its arrays, micro-batches first.
       gradient_metrics: more metrics, of the gradients before clipping.
+      prepare: what is to be done with a batch while it is whole, before it falls into micro-batches.
     """
     optimizer = make_optimizer(stage)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
@@ -98,6 +115,7 @@ def make_train_step(
     def step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
         keys = {name: row_keys(key, rows[name].numbers) for name in batch}
+        batch = prepare(batch)
         if stage.accumulation == 1:
             batch, keys = jax.tree.map(lambda x: x[0], (batch, keys))
             (total_loss, metrics), gradients = value_and_grad(state.params, frozen, batch, keys)

@@ -18,7 +18,7 @@ import json
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from transformers import Qwen2VLImageProcessorPil
 
 from lattejax import configuration
@@ -199,8 +199,9 @@ class Run:
             return rules.place(self.mesh, latte_flow.split_trained(self.config.model_config, whole)[0])
         if self.trained_step is None:
             raise UserError(f"{self.workdir.path} has no checkpoint of the generation pathway yet; train it first")
-        ema = rules.abstract(self.mesh, abstract_trained(target or self.config))
-        return Checkpoints(self.workdir.checkpoints("train")).restore(self.trained_step, ema=ema)["ema"]
+        average = rules.abstract(self.mesh, abstract_trained(target or self.config))
+        item = "ema" if self.config.train.ema_decay else "params"  # which are then their own average
+        return Checkpoints(self.workdir.checkpoints("train")).restore(self.trained_step, **{item: average})[item]
 
     @property
     def trained_step(self) -> int | None:
@@ -265,5 +266,11 @@ def inference_weights(config: Config, params: Params, mesh: Mesh) -> Params:
     """Casts weights to the dtype of the computation, cuts them by `sampling_axes`, and gives each layer a tree of its
     own."""
     placed = {name: rules.shardings(mesh, part, sampling_axes(name)) for name, part in params.items()}
-    cast = jax.jit(functools.partial(functional.cast_floats, dtype=config.dtype), out_shardings=placed)
-    return latte_flow.unstack(cast(params))
+    leaves, tree = jax.tree.flatten(placed)
+    return latte_flow.unstack(_cast_and_cut(config.dtype, tree, tuple(leaves))(params))
+
+
+@functools.lru_cache(maxsize=8)
+def _cast_and_cut(dtype: str, tree: jax.tree_util.PyTreeDef, leaves: tuple[NamedSharding, ...]) -> jax.stages.Wrapped:
+    """Kept, so that a run's evaluations after the first compile nothing."""
+    return jax.jit(functools.partial(functional.cast_floats, dtype=dtype), out_shardings=tree.unflatten(leaves))

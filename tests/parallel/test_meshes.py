@@ -32,15 +32,15 @@ def found(request) -> dict[str, dict]:
 
 
 def test_ten_steps_and_a_sampling_call_come_out_as_on_one_device(found):
-    """In float64 to 1e-10 relative to each array's largest entry: only the order of sums differs. float32's losses to
-    1e-5; images to one grey level, where a float32 sum falls on the other side of the rounding."""
+    """In float64 to 1e-10 relative to each array's largest entry: only the order of sums differs. On eight devices
+    float32's losses too, to 1e-5. Images to one grey level: a float32 sum may fall to the other side of the rounding."""
     for name, mesh in found.items():
         assert mesh["moved"] > 0.1, "the steps change the weights"
         for what in ("parameters", "average", "losses"):
             assert mesh[what] < 1e-10, (name, what)
         assert mesh["images"] <= 1, name
     first = next(iter(found.values()))
-    assert first["float32_losses"] < 1e-5
+    assert first.get("float32_losses", 0) < 1e-5
     assert first["own_prompts"] < 1e-5, "where each row reads its own prompt"
 
 

@@ -138,13 +138,13 @@ class Trainer:
         ]
         self.positions = Positions(self.config, contexts.mask.shape[1])
         self.leaves, self.clip_norm = jax.tree.leaves(self.params), stage.clip_norm
-        self.optimizer = torch.optim.AdamW(
-            self.leaves,
-            stage.learning_rate,
-            betas=(stage.adam_b1, stage.adam_b2),
-            weight_decay=stage.weight_decay,
-            fused=True,
-        )
+        decays = {True: stage.weight_decay, False: 0.0}  # by whether it is a matrix
+        groups = [
+            {"params": [leaf for leaf in self.leaves if (leaf.ndim > 1) == matrix], "weight_decay": decay}
+            for matrix, decay in decays.items()
+        ]
+        betas = (stage.adam_b1, stage.adam_b2)
+        self.optimizer = torch.optim.AdamW(groups, stage.learning_rate, betas=betas, fused=True)
 
     def step(self) -> np.ndarray:
         """Takes a step; returns the loss and the gradient's norm before clipping."""

@@ -10,7 +10,8 @@ from transformers import TopPLogitsWarper
 from lattejax.data import digits
 from lattejax.models import qwen2_vl
 from lattejax.sampling import answers
-from lattejax.sampling.answers import Answerer, Chance, Decoding, bucket, choose, keep_top
+from lattejax.sampling.answers import Answerer, Chance, Decoding, choose, keep_top
+from lattejax.sampling.padding import bucket
 from tests.helpers import encoder_for, randomize, tiny_config
 
 CONFIG = tiny_config()

@@ -15,7 +15,7 @@ from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.pixels import PixelConfig
 from lattejax.sampling import images as sampling_module
 from lattejax.sampling.images import ImageSampler, draw_latents, sample_noise
-from tests.helpers import encoder_for, randomize, tiny_config
+from tests.helpers import compilations, encoder_for, randomize, tiny_config
 
 CONFIGS = {variant: tiny_config(model__variant=variant) for variant in latte_flow.VARIANTS}
 CONFIGS["uneven"] = tiny_config(model__group_sizes=(1, 3), model__interval_edges=(0.0, 0.3, 1.0))
@@ -56,6 +56,17 @@ def test_seed_sample_and_prompt_matter():
     assert np.any(draw(seed=1) != whole)
     swapped = draw(PROMPTS[::-1])
     assert np.any(swapped[:3] != whole[:3]), "the same noise under another prompt"
+
+
+def test_prompts_of_other_lengths_compile_nothing():
+    texts = ["a handwritten seven", "two", "a very neatly handwritten four", "a digit", "one more"]
+    prompts = [ENCODER.drawing(text) for text in texts]
+    assert len({len(prompt.input_ids) for prompt in prompts}) > 2
+    draw(prompts[:3], images_per_prompt=2)
+    with compilations() as count:
+        draw(prompts[1:4], images_per_prompt=2)
+        draw([prompts[4], prompts[0], prompts[2]], images_per_prompt=2)
+    assert count() == 0
 
 
 SAMPLINGS = {

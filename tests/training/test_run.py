@@ -22,7 +22,7 @@ from lattejax.training.loop import run_stage
 from lattejax.training.step import init_state
 from lattejax.weights.checkpoints import Checkpoints
 from lattejax.weights.runs import Run, abstract_params, abstract_trained
-from tests.helpers import ROOT, assert_same_bits, run_interrupted, tiny_config, tiny_flags
+from tests.helpers import ROOT, assert_same_bits, compilations, run_interrupted, tiny_config, tiny_flags
 
 STAGE_KEYS = {
     "stage",
@@ -42,7 +42,7 @@ def final_arrays(path) -> dict:
     state = jax.eval_shape(lambda params: init_state(run.config.train, params), abstract_trained(run.config))
     checkpoints = Checkpoints(run.workdir.checkpoints("train"))
     assert checkpoints.latest_step == run.config.train.steps
-    return checkpoints.restore(checkpoints.latest_step, params=state.params, ema=state.ema, optimizer=state.optimizer)
+    return checkpoints.restore(checkpoints.latest_step, **state.arrays)
 
 
 def records(path) -> list[dict]:
@@ -57,19 +57,27 @@ def steady(lines: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """An uninterrupted run in this process, and the logits of held-out questions between its two stages."""
+    """An uninterrupted run in this process; with the logits of held-out questions between its two stages, and how many
+    programs each of the second stage's evaluations compiled."""
     path = tmp_path_factory.mktemp("run")
-    between = {}
+    seen = {"compiled": []}
 
     def watched(plan, config, workdir, clock, guard):
+        def evaluate(state, log):
+            with compilations() as count:
+                found = plan.evaluate(state, log)
+            seen["compiled"].append(count())
+            return found
+
         if plan.name == "train":
-            between["logits"] = held_out_logits(path)
+            seen["logits"] = held_out_logits(path)
+            return run_stage(dataclasses.replace(plan, evaluate=evaluate), config, workdir, clock, guard)
         return run_stage(plan, config, workdir, clock, guard)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "run_stage", watched)
         results = stages.train(tiny_config(), path, InterruptGuard())
-    return path, results, between["logits"]
+    return path, results, seen
 
 
 def held_out_logits(path) -> np.ndarray:
@@ -81,8 +89,13 @@ def held_out_logits(path) -> np.ndarray:
 
 
 def test_generation_training_leaves_the_vlms_logits_bit_identical(finished):
-    path, _, before = finished
-    assert held_out_logits(path).tobytes() == before.tobytes()
+    path, _, seen = finished
+    assert held_out_logits(path).tobytes() == seen["logits"].tobytes()
+
+
+def test_the_second_evaluation_compiles_nothing(finished):
+    first, second = finished[2]["compiled"]
+    assert first > 0 and second == 0
 
 
 def test_a_run_writes_all_that_it_promises(finished):

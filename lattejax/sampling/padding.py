@@ -1,0 +1,26 @@
+"""Prompts padded to a few sizes, so that programs are compiled for a size and not for a length."""
+
+from collections.abc import Sequence
+
+from lattejax.data.prompts import EncodedPrompt, PromptEncoder, largest_image
+from lattejax.models.qwen2_vl import Prompts
+
+LEAST_TOKENS = 32
+
+
+def bucket(size: int) -> int:
+    """Rounds up to the next of 1, 2, …, 8, 10, 12, 14, 16, 20, …: four sizes to a doubling, at most a quarter more."""
+    step = max(1, 2 ** ((size - 1).bit_length() - 3))
+    return -(-size // step) * step
+
+
+def padded(
+    encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], among: Sequence[EncodedPrompt] | None = None
+) -> Prompts:
+    """Pads prompts to the sizes that suit all the prompts that they are `among`; None: to their own."""
+    among = prompts if among is None else among
+    length = max(len(prompt.input_ids) for prompt in among)
+    images = max(len(prompt.images) for prompt in among)
+    block = encoder.merge**2
+    patches = bucket(-(-largest_image(among) // block)) * block
+    return encoder.batch(prompts, max(LEAST_TOKENS, bucket(length)), bucket(images), patches)
