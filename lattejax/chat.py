@@ -58,12 +58,13 @@ def main() -> None:
 
 def read_question() -> str:
     try:
-        question = sys.stdin.buffer.read().decode() if QUESTION.value is None else QUESTION.value
+        piped = QUESTION.value is None
+        question = sys.stdin.buffer.read().decode().removesuffix("\n") if piped else QUESTION.value
     except UnicodeDecodeError as error:
         raise UserError(f"the question on standard input is not UTF-8: {error}") from error
     if not question.strip():
         raise UserError("the question is empty; give --question, or write it to standard input")
-    return question.strip()
+    return question
 
 
 def load_answerer() -> Answerer:
@@ -89,19 +90,19 @@ def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]
     turns, asked = opening(), 0
     while True:
         try:
-            line = input("> ").strip()
+            line = input("> ")
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        command, _, rest = line.partition(" ")
+        command, _, rest = line.strip().partition(" ")
         try:
             if command == "/new":
                 turns, images = opening(), []
             elif command == "/image":
                 images = [*images, answerer.encoder.read_image(open_image(rest.strip()))]
-            elif line.startswith("/"):
+            elif command.startswith("/"):
                 print(HELP)
-            elif line:
+            elif command:
                 question = [*turns, Turn("user", line, tuple(images))]
                 drawn = dataclasses.replace(decoding, seed=decoding.seed + asked)  # each answer by draws of its own
                 answer = say(answerer.stream(answerer.encoder.chat(question), drawn))

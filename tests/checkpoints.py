@@ -83,10 +83,12 @@ def processor(config: Qwen2VLConfig, max_pixels: int = 2048) -> Qwen2VLImageProc
     )
 
 
-def save(model: Qwen2VLForConditionalGeneration, directory: Path, **options: Any) -> Path:
+def save(
+    model: Qwen2VLForConditionalGeneration, directory: Path, generation: dict[str, Any] | None = None, **options: Any
+) -> Path:
     """Writes everything that a checkpoint on the hub has; options are those of `save_pretrained`."""
     stops = list(tokenizer().convert_tokens_to_ids([TURN_END, TEXT_END]))
-    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=stops[1])
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=stops[1], **generation or {})
     model.save_pretrained(directory, **options)
     tokenizer().save_pretrained(directory)
     processor(model.config).save_pretrained(directory)

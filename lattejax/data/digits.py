@@ -59,7 +59,7 @@ class DigitSource:
     """The digits as a data set, see `examples.Source`; their prompts are "captions" or "pictures"."""
 
     captions = CAPTIONS
-    identity = "scikit-learn's digits"
+    identities = ("scikit-learn's digits",)
 
     def __init__(self, prompts: str):
         self.prompts = prompts

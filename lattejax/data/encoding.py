@@ -161,13 +161,13 @@ def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File
 
     partial, whole = out / f"{file.name}.partial-{secrets.token_hex(4)}", out / file.name
     encoded = _encode(readable(), settings.batch_size, settings.flip, encoder)
-    records = latents.write_records(
+    records, contents = latents.write_records(
         partial,
         config.data.latent_shape,
         ({"latents": latent, "caption": cropped.caption, "picture": cropped.name} for cropped, latent in encoded),
     )
     partial.replace(whole)
-    shard = Shard(file.name, records, whole.stat().length, _sha256(whole), unreadable)
+    shard = Shard(file.name, records, whole.stat().length, _sha256(whole), unreadable, contents)
     written = Written(shard, sorted(captions) if len(captions) <= MOST_CAPTIONS else None)
     values = {"shard": dataclasses.asdict(shard), "captions": written.captions}
     write_whole(_description(out, file), (json.dumps(values) + "\n").encode())

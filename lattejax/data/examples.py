@@ -44,12 +44,13 @@ class Questions(Protocol):
 class Source(Protocol):
     """A data set, in the splits "train" and "test".
 
-    `captions` are all there are, where they are few enough to be read once for all; otherwise none. `identity` tells
-    one data set from another, in what it holds and in which order.
+    `captions` are all there are, where they are few enough to be read once for all; otherwise none. `identities` tell
+    one data set from another, in what it holds and in which order: a new run notes the first, and an earlier one may
+    have noted any of them.
     """
 
     captions: tuple[str, ...]
-    identity: str
+    identities: tuple[str, ...]
 
     def drawings(self, split: str, encoder: PromptEncoder) -> Drawings: ...
 

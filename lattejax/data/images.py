@@ -16,7 +16,15 @@ def open_image(path: str) -> Image.Image:
     if not file.is_file():
         raise UserError(f"{path}: there is no such file")
     with file.open("rb") as opened:
-        return decode_image(opened, path).convert("RGB")
+        return on_white(decode_image(opened, path))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Returns an image in RGB; what is transparent becomes white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def decode_image(opened: BinaryIO, name: str, *, turn: bool = True) -> Image.Image:
@@ -42,10 +50,7 @@ def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
     interpolation, and cut in the middle (github.com/openai/guided-diffusion, `center_crop_arr`). What is transparent
     becomes white.
     """
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = on_white(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -65,6 +65,7 @@ class Shard:
     bytes: int
     sha256: str
     unreadable: list[str]  # the pictures that were left out, each with the reason
+    contents: str = ""  # a hash of its latents and captions, in order; files made before there was one have none
 
 
 class File(NamedTuple):
@@ -102,14 +103,21 @@ def files(pictures: dict[str, int], shard_pictures: int) -> list[File]:
 # ---- Writing
 
 
-def write_records(path: epath.Path, latent_shape: tuple[int, int, int], records: Iterable[dict[str, Any]]) -> int:
-    """Writes a file of records, see `features`; returns how many."""
-    serializer, count = features(latent_shape), 0
-    with contextlib.closing(ArrayRecordWriter(os.fspath(path), "group_size:1")) as writer:
+WRITER_OPTIONS = "group_size:1"
+
+
+def write_records(
+    path: epath.Path, latent_shape: tuple[int, int, int], records: Iterable[dict[str, Any]]
+) -> tuple[int, str]:
+    """Writes a file of records, see `features`; returns how many, and a hash of what training reads of them."""
+    serializer, count, digest = features(latent_shape), 0, hashlib.sha256()
+    with contextlib.closing(ArrayRecordWriter(os.fspath(path), WRITER_OPTIONS)) as writer:
         for record in records:
             writer.write(serializer.serialize_example(record))
             count += 1
-    return count
+            for part in (np.asarray(record["latents"], "<f4").tobytes(), record["caption"].encode()):
+                digest.update(len(part).to_bytes(8, "little") + part)
+    return count, digest.hexdigest()
 
 
 def write_metadata(directory: epath.Path, latent_shape: tuple[int, int, int], shards: dict[str, list[Shard]]) -> None:
@@ -157,7 +165,7 @@ class LatentSource:
     directory: epath.Path
     latent_shape: tuple[int, int, int]
     captions: tuple[str, ...]
-    identity: str
+    identities: tuple[str, ...]
 
     @classmethod
     def open(cls, config: Config) -> "LatentSource":
@@ -188,8 +196,7 @@ class LatentSource:
                 raise UserError(f"config.data.{key}={getattr(data, key)!r}, but {data.latents} was made with {value!r}")
         for shard in shards:
             check_size(directory, shard)
-        identity = hashlib.sha256(" ".join(shard.sha256 for shard in shards).encode()).hexdigest()
-        return cls(directory, data.latent_shape, captions, identity)
+        return cls(directory, data.latent_shape, captions, _identities(shards))
 
     def drawings(self, split: str, encoder: PromptEncoder | None = None) -> LatentDrawings:
         return LatentDrawings(self.directory, split, self.latent_shape)
@@ -199,6 +206,13 @@ class LatentSource:
 
     def texts(self) -> Sequence[str]:
         return self.captions or [drawing.caption for split in SPLITS for drawing in every(self.drawings(split))]
+
+
+def _identities(shards: Sequence[Shard]) -> tuple[str, ...]:
+    """By contents, which the same pictures encoded again have too; and by files, whose containers may differ, as all
+    runs of before knew them."""
+    hashes = [[shard.contents for shard in shards], [shard.sha256 for shard in shards]]
+    return tuple(hashlib.sha256(" ".join(of_all).encode()).hexdigest() for of_all in hashes if all(of_all))
 
 
 def check_size(directory: epath.Path, shard: Shard) -> None:

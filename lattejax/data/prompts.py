@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
+from lattejax.data.images import on_white
 from lattejax.data.tokenizer import IMAGE_PAD, TEXT_END, TURN_END, VISION_START, Tokenizer
 from lattejax.errors import UserError
 from lattejax.models.qwen2_vl import Prompts
@@ -59,13 +60,13 @@ class PromptEncoder:
         self._tokenize = functools.lru_cache(maxsize=4096)(self._tokenize_chat)
 
     def read_image(self, image: Image.Image) -> ReadableImage:
-        """Resizes, normalises and cuts an image as Qwen2-VL's processor does.
+        """Resizes, normalises and cuts an image as Qwen2-VL's processor does; what is transparent becomes white.
 
         Raises:
           UserError: the processor refuses it, as one that is 200 times as long as wide.
         """
         try:
-            features = self.processor(images=[image.convert("RGB")], return_tensors="np")
+            features = self.processor(images=[on_white(image)], return_tensors="np")
         except ValueError as error:
             raise UserError(f"an image of {image.width}x{image.height} pixels cannot be read: {error}") from error
         return ReadableImage(features["pixel_values"], tuple(int(n) for n in features["image_grid_thw"][0]))

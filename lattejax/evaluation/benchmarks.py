@@ -8,6 +8,7 @@ before anything is timed.
 """
 
 import dataclasses
+import functools
 import importlib
 from types import ModuleType
 from typing import Any

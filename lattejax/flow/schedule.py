@@ -10,6 +10,8 @@ from typing import NamedTuple
 from lattejax.flow.intervals import Intervals
 from lattejax.flow.solvers import SOLVERS, Steps
 
+LEAST_SHIFT = 0.001  # and the inverse is the largest: beyond, float32 cannot tell the first or the last steps apart
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -28,7 +30,7 @@ class Sampling:
             ("num_steps", self.num_steps > 0, "positive"),
             ("guidance_interval", 0 <= low <= high <= 1, "two rising flow times from 0 to 1"),
             ("solver", self.solver in SOLVERS, f"one of {list(SOLVERS)}"),
-            ("shift", self.shift > 0, "positive"),
+            ("shift", LEAST_SHIFT <= self.shift <= 1 / LEAST_SHIFT, f"from {LEAST_SHIFT} to {1 / LEAST_SHIFT:.0f}"),
         ):
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder
 from lattejax.models import qwen2_vl
@@ -72,8 +72,26 @@ def keep_top(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Arra
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def choose(logits: Float[Array, "B V"], chance: Chance | None, count: Int[Array, ""]) -> Int[Array, "B"]:
+class Penalty(NamedTuple):
+    """Makes tokens less likely that have been read or said, as transformers does (Keskar et al., arXiv 1909.05858)."""
+
+    scale: Float[Array, ""]  # above 1
+    seen: Bool[Array, "B V"]
+
+    def of(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        logits = logits.astype(jnp.float32)
+        return jnp.where(self.seen, jnp.where(logits < 0, logits * self.scale, logits / self.scale), logits)
+
+    def after(self, token: Int[Array, "B"]) -> "Penalty":
+        return self._replace(seen=self.seen.at[jnp.arange(len(token)), token].set(True))
+
+
+def choose(
+    logits: Float[Array, "B V"], chance: Chance | None, count: Int[Array, ""], penalty: Penalty | None = None
+) -> Int[Array, "B"]:
     """The next token: the likeliest one, or by chance; `count` tells the draws of one answer apart."""
+    if penalty is not None:
+        logits = penalty.of(logits)
     if chance is None:
         return jnp.argmax(logits, axis=-1)
     logits = keep_top(logits.astype(jnp.float32) / chance.temperature, chance.top_p)
@@ -82,10 +100,18 @@ def choose(logits: Float[Array, "B V"], chance: Chance | None, count: Int[Array,
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def read(config: VLMConfig, params: Params, prompts: Prompts, chance: Chance | None, *, capacity: int):
+def read(
+    config: VLMConfig,
+    params: Params,
+    prompts: Prompts,
+    chance: Chance | None,
+    penalty: Penalty | None = None,
+    *,
+    capacity: int,
+):
     """Reads whole prompts; returns each answer's first token, and the state to go on from."""
     logits, state = qwen2_vl.prefill(config, params, prompts, capacity)
-    return choose(logits, chance, jnp.zeros((), jnp.int32)), state
+    return choose(logits, chance, jnp.zeros((), jnp.int32), penalty), state
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -96,10 +122,13 @@ def read_token(
     token: Int[Array, "B"],
     chance: Chance | None,
     count: Int[Array, ""],
+    penalty: Penalty | None = None,
 ):
-    """Reads one token of every answer; returns the next one, the `count`-th from 0."""
+    """Reads one token of every answer; returns the next one, the `count`-th from 0, and what to go on from."""
     logits, state = qwen2_vl.decode_token(config, params, state, token)
-    return choose(logits, chance, count), state
+    if penalty is not None:
+        penalty = penalty.after(token)
+    return choose(logits, chance, count, penalty), state, penalty
 
 
 class Answerer:
@@ -109,17 +138,21 @@ class Answerer:
       config: its geometry.
       params: its weights, a tree for each layer (`qwen2_vl.unstack`). Their dtype is the computation's.
       encoder: of its prompts.
+      repetition_penalty: the model's own, see `Penalty`; 1: none.
     """
 
-    def __init__(self, config: VLMConfig, params: Params, encoder: PromptEncoder):
+    def __init__(self, config: VLMConfig, params: Params, encoder: PromptEncoder, repetition_penalty: float = 1.0):
         self.config, self.params, self.encoder = config, params, encoder
+        self.repetition_penalty = repetition_penalty
 
     @classmethod
     def load(cls, weights: str | epath.Path, dtype: str = "bfloat16", mesh: Mesh | None = None) -> "Answerer":
         """Opens what `lattejax.convert` has written; see `Pretrained.params`."""
         pretrained = Pretrained.open(weights)
         encoder = pretrained.encoder  # complains before the weights are read
-        return cls(pretrained.vlm_config, qwen2_vl.unstack(pretrained.params(dtype, mesh), release=True), encoder)
+        penalty = pretrained.generation.repetition_penalty
+        params = qwen2_vl.unstack(pretrained.params(dtype, mesh), release=True)
+        return cls(pretrained.vlm_config, params, encoder, penalty)
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], decoding: Decoding = Decoding(), batch_size: int = 8
@@ -166,14 +199,23 @@ class Answerer:
                 jax.random.key(decoding.seed), np.arange(size) if rows is None else np.asarray(rows)
             )
             chance = Chance(keys, decoding.temperature, decoding.top_p)
-        token, state = read(self.config, self.params, prompts, chance, capacity=capacity)
+        penalty = self._penalty(prompts)
+        token, state = read(self.config, self.params, prompts, chance, penalty, capacity=capacity)
         stops, done = self.encoder.stop_tokens, np.zeros(size, bool)
         for count in range(1, decoding.max_tokens + 1):
             if count < decoding.max_tokens:  # under way before this token is waited for
-                following, state = read_token(self.config, self.params, state, token, chance, count)
+                following, state, penalty = read_token(self.config, self.params, state, token, chance, count, penalty)
             chosen = np.where(done, stops[0], hosts.fetch(token))
             yield chosen
             done |= np.isin(chosen, stops)
             if done.all() or count == decoding.max_tokens:
                 return
             token = following
+
+    def _penalty(self, prompts: Prompts) -> Penalty | None:
+        if self.repetition_penalty == 1:
+            return None
+        rows, places = np.nonzero(prompts.mask)
+        seen = np.zeros((len(prompts.mask), self.config.text.vocab_size), bool)
+        seen[rows, prompts.input_ids[rows, places]] = True
+        return Penalty(np.float32(self.repetition_penalty), seen)

@@ -112,7 +112,7 @@ def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]
     if is_new and hosts.is_first():
         tokenizers.save(encoder.tokenizer, workdir.tokenizer)
         autoencoder.save(workdir.autoencoder)
-        write_whole(workdir.data, (json.dumps({"identity": source.identity}) + "\n").encode())
+        write_whole(workdir.data, (json.dumps({"identity": source.identities[0]}) + "\n").encode())
         configuration.save(config, workdir.config)
     hosts.wait_for_all("the workdir is a run's")
     return dataclasses.replace(Run.open(workdir.path, mesh), config=config), RunClock(workdir)
@@ -121,7 +121,7 @@ def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]
 def refuse_other_data(config: Config, workdir: Workdir, source: Source, autoencoder: Identity) -> None:
     """Raises `UserError` if what stands where the config says is not what the run has been trained on so far."""
     Identity.load(workdir.autoencoder).check(autoencoder, f"the run {workdir.path}", config.data.autoencoder)
-    if read_json(workdir.data) != {"identity": source.identity}:
+    if read_json(workdir.data).get("identity") not in source.identities:
         raise UserError(f"{config.data.latents} holds other latents than those that {workdir.path} was trained on")
 
 

@@ -56,13 +56,24 @@ def learning_rate(stage: Stage) -> optax.Schedule:
 
 
 def make_optimizer(stage: Stage) -> optax.GradientTransformation:
-    adam = (learning_rate(stage), stage.adam_b1, stage.adam_b2)
-    adamw = optax.adamw(*adam, weight_decay=stage.weight_decay, mask=are_matrices)
+    """AdamW on clipped gradients, with decay on matrices alone."""
+
+    def decay(updates: Params, params: Params) -> Params:
+        # Not optax.masked, whose state stands elsewhere in the tree than that of checkpoints made without.
+        return jax.tree.map(
+            lambda u, p, is_one: u + stage.weight_decay * p if is_one else u, updates, params, are_matrices(params)
+        )
+
+    adamw = optax.chain(
+        optax.scale_by_adam(stage.adam_b1, stage.adam_b2),
+        optax.stateless(decay),
+        optax.scale_by_learning_rate(learning_rate(stage)),
+    )
     return optax.chain(optax.clip_by_global_norm(stage.clip_norm), adamw)
 
 
 def are_matrices(params: Params) -> Any:
-    """Which weights decay: matrices, by the last name of their path, and not norms' scales or biases."""
+    """Which weights are matrices, by the last name of their path; norms' scales and biases are not."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key in ("weight", "embedding"), params)
 
 

@@ -7,7 +7,11 @@ Arrays are read to wherever they are asked for, so another mesh or number of dev
 """
 
 import hashlib
+import json
 import logging
+import re
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +28,7 @@ FINGERPRINTS = "fingerprints"  # in `progress`
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that cannot be read, or does not hold what was written."""
+    """A checkpoint whose bytes do not decode, or are not what was written."""
 
 
 def like(tree: Any) -> Any:
@@ -68,34 +72,35 @@ class Checkpoints:
         """Reads the named arrays into trees like `targets`, and `progress`.
 
         Raises:
-          DamagedCheckpoint: they cannot be read, or are not what was written.
+          DamagedCheckpoint: they do not decode, or are not what was written.
+          UserError: they are of another model; or they could not be read, several times, for a reason that may pass.
         """
         items = {name: ocp.args.StandardRestore(like(tree)) for name, tree in targets.items()}
-        problem, restored = "", {}
+        args = ocp.args.Composite(**items, progress=ocp.args.JsonRestore())
+        name, restored, error = f"the checkpoint {self._directory / str(step)}", {}, None
         try:
-            read = self._manager.restore(step, args=ocp.args.Composite(**items, progress=ocp.args.JsonRestore()))
-            restored = dict(read)
-        except Exception as error:  # Orbax and TensorStore raise whatever they meet
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                raise  # nothing is wrong with the checkpoint
-            problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        if hosts.all_agree(not problem):
-            written = restored["progress"].pop(FINGERPRINTS, {})
-            found = fingerprints({name: restored[name] for name in targets})
-            other = [name for name in targets if found[name] != written.get(name)]
-            problem = f"{', '.join(other)} is not what was written" if other else ""
-        elif not problem:
-            problem = "another process cannot read it"
-        if problem:
-            raise DamagedCheckpoint(f"the checkpoint {self._directory / str(step)} is damaged: {problem}")
+            restored = dict(_read_patiently(lambda: self._manager.restore(step, args=args), name))
+        except Exception as raised:  # Orbax and TensorStore raise whatever they meet
+            error = raised
+        if not hosts.all_agree(error is None):
+            damaged = not hosts.all_agree(error is None or not _is_damage(error))
+            problem = "another process cannot read it" if error is None else _first_line(error)
+            if damaged:
+                raise DamagedCheckpoint(f"{name} is damaged: {problem}") from error
+            raise UserError(f"{name} cannot be read: {problem}") from error
+        written = restored["progress"].pop(FINGERPRINTS, {})
+        found = fingerprints({name: restored[name] for name in targets})
+        if other := [name for name in targets if found[name] != written.get(name)]:
+            raise DamagedCheckpoint(f"{name} is damaged: {', '.join(other)} is not what was written")
         return restored
 
-    def restore_latest(self, **targets: Any) -> tuple[int, dict[str, Any]]:
+    def restore_latest(self, put_aside: bool = True, **targets: Any) -> tuple[int, dict[str, Any]]:
         """Reads the latest checkpoint that is whole, and returns its step with it; a damaged one is named, and put
-        aside where it can be looked at.
+        aside where it can be looked at, unless `put_aside` is false.
 
         Raises:
           DamagedCheckpoint: none is whole.
+          UserError: as `restore`; then none is put aside.
         """
         damaged = {}
         for step in reversed(self.steps):
@@ -104,7 +109,11 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 damaged[step] = str(error)  # and not the error, which would keep what was read
                 continue
-            self._put_aside(damaged)
+            if put_aside:
+                self._put_aside(damaged)
+            elif hosts.is_first():
+                for problem in damaged.values():
+                    logging.warning("%s; that of step %s is taken", problem, step)
             return step, restored
         raise DamagedCheckpoint("; ".join(damaged.values()) or f"{self._directory} has no checkpoint")
 
@@ -129,6 +138,43 @@ class Checkpoints:
         """Waits for the last checkpoint to be written."""
         self.wait()
         self._manager.close()
+
+
+# ---- What a read error means
+
+RETRY_SECONDS = (1, 5, 20)  # between one try and the next
+# TensorStore's words for bytes that are not there or do not decode, and Orbax's for those of another model.
+DAMAGE = re.compile(r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|Error decoding|checksum|decompress|Item .* was not found")
+ANOTHER_MODEL = re.compile(r"tree structures do not match|not compatible with the stored shape")
+
+
+def _read_patiently(read: Callable[[], Any], name: str) -> Any:
+    """Reads, and reads again what could not be read for a reason that may pass: a network's, a bucket's, memory's. Not
+    where several processes read together, who would wait for each other in different tries."""
+    for seconds in RETRY_SECONDS if jax.process_count() == 1 else ():
+        try:
+            return read()
+        except Exception as error:
+            if _is_damage(error) or ANOTHER_MODEL.search(str(error)):
+                raise
+            logging.warning("%s cannot be read (%s); trying again in %s s", name, _first_line(error), seconds)
+            time.sleep(seconds)
+    return read()
+
+
+def _is_damage(error: BaseException | None) -> bool:
+    """Whether bytes are missing or do not decode; any other error may be the way there."""
+    while error is not None:
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | FileNotFoundError) or DAMAGE.search(
+            str(error)
+        ):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 # ---- Fingerprints

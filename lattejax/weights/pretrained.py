@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from flax import traverse_util
 from huggingface_hub.errors import StrictDataclassError
@@ -48,7 +49,8 @@ def convert(source: str, out: str | epath.Path) -> None:
     """
     with new_directory(out) as directory:
         checkpoint = Checkpoint.open(hugging_face.find(source))
-        read_encoder(checkpoint.directory, checkpoint.config)  # complains before hours of work, not after
+        # These complain before hours of work, not after.
+        read_encoder(checkpoint.directory, checkpoint.config, Generation.read(checkpoint.directory))
         leaves, dtypes = naming.leaves(checkpoint.config), {}
         with _orbax():
             for leaf in tqdm(leaves, desc="converting", unit="array", disable=None):
@@ -87,7 +89,11 @@ class Pretrained:
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
-        return read_encoder(self.directory, self.vlm_config)
+        return read_encoder(self.directory, self.vlm_config, self.generation)
+
+    @functools.cached_property
+    def generation(self) -> "Generation":
+        return Generation.read(self.directory)
 
     def params(self, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Params:
         """Reads the weights, stacked, straight to where they are used.
@@ -154,7 +160,7 @@ def is_converted(directory: epath.Path) -> bool:
     return (directory / RECORD).is_file()
 
 
-def read_encoder(directory: epath.Path, config: VLMConfig) -> PromptEncoder:
+def read_encoder(directory: epath.Path, config: VLMConfig, generation: "Generation") -> PromptEncoder:
     """Returns the prompts' encoder that a checkpoint's own files describe.
 
     Raises:
@@ -168,7 +174,7 @@ def read_encoder(directory: epath.Path, config: VLMConfig) -> PromptEncoder:
             processor = Qwen2VLImageProcessorPil.from_pretrained(local)
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{directory} has no image processor that can be read: {error}") from error
-    encoder, vision = PromptEncoder(tokenizer, processor, stop_tokens=_stop_tokens(directory)), config.vision
+    encoder, vision = PromptEncoder(tokenizer, processor, stop_tokens=generation.stop_tokens), config.vision
     for what, theirs, ours in (
         ("the image processor's patch_size", processor.patch_size, vision.patch_size),
         ("the image processor's temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size),
@@ -180,8 +186,44 @@ def read_encoder(directory: epath.Path, config: VLMConfig) -> PromptEncoder:
     return encoder
 
 
-def _stop_tokens(directory: epath.Path) -> tuple[int, ...]:
-    """What ends an answer, by generation_config.json, if there is one."""
-    file = directory / "generation_config.json"
-    ends = read_json(file).get("eos_token_id") if file.exists() else None
-    return tuple(ends) if isinstance(ends, list) else (ends,) * (ends is not None)
+# What greedy decoding in transformers obeys besides, and what it is when it does nothing.
+NOT_OBEYED = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """How a checkpoint wants to be decoded, by its generation_config.json, if it has one."""
+
+    stop_tokens: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def read(cls, directory: epath.Path) -> "Generation":
+        """Names in a warning what it asks for and does not get; raises `UserError` for a penalty that is none."""
+        file = directory / "generation_config.json"
+        values = read_json(file) if file.exists() else {}
+        ends, penalty = values.get("eos_token_id"), values.get("repetition_penalty")
+        penalty = 1.0 if penalty is None else penalty
+        if not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
+            raise UserError(f"{file}: repetition_penalty={penalty!r} must be a positive number")
+        others = {name: values[name] for name, nothing in NOT_OBEYED.items() if values.get(name) not in (None, nothing)}
+        if others:
+            logging.warning("%s asks for %s, which is not obeyed here", file, others)
+        stop_tokens = tuple(ends) if isinstance(ends, list) else (ends,) * (ends is not None)
+        return cls(stop_tokens, float(penalty))

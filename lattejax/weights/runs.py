@@ -193,7 +193,7 @@ class Run:
         return stored
 
     def trained(self, target: Config | None = None) -> Params:
-        """Reads the average of what the second stage trains, float32, from its latest checkpoint."""
+        """Reads the average of what the second stage trains, float32, from the latest checkpoint that is not damaged."""
         if self.is_export:
             whole = exports.read(self.workdir.path, abstract_params(target or self.config))
             return rules.place(self.mesh, latte_flow.split_trained(self.config.model_config, whole)[0])
@@ -201,7 +201,8 @@ class Run:
             raise UserError(f"{self.workdir.path} has no checkpoint of the generation pathway yet; train it first")
         average = rules.abstract(self.mesh, abstract_trained(target or self.config))
         item = "ema" if self.config.train.ema_decay else "params"  # which are then their own average
-        return Checkpoints(self.workdir.checkpoints("train")).restore(self.trained_step, **{item: average})[item]
+        checkpoints = Checkpoints(self.workdir.checkpoints("train"))
+        return checkpoints.restore_latest(put_aside=False, **{item: average})[1][item]
 
     @property
     def trained_step(self) -> int | None:

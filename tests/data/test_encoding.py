@@ -8,8 +8,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from lattejax.data import encoding
+from lattejax.data import encoding, latents
 from lattejax.data.digits import DigitSource
 from lattejax.data.encoding import encode
 from lattejax.data.examples import image_batcher, open_source
@@ -95,7 +96,7 @@ def test_the_manifest_has_every_file_and_what_made_it(config):
 
 
 def test_a_killed_worker_goes_on_at_its_file_and_several_workers_do_what_one_does(config, tmp_path, monkeypatch):
-    """Byte for byte the same directory, and no picture of a whole file is encoded again."""
+    """The same directory, and no picture of a complete file is encoded again."""
     out, expected = tmp_path / "latents", contents(LatentSource.open(config).directory)
     write, encoded = encoding._write_shard, []
 
@@ -118,6 +119,21 @@ def test_a_killed_worker_goes_on_at_its_file_and_several_workers_do_what_one_doe
     assert contents(out) == expected
     assert encode(config, out), "and once more, which only checks"
     assert len(encoded) == 4
+
+
+def test_the_same_pictures_encoded_again_are_the_same_data(config, tmp_path, monkeypatch):
+    """Whatever their containers look like: compressed, here. Other captions are other data."""
+    again = change(config, "data", latents=str(tmp_path / "again"))
+    monkeypatch.setattr(latents, "WRITER_OPTIONS", "group_size:1,brotli:9")
+    encode(again, again.data.latents)
+    ours, theirs = open_source(again), open_source(config)
+    assert ours.identities[0] == theirs.identities[0] and ours.identities[1] != theirs.identities[1]
+    record = {"latents": np.zeros((2, 2, 8), np.float32), "picture": "a.jpg"}
+    first, second, renamed = (
+        latents.write_records(epath.Path(tmp_path / "file"), (2, 2, 8), [record | change])[1]
+        for change in ({"caption": "a cat"}, {"caption": "a dog"}, {"caption": "a cat", "picture": "b.jpg"})
+    )
+    assert first != second and first == renamed
 
 
 # ---- What does not fit
@@ -266,5 +282,5 @@ def test_hosts_read_parts_of_one_batch_and_go_on_as_another_number_of_hosts(conf
 def test_numbers_of_captions_are_their_places_in_the_table(config):
     source, batch = open_source(config), next(stream(config))
     stored = {drawing.latents.tobytes(): drawing.caption for drawing in every(source.drawings("train"))}
-    for latents, number in zip(batch["latents"], batch["caption"], strict=True):
-        assert source.captions[number] == stored[latents.tobytes()]
+    for latent, number in zip(batch["latents"], batch["caption"], strict=True):
+        assert source.captions[number] == stored[latent.tobytes()]

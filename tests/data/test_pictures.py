@@ -19,7 +19,7 @@ from lattejax.data.images import decode_image, open_image, square
 from lattejax.data.pictures import check_disjoint, open_pictures, readable
 from lattejax.errors import UserError
 from tests import pictures
-from tests.helpers import tiny_config
+from tests.helpers import encoder_for, tiny_config
 
 
 def settings(**changes):
@@ -60,6 +60,13 @@ def test_pictures_of_every_mode_become_rgb(tmp_path):
     palette = Image.new("P", (8, 8))
     palette.info["transparency"] = 0
     assert square(palette, 4).min() == 255
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
+    half.save(tmp_path / "half.png")
+    # As the processor's own pixels, after its normalisation, show: one picture, wherever it is read.
+    on_white = Image.fromarray(np.full((8, 8, 3), square(half, 4)[0, 0]))
+    for shown in (open_image(str(tmp_path / "half.png")), half):
+        ours, theirs = (encoder_for(tiny_config()).read_image(image).patches for image in (shown, on_white))
+        np.testing.assert_array_equal(ours, theirs)
     turned, exif = Image.fromarray(noise(8, 4)), Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     turned.save(tmp_path / "turned.png", exif=exif)

@@ -73,7 +73,10 @@ def test_a_shifted_time_that_falls_on_an_edge_is_that_edge(shift, steps, groups)
         (dict(guidance_interval=(0.5, 0.2)), r"guidance_interval=\(0\.5, 0\.2\) must be two rising"),
         (dict(guidance_interval=(-0.5, 0.2)), "guidance_interval"),
         (dict(solver="rk4"), r"solver='rk4' must be one of \['euler', 'heun'\]"),
-        (dict(shift=0.0), "shift=0.0 must be positive"),
+        (dict(shift=0.0), r"shift=0\.0 must be from 0\.001 to 1000"),
+        (dict(shift=1e-9), r"shift=1e-09 must be from"),
+        (dict(shift=float("inf")), "shift=inf must be from"),
+        (dict(shift=float("nan")), "shift=nan must be from"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(arguments, message):

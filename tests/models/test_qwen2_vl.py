@@ -152,6 +152,24 @@ def test_64_greedy_tokens_are_those_of_transformers(batch, model, monkeypatch):
         assert said[row].tolist() == expected.tolist()
 
 
+def test_the_checkpoints_repetition_penalty_is_obeyed_as_transformers_does(caplog):
+    """Greedy and padded, prompts with images, whose pads count as read; what is not obeyed is named."""
+    theirs = checkpoints.random_model(checkpoints.tiny_config(**MODELS[GROUPED]))
+    wanted = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 3}
+    ours = Answerer.load(checkpoints.convert(theirs, generation=wanted), "float32")
+    assert "no_repeat_ngram_size" in caplog.text and "repetition_penalty" not in caplog.text
+    ours.encoder.stop_tokens = (-1,)
+    prompts = encoded(ours, "padded batch")
+    said = np.stack(list(ours.tokens(ours.encoder.batch(prompts), Decoding(max_tokens=24))), axis=1)
+    theirs.generation_config.update(eos_token_id=None, no_repeat_ngram_size=None)
+    for row, prompt in enumerate(prompts):
+        inputs = for_transformers([prompt], ours.encoder.image_token)
+        expected = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0, len(prompt.input_ids) :]
+        assert said[row].tolist() == expected.tolist()
+    ours.repetition_penalty = 1.0
+    assert np.any(said != np.stack(list(ours.tokens(ours.encoder.batch(prompts), Decoding(max_tokens=24))), axis=1))
+
+
 @pytest.mark.parametrize("stacked", [True, False])
 def test_decoding_token_by_token_equals_reading_the_whole(stacked):
     """Rows of different lengths, so that cache slots and positions differ."""

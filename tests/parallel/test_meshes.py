@@ -33,7 +33,7 @@ def found(request) -> dict[str, dict]:
 
 def test_ten_steps_and_a_sampling_call_come_out_as_on_one_device(found):
     """In float64 to 1e-10 relative to each array's largest entry: only the order of sums differs. On eight devices
-    float32's losses too, to 1e-5. Images to one grey level: a float32 sum may fall to the other side of the rounding."""
+    float32's losses too, to 1e-5. Images to one grey level: float32 sums may fall on another side of the rounding."""
     for name, mesh in found.items():
         assert mesh["moved"] > 0.1, "the steps change the weights"
         for what in ("parameters", "average", "losses"):

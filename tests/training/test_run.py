@@ -224,10 +224,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(finished, tmp
         (file for file in (newest / "ema").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
     )
     os.truncate(largest, largest.stat().st_size // 2)
-    with pytest.raises(UserError, match=f"checkpoint {newest} is damaged"):
-        Run.open(path).trained()
+    assert any(leaf.size for leaf in jax.tree.leaves(Run.open(path).trained()))
+    assert f"{newest} is damaged" in caplog.text and "that of step 8 is taken" in caplog.text
+    assert newest.is_dir(), "whoever only reads puts nothing aside"
     stages.train(tiny_config(), path, InterruptGuard())
-    assert f"{newest} is damaged" in caplog.text and "an earlier one is taken" in caplog.text
+    assert "an earlier one is taken" in caplog.text
     assert (path / "checkpoints" / "damaged" / "train_12").is_dir()
     assert_equal_runs(path, finished[0])
 

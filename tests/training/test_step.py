@@ -18,7 +18,7 @@ from lattejax.parallel.rows import Rows
 from lattejax.sampling.images import read_prompts
 from lattejax.training.objectives import AnswerLoss, FlowLoss, Frozen, answer_loss, norms_per_group, weigh_answers
 from lattejax.training.plans import caption_prompts
-from lattejax.training.step import init_state, learning_rate, make_train_step
+from lattejax.training.step import init_state, learning_rate, make_optimizer, make_train_step
 from tests.helpers import assert_same_bits, encoder_for, randomize, tiny_config
 
 CONFIG = tiny_config()
@@ -357,6 +357,27 @@ def test_average_and_clipping_follow_their_formulas():
     np.testing.assert_allclose(ema, 0.9 * before + 0.1 * after, rtol=1e-5, atol=1e-6)
 
 
+def test_weight_decay_is_on_matrices_alone():
+    """With a gradient of zero AdamW only decays: by the learning rate times the decay."""
+    config = tiny_config(train__weight_decay=0.1, train__warmup_steps=0, train__learning_rate=0.5)
+    optimizer, zeros = make_optimizer(config.train), jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    rate = float(learning_rate(config.train)(0))
+    decayed = set()
+    for (path, update), weight in zip(jax.tree.leaves_with_path(updates), jax.tree.leaves(PARAMS), strict=True):
+        if np.any(update):
+            np.testing.assert_allclose(update, -rate * 0.1 * weight, rtol=1e-5)
+            decayed.add(path[-1].key)
+    names = {path[-1].key for path, _ in jax.tree.leaves_with_path(PARAMS)}
+    assert decayed == {"weight"} and names == {"weight", "bias", "scale"}
+
+
+def test_no_second_copy_is_kept_where_no_average_is_asked_for():
+    stage = tiny_config(train__ema_decay=0.0).train
+    state = jax.eval_shape(lambda: init_state(stage, PARAMS))
+    assert state.ema is None and state.average is state.params and set(state.arrays) == {"params", "optimizer"}
+
+
 def _leaf(tree, path):
     for name in path:
         tree = tree[name]
@@ -391,8 +412,8 @@ def test_answers_alone_are_learnt():
 
 
 def test_the_answers_loss_does_not_depend_on_how_rows_are_spread():
-    """Answers of different lengths, read whole, or by two processes of a half each, in one batch or in micro-batches: loss
-    and gradient are those of the mean over all answer tokens."""
+    """Answers of different lengths, read whole or by two processes of a half each, in one batch or in micro-batches:
+    loss and gradient are those of the mean over all answer tokens."""
     answers = ["zero one two three", "one", "two", "even odd yes no"]
     prompts = [ENCODER.question("Which digit is this?", [], answer) for answer in answers]
     lengths = [int(prompt.is_answer.sum()) for prompt in prompts]

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 from etils import epath
 
+from lattejax.errors import UserError
+from lattejax.weights import checkpoints as module
 from lattejax.weights.checkpoints import Checkpoints, DamagedCheckpoint, fingerprints
+from tests.helpers import assert_same_bits
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
@@ -42,6 +45,52 @@ def test_a_checkpoint_that_says_another_fingerprint_is_damaged(tmp_path):
     with pytest.raises(DamagedCheckpoint, match="1 is damaged"):
         checkpoints.restore_latest(**arrays)
     assert checkpoints.steps == [1], "where none is whole, none is moved"
+    checkpoints.close()
+
+
+PASSING = {
+    "network": OSError("UNAVAILABLE: connection reset by peer"),
+    "bucket": ValueError("PERMISSION_DENIED: Error opening gs://bucket/a"),
+    "memory": MemoryError("RESOURCE_EXHAUSTED: out of memory"),
+}
+
+
+@pytest.mark.parametrize("case", PASSING)
+def test_an_error_that_may_pass_is_tried_again_and_is_no_damage(case, tmp_path, monkeypatch, caplog):
+    """Twice in vain, then well; and always in vain, which is reported, with nothing put aside."""
+    monkeypatch.setattr(module, "RETRY_SECONDS", (0, 0))
+    arrays, left = {"params": {"x": jnp.arange(5.0)}}, [PASSING[case]] * 2
+    checkpoints = Checkpoints(epath.Path(tmp_path / "stage"))
+    checkpoints.save(1, arrays, {})
+    checkpoints.wait()
+    restore = checkpoints._manager.restore
+
+    def failing(*args, **kwargs):
+        if left:
+            raise left.pop()
+        return restore(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints._manager, "restore", failing)
+    step, restored = checkpoints.restore_latest(**arrays)
+    assert step == 1 and caplog.text.count("trying again") == 2
+    assert_same_bits(restored["params"], arrays["params"])
+    left.extend([PASSING[case]] * 3)
+    with pytest.raises(UserError, match="1 cannot be read: ") as reported:
+        checkpoints.restore_latest(**arrays)
+    assert not isinstance(reported.value, DamagedCheckpoint)
+    assert checkpoints.steps == [1] and not (tmp_path / "damaged").exists()
+    checkpoints.close()
+
+
+def test_weights_of_another_shape_are_no_damage_and_are_not_tried_again(tmp_path, caplog):
+    checkpoints = Checkpoints(epath.Path(tmp_path / "stage"))
+    checkpoints.save(1, {"params": {"x": jnp.arange(5.0)}}, {})
+    checkpoints.wait()
+    for other in ({"x": jnp.arange(6.0)}, {"y": jnp.arange(5.0)}):
+        with pytest.raises(UserError, match="cannot be read") as reported:
+            checkpoints.restore_latest(params=other)
+        assert not isinstance(reported.value, DamagedCheckpoint)
+    assert "trying again" not in caplog.text and checkpoints.steps == [1]
     checkpoints.close()
 
 
