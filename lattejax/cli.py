@@ -1,6 +1,7 @@
 """What the doors have in common: flags in, exit code out."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,10 @@ def run(
     """
 
     def parse(argv: list[str]) -> list[str]:
+        argv = [argv[0], *map(find_config, argv[1:])]
+        if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
+            app.usage(writeto_stdout=True)
+            sys.exit(0)
         try:
             check(argv[1:])
             rest = flags.FLAGS(argv)
@@ -53,6 +58,17 @@ def run(
     logging.set_verbosity(logging.WARNING)
     keep_compiled()
     app.run(guarded, flags_parser=parse)
+
+
+def find_config(argument: str) -> str:
+    """Takes --config=digits, or --config=ablations:compute, for the experiment of that name that comes with lattejax,
+    where there is no such file."""
+    flag, _, value = argument.partition("=")
+    name, colon, variant = value.partition(":")
+    packaged = Path(__file__).with_name("experiments") / f"{name}.py"
+    if flag.lstrip("-") != "config" or Path(name).exists() or not re.fullmatch(r"\w+", name) or not packaged.exists():
+        return argument
+    return f"{flag}={packaged}{colon}{variant}"
 
 
 def keep_compiled() -> None:

@@ -37,12 +37,13 @@ acquire() {
     esac
 }
 
-# Puts this directory's lattejax on every host.
+# Puts this directory's lattejax on every host, with a Python of its own: the hosts' 3.10 is too old for it.
 install() {
     tar --exclude=./.git --exclude=./runs --exclude=./weights --exclude=./latents -czf "$archive" . || return
     tpu scp "$archive" "$TPU:lattejax.tar.gz" --worker=all || return
     tpu ssh "$TPU" --worker=all --command="mkdir -p lattejax && tar -xzf lattejax.tar.gz -C lattejax && cd lattejax &&
-        python3 -m venv ~/env && ~/env/bin/pip install -q -e . 'jax[tpu]' && $setup"
+        python3 -m pip install -q --user uv && uv=~/.local/bin/uv && \$uv venv -q --allow-existing --python=3.12 ~/env &&
+        \$uv pip install -q --python=~/env/bin/python -e '.[tpu]' && $setup"
 }
 
 create() {

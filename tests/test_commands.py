@@ -2,7 +2,10 @@
 
 import json
 import os
+import pathlib
 import pty
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 from PIL import Image
 
 from lattejax import cli, configuration
+from lattejax.__main__ import COMMANDS
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.images import open_image
 from lattejax.data.prompts import Turn
@@ -18,7 +22,7 @@ from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.weights.runs import Workdir
 from tests import checkpoints
-from tests.helpers import ROOT, encoder_for, run_command, tiny_config, tiny_flags
+from tests.helpers import ENVIRONMENT, ROOT, encoder_for, run_command, tiny_config, tiny_flags
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +139,54 @@ def test_a_chat_on_a_terminal_goes_on_from_what_was_said(weights, digit):
     refused = "error: a text says <|image_pad|>, which stands for an image; leave it out\n"
     refused += "error: nothing.png: there is no such file\n"
     assert said.split("\n", 1)[1] == f"{first}\n{refused}{second}\n{first}\n\n"
+
+
+# ---- Refusals
+
+SLOW_TO_IMPORT = ("transformers", "tensorflow_datasets", "grain", "sklearn", "matplotlib", "tensorboardX")
+AS_A_USER = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_module(f"lattejax.{sys.argv[0]}", run_name="__main__", alter_sys=True)
+except SystemExit as ended:
+    print(ended.code, *(name for name in NAMES if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments, code",
+    [
+        (["train", "--config=digits", "--workdir=a", "--config.train.steps=-1"], 2),
+        (["sample", "--workdir=nowhere", "--prompt=a"], 2),
+        (["encode", "--help"], 0),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_neither_help_nor_a_refusal_waits_for_what_is_slow_to_import(arguments, code):
+    program = AS_A_USER.replace("NAMES", repr(SLOW_TO_IMPORT))
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True)
+    assert done.stdout.splitlines()[-1] == str(code), done.stdout + done.stderr
+
+
+def test_help_lists_the_flags_and_the_package_its_commands(forked_command):
+    done = forked_command("sample", "--help")
+    assert done.returncode == 0 and "--guidance_interval" in done.stdout and not done.stderr
+    listed = subprocess.run([sys.executable, "-m", "lattejax"], cwd=ROOT, text=True, capture_output=True)
+    assert listed.returncode == 0 and all(f"lattejax.{name} " in listed.stdout for name in COMMANDS)
+    files = {path.stem for path in (ROOT / "lattejax").glob("*.py") if "__main__" in path.read_text()}
+    assert files == {*COMMANDS, "__main__"}
+
+
+def test_experiments_that_come_along_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = cli.find_config("--config=ablations:compute")
+    assert found.endswith("experiments/ablations.py:compute") and pathlib.Path(found[9:].split(":")[0]).is_file()
+    same = ("--config=mine", "--config=configs/digits.py", "--config.train.steps=5", "--workdir=digits")
+    assert [cli.find_config(argument) for argument in same] == list(same)
+    (tmp_path / "digits").write_text("mine")
+    assert cli.find_config("--config=digits") == "--config=digits"
 
 
 TRAIN = ["train", "--workdir={tmp}/new"]

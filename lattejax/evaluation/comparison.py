@@ -8,15 +8,17 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 
 from lattejax.files import write_whole, write_with
 from lattejax.training.metrics import read_records
 from lattejax.weights.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # What the table shows, and how it is written.
 COLUMNS = (
@@ -82,9 +84,15 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _by_training_steps(variants: Sequence[str], evaluations: dict) -> Figure:
+def new_figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # slow to import
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _by_training_steps(variants: Sequence[str], evaluations: dict) -> "Figure":
     """Scores while training, the mean over seeds and the range of them."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = new_figure(13, 4)
     # Runs that score no images while they train have the loss alone.
     known = [name for name in TRAINING_SCORES if all(name in record for own in evaluations.values() for record in own)]
     for axes, score in zip(figure.subplots(1, len(known), squeeze=False)[0], known, strict=True):
@@ -99,9 +107,9 @@ def _by_training_steps(variants: Sequence[str], evaluations: dict) -> Figure:
     return figure
 
 
-def _by_sampling_time(variants: Sequence[str], sampling: Sequence[dict[str, Any]]) -> Figure:
+def _by_sampling_time(variants: Sequence[str], sampling: Sequence[dict[str, Any]]) -> "Figure":
     """Scores of one run of each variant by what an image costs, a mark for each number of steps."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = new_figure(9, 4)
     for axes, score in zip(figure.subplots(1, 2), ("generated_accuracy", "frechet"), strict=True):
         for variant in variants:
             own = sorted((r for r in sampling if r["variant"] == variant), key=lambda record: record["steps"])
@@ -113,9 +121,9 @@ def _by_sampling_time(variants: Sequence[str], sampling: Sequence[dict[str, Any]
     return figure
 
 
-def _by_group(variants: Sequence[str], evaluations: dict, runs: dict[tuple[str, int], Run]) -> Figure:
+def _by_group(variants: Sequence[str], evaluations: dict, runs: dict[tuple[str, int], Run]) -> "Figure":
     """The last held-out loss of each group over the interval of flow time that it owns."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     for i, variant in enumerate(variants):
         own = [key for key in runs if key[0] == variant]

@@ -1,7 +1,7 @@
 """The score of the digits run: are answers right, and are generated digits read as what was asked for?"""
 
 import numpy as np
-from sklearn.svm import SVC
+from etils import epy
 
 from lattejax.data import digits
 from lattejax.data.examples import Questions
@@ -10,6 +10,9 @@ from lattejax.evaluation.frechet import frechet_distance
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.sampling.answers import Answerer, Decoding
+
+with epy.lazy_imports():
+    from sklearn import svm
 
 LONGEST_ANSWER = 6  # tokens
 
@@ -44,7 +47,7 @@ class DigitReader:
 
     def __init__(self):
         train = digits.load("train")
-        self._machine = SVC(gamma="scale", C=10.0).fit(_vectors(train.images), train.labels)
+        self._machine = svm.SVC(gamma="scale", C=10.0).fit(_vectors(train.images), train.labels)
 
     def score(self, images: np.ndarray) -> dict[str, float]:
         """The share of images read as what was asked for, and their Fréchet distance to the test images.

@@ -85,7 +85,7 @@ def _write(
             }
             for i in file.pictures
         )
-        count = latents.write_records(directory / file.name, latent_shape, records)
+        count, _ = latents.write_records(directory / file.name, latent_shape, records)
         shards.append(Shard(file.name, count, (directory / file.name).stat().length, "", []))
     latents.write_metadata(directory, latent_shape, {"train": shards})
     return LatentDrawings(directory, "train", latent_shape)

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, ScalarFormatter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Call = Callable[[], Any]
 Calls = Mapping[str, Call]
@@ -75,8 +76,11 @@ def bandwidth(seconds: Mapping[str, float]) -> float:
 PLOTTED_STEPS = 40  # the paper's
 
 
-def plot_by_groups(results: list[dict[str, Any]]) -> Figure:
+def plot_by_groups(results: list[dict[str, Any]]) -> "Figure":
     """Time per image by group count: of results of steps of one group, ours and PyTorch's, with the machine's limit."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
     results = sorted(results, key=lambda result: result["num_groups"])
     groups = [result["num_groups"] for result in results]
     figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -7,14 +7,16 @@ import time
 from typing import Any
 
 import numpy as np
-from etils import epath
+from etils import epath, epy
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from lattejax.files import write_whole, write_with
 from lattejax.parallel import hosts
 from lattejax.weights.runs import Workdir
+
+with epy.lazy_imports():
+    import tensorboardX
 
 
 def read_records(path: epath.Path) -> list[dict[str, Any]]:
@@ -48,7 +50,7 @@ class MetricsLog:
         self._tensorboard = self._bar = None
         if not hosts.is_first():
             return
-        self._tensorboard = SummaryWriter(os.fspath(workdir.tensorboard(stage)), purge_step=first_step + 1)
+        self._tensorboard = tensorboardX.SummaryWriter(os.fspath(workdir.tensorboard(stage)), purge_step=first_step + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=last_step, initial=first_step, desc=stage, unit="step", dynamic_ncols=True)
 

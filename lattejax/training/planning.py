@@ -6,6 +6,7 @@ model FLOPs. From the chips' data sheets: their rates. The time that follows is 
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from packaging.requirements import Requirement
 
 from lattejax.configuration import Config
 from lattejax.errors import UserError
@@ -36,7 +38,6 @@ from lattejax.training.step import abstract_state, compile_for
 from lattejax.weights.runs import abstract_params, abstract_trained, sampling_axes
 
 GIB = 2**30
-TRIED_LIBTPU = "libtpu==0.0.51"  # the one that was tried with this JAX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +69,30 @@ def open_topology(name: str) -> tuple[Chip, list[Any]]:
         raise UserError(f"--topology={name} must be one of {', '.join(CHIPS)} and a shape, like v5e:4x4 or v5p:2x2x4")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it looks for a TPU's metadata server, and waits
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody takes a TPU from another by compiling
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"a plan needs the TPU's compiler, which runs without a TPU: pip install {TRIED_LIBTPU}")
+    check_compiler()
     try:
         return CHIPS[kind], list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--topology={name}: {str(error).splitlines()[0]}") from error
+
+
+def pods_compiler() -> str:
+    """The libtpu that `jax[tpu]` installs on a pod with this JAX, as a requirement: libtpu==0.0.42.*"""
+    needs = map(Requirement, importlib.metadata.requires("jax") or ())
+    return next(f"{one.name}{one.specifier}" for one in needs if one.name == "libtpu")
+
+
+def check_compiler() -> None:
+    """Raises `UserError` unless the pod's own compiler is here: another one's plan is a plan for something else."""
+    wanted = Requirement(pods_compiler())
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"a plan needs the TPU's compiler, which runs without a TPU: pip install --target=libtpu '{wanted}', and "
+            "put that directory on PYTHONPATH; in the environment itself it would slow every command down"
+        )
+    found = importlib.metadata.version("libtpu")
+    if not wanted.specifier.contains(found):
+        raise UserError(f"libtpu {found} is here, and a pod with JAX {jax.__version__} has {wanted}; install that")
 
 
 # ---- What goes into the programs, by shape

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator
 
 import huggingface_hub
 import numpy as np
-from etils import epath
+from etils import epath, epy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from transformers import Qwen2VLConfig
 
 from lattejax.errors import UserError
 from lattejax.files import is_remote, located, read_json
@@ -21,6 +20,9 @@ from lattejax.models.vision import VisionConfig
 from lattejax.weights import naming, shards
 from lattejax.weights.naming import Leaf
 from lattejax.weights.shards import Shards
+
+with epy.lazy_imports():
+    import transformers
 
 CONFIG = "config.json"
 # What lies beside the weights and goes where they go: geometry, tokenizer, chat template, image processor, licence.
@@ -45,12 +47,12 @@ def read_geometry(directory: epath.Path) -> VLMConfig:
     if "quantization_config" in values:
         raise UserError(f"{directory} holds quantized weights; take the checkpoint that they were made from")
     try:
-        return _geometry(Qwen2VLConfig.from_dict(values))
+        return _geometry(transformers.Qwen2VLConfig.from_dict(values))
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise UserError(f"{path} cannot be read as a Qwen2-VL config: {error}") from error
 
 
-def _geometry(config: Qwen2VLConfig) -> VLMConfig:
+def _geometry(config: "transformers.Qwen2VLConfig") -> VLMConfig:
     text, vision, rope = config.text_config, config.vision_config, config.text_config.rope_parameters
     for name, value, supported in (
         ("hidden_act", text.hidden_act, "silu"),
@@ -91,7 +93,7 @@ def _geometry(config: Qwen2VLConfig) -> VLMConfig:
 
 def image_token(directory: epath.Path) -> int:
     """The token that stands for an image's patch, by config.json."""
-    return Qwen2VLConfig.from_dict(read_json(directory / CONFIG)).image_token_id
+    return transformers.Qwen2VLConfig.from_dict(read_json(directory / CONFIG)).image_token_id
 
 
 # ---- Reading

@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
+from etils import epath, epy
 from flax import traverse_util
 from huggingface_hub.errors import StrictDataclassError
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
 from tqdm import tqdm
-from transformers import Qwen2VLImageProcessorPil
 
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import PromptEncoder
@@ -36,6 +35,9 @@ from lattejax.parallel import rules
 from lattejax.parallel.mesh import one_device
 from lattejax.weights import hugging_face, naming, shards
 from lattejax.weights.hugging_face import Checkpoint
+
+with epy.lazy_imports():
+    import transformers
 
 RECORD = "conversion.json"
 CHUNK_BYTES = 16 << 20  # of an array on disk: a device that owns a part reads the chunks that it touches
@@ -171,7 +173,7 @@ def read_encoder(directory: epath.Path, config: VLMConfig, generation: "Generati
         raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} entries, the model {config.text.vocab_size}")
     try:
         with local_files(directory) as local:
-            processor = Qwen2VLImageProcessorPil.from_pretrained(local)
+            processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(local)
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{directory} has no image processor that can be read: {error}") from error
     encoder, vision = PromptEncoder(tokenizer, processor, stop_tokens=generation.stop_tokens), config.vision

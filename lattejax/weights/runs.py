@@ -17,9 +17,8 @@ import functools
 import json
 
 import jax
-from etils import epath
+from etils import epath, epy
 from jax.sharding import Mesh, NamedSharding
-from transformers import Qwen2VLImageProcessorPil
 
 from lattejax import configuration
 from lattejax.configuration import Config
@@ -36,6 +35,9 @@ from lattejax.weights import checkpoints, exports, shards
 from lattejax.weights.autoencoders import Identity, StoredAutoencoder
 from lattejax.weights.checkpoints import Checkpoints
 from lattejax.weights.pretrained import Pretrained, is_converted
+
+with epy.lazy_imports():
+    import transformers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Workdir:
 def prompt_encoder(config: Config, tokenizer: tokenizers.Tokenizer) -> PromptEncoder:
     """The encoder that goes with a config: its tokenizer, its vision tower's patches, its bounds on image sizes."""
     vision = config.model.vision
-    processor = Qwen2VLImageProcessorPil(
+    processor = transformers.Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
         merge_size=vision.spatial_merge_size,
@@ -193,7 +195,7 @@ class Run:
         return stored
 
     def trained(self, target: Config | None = None) -> Params:
-        """Reads the average of what the second stage trains, float32, from the latest checkpoint that is not damaged."""
+        """Reads the average of what the second stage trains, float32, from the latest checkpoint that is whole."""
         if self.is_export:
             whole = exports.read(self.workdir.path, abstract_params(target or self.config))
             return rules.place(self.mesh, latte_flow.split_trained(self.config.model_config, whole)[0])

@@ -1,8 +1,15 @@
 """The planner: what it describes is what training makes, and what it reads off a program is there."""
 
+import importlib.metadata
 import importlib.util
 import json
+import os
+import pathlib
+import platform
+import re
+import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -99,13 +106,32 @@ def test_a_loop_of_unknown_length_is_not_guessed():
         traffic(HLO.replace("direction=LT", "direction=GT"), 8)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.fixture(scope="module")
+def with_libtpu() -> dict[str, str]:
+    """The environment of a process that has the TPU's compiler. It stands in a directory of its own, kept between runs
+    of the tests, since in the user's environment every command would complain and lose seconds."""
+    wanted = planning.pods_compiler()
+    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "lattejax-tests"
+    directory = caches / re.sub(r"[^\w.]+", "-", f"{wanted} {sys.implementation.cache_tag}")
+    if not directory.exists():
+        caches.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=caches) as partial:
+            install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"--target={partial}/libtpu", wanted]
+            subprocess.run(install, check=True)
+            os.replace(f"{partial}/libtpu", directory)
+    path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(directory)])
+    return ENVIRONMENT | {"PYTHONPATH": path, "XLA_FLAGS": ""}  # libtpu does not know all of the CPU's flags
+
+
+COMPILES = sys.platform == "linux" and platform.machine() == "x86_64"
+
+
+@pytest.mark.skipif(not COMPILES, reason="libtpu is for Linux on x86-64")
 @pytest.mark.parametrize("program", ["train", "sample"])
-def test_a_plan_for_real_chips_ends_with_a_json_object(program):
+def test_a_plan_for_real_chips_ends_with_a_json_object(program, with_libtpu):
     flags = [*tiny_flags(model__num_groups=4, train__batch_size=16), "--config.mesh.expert=4"]
     flags += ["--captions=10", "--topology=v5e:2x2", "--json", f"--{'no' * (program == 'train')}sample"]
-    # libtpu does not know all of the CPU's flags.
-    done = run_command("plan", *flags, env=ENVIRONMENT | {"XLA_FLAGS": ""})
+    done = run_command("plan", *flags, env=with_libtpu)
     assert done.returncode == 0, done.stderr[-2000:]
     plan = json.loads(done.stdout.splitlines()[-1])
     assert (plan["program"], plan["chips"], plan["hbm_capacity_gib"]) == (program, 4, 15.75)
@@ -127,8 +153,15 @@ def test_a_plan_for_real_chips_ends_with_a_json_object(program):
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(UserError, match=r"pip install libtpu==0\.0\.51"):
+    with pytest.raises(UserError, match=r"pip install --target=libtpu 'libtpu==0\.0\.\d+\.\*'"):
         planning.open_topology("v5e:2x2")
+
+
+def test_another_compiler_than_the_pods_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1")
+    with pytest.raises(UserError, match=r"libtpu 0\.0\.1 is here, and a pod with JAX .* has libtpu==0\.0\."):
+        planning.check_compiler()
 
 
 @pytest.mark.parametrize("name", ["v9:4x4", "v5e", "v5e:4", "v5e:4x4 "])
