@@ -77,7 +77,9 @@ def load_answerer() -> Answerer:
     run = Run.open(WORKDIR.value)
     encoder = run.encoder  # complains before the weights are read
     vlm = inference_weights(run.config, {"vlm": run.vlm()}, run.mesh)["vlm"]
-    return Answerer(run.config.model_config.vlm, vlm, encoder)
+    converted = run.converted_vlm()
+    penalty = 1.0 if converted is None else converted.generation.repetition_penalty
+    return Answerer(run.config.model_config.vlm, vlm, encoder, penalty)
 
 
 def opening() -> list[Turn]:

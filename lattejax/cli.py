@@ -66,7 +66,7 @@ def find_config(argument: str) -> str:
     flag, _, value = argument.partition("=")
     name, colon, variant = value.partition(":")
     packaged = Path(__file__).with_name("experiments") / f"{name}.py"
-    if flag.lstrip("-") != "config" or Path(name).exists() or not re.fullmatch(r"\w+", name) or not packaged.exists():
+    if flag.lstrip("-") != "config" or Path(name).is_file() or not re.fullmatch(r"\w+", name) or not packaged.exists():
         return argument
     return f"{flag}={packaged}{colon}{variant}"
 

@@ -11,6 +11,8 @@
 #   VERSION  of its software; the default suits TYPE
 #   SPOT     1 (the default) for a slice that may be preempted, 0 for one that may not
 #   SETUP    a command that each host runs before training
+#   PYTHON   the version of Python that each host gets, since its own is too old; the default is this machine's, so that
+#            the pod has the JAX, and the compiler, that plans are made with here
 set -uo pipefail
 : "${TPU:?is the name of the slice}" "${ZONE:?is where it stands}" "${TYPE:?is the accelerator type}"
 case $TYPE in
@@ -19,7 +21,7 @@ case $TYPE in
     v6e-*) default=v2-alpha-tpuv6e ;;
     *) default=tpu-ubuntu2204-base ;;
 esac
-version=${VERSION:-$default} spot=${SPOT:-1} setup=${SETUP:-true} pause=${PAUSE:-60}
+version=${VERSION:-$default} spot=${SPOT:-1} setup=${SETUP:-true} python=${PYTHON:-$(python3 -c 'import platform; print(platform.python_version())')} pause=${PAUSE:-60}
 notice=http://metadata.google.internal/computeMetadata/v1/instance/preempted
 cd "$(dirname "$0")/.."
 
@@ -37,13 +39,13 @@ acquire() {
     esac
 }
 
-# Puts this directory's lattejax on every host, with a Python of its own: the hosts' 3.10 is too old for it.
+# Puts this directory's lattejax on every host, and a Python for it.
 install() {
-    tar --exclude=./.git --exclude=./runs --exclude=./weights --exclude=./latents -czf "$archive" . || return
+    tar --exclude=./.git --exclude=./runs --exclude=./weights --exclude=./latents --exclude=./tpu_compiler -czf "$archive" . || return
     tpu scp "$archive" "$TPU:lattejax.tar.gz" --worker=all || return
     tpu ssh "$TPU" --worker=all --command="mkdir -p lattejax && tar -xzf lattejax.tar.gz -C lattejax && cd lattejax &&
-        python3 -m pip install -q --user uv && uv=~/.local/bin/uv && \$uv venv -q --allow-existing --python=3.12 ~/env &&
-        \$uv pip install -q --python=~/env/bin/python -e '.[tpu]' && $setup"
+        python3 -m pip install -q --user uv && uv=~/.local/bin/uv && \$uv venv -q --allow-existing --python=$python ~/env &&
+        \$uv pip install -q --python=\$HOME/env/bin/python -e '.[tpu]' && $setup"
 }
 
 create() {

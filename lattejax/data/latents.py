@@ -65,7 +65,7 @@ class Shard:
     bytes: int
     sha256: str
     unreadable: list[str]  # the pictures that were left out, each with the reason
-    contents: str = ""  # a hash of its latents and captions, in order; files made before there was one have none
+    contents: str = ""  # a hash of its latents and captions, in order; empty where the file is older than this field
 
 
 class File(NamedTuple):
@@ -213,8 +213,8 @@ class LatentSource:
 
 
 def _identities(shards: Sequence[Shard]) -> tuple[str, ...]:
-    """By contents, which the same pictures encoded again have too; and by files, whose containers may differ, as all
-    runs of before knew them."""
+    """By contents, the same where the same pictures are encoded again; and by files, whose containers may differ, as
+    earlier runs recorded them."""
     hashes = [[shard.contents for shard in shards], [shard.sha256 for shard in shards]]
     return tuple(hashlib.sha256(" ".join(of_all).encode()).hexdigest() for of_all in hashes if all(of_all))
 

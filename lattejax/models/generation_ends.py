@@ -36,9 +36,9 @@ class TimeEmbedding(nnx.Module):
 
 
 def sincos(positions: Float[np.ndarray, "n"], channels: int) -> Float[np.ndarray, "n channels"]:
-    """The sine-cosine embedding of positions along one axis: sines, then cosines, of period 10⁴ and amplitude 1.
+    """The sine-cosine embedding of positions along one axis: sines, then cosines, of amplitude 1.
 
-    `channels` is even. Computed on the host, in float64.
+    Frequencies fall from 1 towards 10⁻⁴ rad a position. `channels` is even. Computed on the host, in float64.
     """
     half = channels // 2
     angles = np.asarray(positions)[:, None] * 10_000.0 ** (-np.arange(half) / half)

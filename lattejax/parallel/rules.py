@@ -3,9 +3,10 @@
 Layers stand on a leading axis L; along `expert` it is cut into blocks of whole groups, so that a device has its own
 groups' weights, optimizer state and contexts, and no others. Matrices are cut over `tensor` along the axis that heads
 or hidden units stand on, so that a layer's two halves need one sum, and over `fsdp` along the other. Whatever no rule
-names is replicated.
+names is replicated, and if it is a matrix, that is said.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lattejax.models.functional import Params
@@ -31,7 +33,10 @@ RULES = (
     (r"(o_proj|down_proj|attention/proj|fc2)/weight", ("fsdp", "tensor")),
     # Its outputs are four parts of D; what it reads is whole on every device.
     (r"modulation/weight", (None, ("fsdp", "tensor"))),
+    # Small, and the same on every device.
+    (r"(embedding/proj|head/proj|residual_gate)/weight", ()),
 )
+MATRICES = ("weight", "embedding")  # the last names of their paths
 
 
 def spec(mesh: Mesh, path: str, shape: Sequence[int], axes: Sequence[str] = AXES) -> PartitionSpec:
@@ -47,7 +52,11 @@ def spec(mesh: Mesh, path: str, shape: Sequence[int], axes: Sequence[str] = AXES
     Raises:
       ValueError: a dimension is no multiple of the mesh axes that it is cut over.
     """
-    last = next((cut for pattern, cut in RULES if re.search(f"{pattern}$", path)), ())
+    last = next((cut for pattern, cut in RULES if re.search(f"{pattern}$", path)), None)
+    if last is None:
+        if axes and path.rpartition("/")[2] in MATRICES:
+            _warn_of(path)
+        last = ()
     cuts = [()] * (len(shape) - len(last)) + [(cut or ()) if not isinstance(cut, str) else (cut,) for cut in last]
     stacked = re.search(OF_GROUPS + r"(?!\d+/)", path)  # not in a list, where each layer is a tree of its own
     if stacked and shape:
@@ -58,6 +67,11 @@ def spec(mesh: Mesh, path: str, shape: Sequence[int], axes: Sequence[str] = AXES
             sizes = " * ".join(f"{axis}={mesh.shape[axis]}" for axis in cut)
             raise ValueError(f"mesh axis {sizes} does not divide {path} of shape {tuple(shape)}")
     return PartitionSpec(*((cut if len(cut) > 1 else cut[0]) if cut else None for cut in cuts))
+
+
+@functools.cache  # once for each
+def _warn_of(path: str) -> None:
+    logging.warning("no rule of parallel.rules names the matrix %s; every device keeps a copy", path)
 
 
 def shardings(mesh: Mesh, tree: Any, axes: Sequence[str] = AXES) -> Any:

@@ -14,6 +14,11 @@ def bucket(size: int) -> int:
     return -(-size // step) * step
 
 
+def padded_length(tokens: int) -> int:
+    """Tokens that prompts are padded to, the longest of which has so many."""
+    return max(LEAST_TOKENS, bucket(tokens))
+
+
 def padded(
     encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], among: Sequence[EncodedPrompt] | None = None
 ) -> Prompts:
@@ -23,4 +28,4 @@ def padded(
     images = max(len(prompt.images) for prompt in among)
     block = encoder.merge**2
     patches = bucket(-(-largest_image(among) // block)) * block
-    return encoder.batch(prompts, max(LEAST_TOKENS, bucket(length)), bucket(images), patches)
+    return encoder.batch(prompts, padded_length(length), bucket(images), patches)

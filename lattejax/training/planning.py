@@ -7,7 +7,6 @@ model FLOPs. From the chips' data sheets: their rates. The time that follows is 
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import math
 import os
 import re
@@ -31,7 +30,7 @@ from lattejax.parallel import collectives, rules
 from lattejax.parallel.mesh import make_mesh, row_shares
 from lattejax.parallel.rows import Rows
 from lattejax.sampling.images import draw_latents
-from lattejax.sampling.padding import bucket
+from lattejax.sampling.padding import bucket, padded_length
 from lattejax.training.objectives import Frozen
 from lattejax.training.plans import check_mesh, flow_loss, flow_step, generation_flops, stage_rows
 from lattejax.training.step import abstract_state, compile_for
@@ -83,14 +82,15 @@ def pods_compiler() -> str:
 
 
 def check_compiler() -> None:
-    """Raises `UserError` unless the pod's own compiler is here: another one's plan is a plan for something else."""
+    """Raises `UserError` unless the compiler is here that a pod with this JAX has: another one makes other programs."""
     wanted = Requirement(pods_compiler())
-    if importlib.util.find_spec("libtpu") is None:
+    try:
+        found = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f"a plan needs the TPU's compiler, which runs without a TPU: pip install --target=libtpu '{wanted}', and "
-            "put that directory on PYTHONPATH; in the environment itself it would slow every command down"
-        )
-    found = importlib.metadata.version("libtpu")
+            f"a plan needs the TPU's compiler, which runs without a TPU: pip install --target=tpu_compiler '{wanted}', "
+            "and put that directory on PYTHONPATH; in the environment itself it would slow every command down"
+        ) from None
     if not wanted.specifier.contains(found):
         raise UserError(f"libtpu {found} is here, and a pod with JAX {jax.__version__} has {wanted}; install that")
 
@@ -175,7 +175,8 @@ def compile_train_step(config: Config, mesh: Mesh, captions: int) -> tuple[jax.s
 
 
 def compile_sampler(config: Config, mesh: Mesh) -> tuple[jax.stages.Compiled, dict[str, Any]]:
-    """Compiles a sampling call of eval.batch_size images, as `ImageSampler` makes it; returns it as the train step."""
+    """Compiles a sampling call of eval.batch_size images, as `ImageSampler` makes it of the longest prompts that the
+    config allows; returns it as the train step."""
     model, shares = config.model_config, row_shares(mesh)
     size = -(-config.eval.batch_size // shares) * shares
     params = _cast(config, abstract_params(config))
@@ -183,7 +184,7 @@ def compile_sampler(config: Config, mesh: Mesh) -> tuple[jax.stages.Compiled, di
     vlm = rules.abstract(mesh, params["vlm"], sampling_axes("vlm"))
     pathway = rules.abstract(mesh, latte_flow.pathway(model, params), sampling_axes("experts"))
     prompts = bucket(len(config.eval.prompts) + 1)
-    described = abstract_prompts(config, prompts, config.data.prompt_length)
+    described = abstract_prompts(config, prompts, padded_length(config.data.prompt_length))
     contexts = jax.eval_shape(functools.partial(latte_flow.read_prompts, model), vlm, described)
     contexts = rules.abstract(mesh, contexts, axes=())
     flat = Rows.flat_sharding(mesh)
@@ -200,7 +201,7 @@ def sampler_flops(config: Config, size: int) -> float:
     model = config.model_config.generation
     segments = plan_segments(model.intervals, config.eval.sampling)
     stages = sum(len(one.steps) * (1 + one.guided) * (1 + (one.solver == "heun")) for one in segments)
-    return size * stages * flops.velocity(model, config.data.prompt_length)
+    return size * stages * flops.velocity(model, padded_length(config.data.prompt_length))
 
 
 # ---- The plan

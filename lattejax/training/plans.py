@@ -58,6 +58,11 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
                 name = "batch_size" if stage == "pretrain" else names[stream]
                 if stage == "train" or config.pretrain.steps:
                     rows.check(mesh, f"{stage}.{name}")
+        tensor = mesh.shape["tensor"]
+        for tower in ("text", "vision"):
+            heads = getattr(config.model, tower).num_heads
+            if heads % tensor:
+                raise ValueError(f"mesh.tensor={tensor} does not divide the {heads} query heads of model.{tower}")
         rules.shardings(mesh, abstract_params(config))
     except ValueError as error:
         raise UserError(f"config.mesh does not fit: {error}") from error

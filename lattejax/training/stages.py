@@ -168,7 +168,7 @@ def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity) -> 
 
 
 def warn_of_another_pathway(config: Config, theirs: Config) -> None:
-    """Says where weights to start from were trained as another function than the config's; shapes do not tell."""
+    """Says where weights to start from were trained as another function than the config's, which shapes do not show."""
     ours, before = (dataclasses.asdict(either.model_config.generation) for either in (config, theirs))
     different = [f"{key}: {before[key]!r} -> {ours[key]!r}" for key in ours if ours[key] != before[key]]
     if different:

@@ -77,17 +77,17 @@ class Checkpoints:
         """
         items = {name: ocp.args.StandardRestore(like(tree)) for name, tree in targets.items()}
         args = ocp.args.Composite(**items, progress=ocp.args.JsonRestore())
-        name, restored, error = f"the checkpoint {self._directory / str(step)}", {}, None
+        name, restored = f"the checkpoint {self._directory / str(step)}", {}
+        problem, is_damage = "", False  # and not the error, which would keep what was read
         try:
             restored = dict(_read_patiently(lambda: self._manager.restore(step, args=args), name))
-        except Exception as raised:  # Orbax and TensorStore raise whatever they meet
-            error = raised
-        if not hosts.all_agree(error is None):
-            damaged = not hosts.all_agree(error is None or not _is_damage(error))
-            problem = "another process cannot read it" if error is None else _first_line(error)
-            if damaged:
-                raise DamagedCheckpoint(f"{name} is damaged: {problem}") from error
-            raise UserError(f"{name} cannot be read: {problem}") from error
+        except Exception as error:  # Orbax and TensorStore raise whatever they meet
+            problem, is_damage = _first_line(error), _is_damage(error)
+        if not hosts.all_agree(not problem):
+            problem = problem or "another process cannot read it"
+            if not hosts.all_agree(not is_damage):
+                raise DamagedCheckpoint(f"{name} is damaged: {problem}")
+            raise UserError(f"{name} cannot be read: {problem}")
         written = restored["progress"].pop(FINGERPRINTS, {})
         found = fingerprints({name: restored[name] for name in targets})
         if other := [name for name in targets if found[name] != written.get(name)]:
@@ -107,7 +107,7 @@ class Checkpoints:
             try:
                 restored = self.restore(step, **targets)
             except DamagedCheckpoint as error:
-                damaged[step] = str(error)  # and not the error, which would keep what was read
+                damaged[step] = str(error)
                 continue
             if put_aside:
                 self._put_aside(damaged)
@@ -149,8 +149,10 @@ ANOTHER_MODEL = re.compile(r"tree structures do not match|not compatible with th
 
 
 def _read_patiently(read: Callable[[], Any], name: str) -> Any:
-    """Reads, and reads again what could not be read for a reason that may pass: a network's, a bucket's, memory's. Not
-    where several processes read together, who would wait for each other in different tries."""
+    """Reads, and tries again after an error that may pass: of a network, a bucket, memory.
+
+    Several processes read together, and try once: a second try of one would wait for the others, who make none.
+    """
     for seconds in RETRY_SECONDS if jax.process_count() == 1 else ():
         try:
             return read()

@@ -217,7 +217,7 @@ class Generation:
 
     @classmethod
     def read(cls, directory: epath.Path) -> "Generation":
-        """Names in a warning what it asks for and does not get; raises `UserError` for a penalty that is none."""
+        """Names in a warning what it asks for and does not get; raises `UserError` for an invalid penalty."""
         file = directory / "generation_config.json"
         values = read_json(file) if file.exists() else {}
         ends, penalty = values.get("eos_token_id"), values.get("repetition_penalty")

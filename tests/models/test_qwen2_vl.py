@@ -42,12 +42,19 @@ BATCHES = {
 }
 
 GROUPED, UNGROUPED, ONE = MODELS
-SHAPES = [
-    *((batch, GROUPED) for batch in BATCHES),
-    ("text only", UNGROUPED),
+OFTEN = [
+    *((batch, GROUPED) for batch in ("text only", "odd aspect, batch of one", "padded batch")),
     ("padded batch", UNGROUPED),
     ("several images", ONE),
-    ("padded batch", ONE),
+]
+SHAPES = [
+    *OFTEN,
+    *(
+        pytest.param(batch, model, marks=pytest.mark.slow)
+        for model in MODELS
+        for batch in BATCHES
+        if (batch, model) not in OFTEN
+    ),
 ]
 
 

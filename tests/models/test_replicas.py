@@ -16,7 +16,7 @@ from lattejax.weights.pretrained import Pretrained
 from tests import checkpoints
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kv_heads", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))])
 def test_sublayers_equal_transformers_for_one_image_token(kv_heads):
     """One image token at the prompt's next position: causal and two-way attention agree, and nothing of time has been
     learnt. From the same input, attention and feed-forward come out, before the norms after them, as transformers'

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from lattejax import configuration
+from lattejax.errors import UserError
 from lattejax.parallel import rules
 from lattejax.parallel.mesh import AXES, make_mesh, mesh_shape
 from lattejax.parallel.rows import Rows
+from lattejax.training.plans import check_mesh
 from lattejax.training.step import init_state
-from lattejax.weights.runs import abstract_trained
-from tests.helpers import tiny_config
+from lattejax.weights.runs import abstract_params, abstract_trained
+from tests.helpers import config_file, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -109,3 +112,25 @@ def test_optimizer_and_average_are_cut_as_the_weights():
     )
     with pytest.raises(ValueError, match="mesh axis expert=2 does not divide experts/norm/scale of shape"):
         rules.spec(mesh, "experts/norm/scale", (3, 8))
+
+
+def test_a_matrix_that_no_rule_names_is_warned_of(caplog):
+    """None of ours is."""
+    mesh = types.SimpleNamespace(shape=dict.fromkeys(AXES, 1))
+    for variant in ("couple", "blend"):
+        for path, leaf in jax.tree.leaves_with_path(abstract_params(tiny_config(model__variant=variant))):
+            rules.spec(mesh, jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+    assert not caplog.text
+    for _ in range(2):
+        rules.spec(mesh, "experts/adapter/down/weight", (4, 8, 8))
+    assert caplog.text.count("no rule of parallel.rules names the matrix experts/adapter/down/weight") == 1
+
+
+@pytest.mark.parametrize(
+    "tensor, named", [(8, "the 12 query heads of model.text"), (6, "the 16 query heads of model.v")]
+)
+def test_a_tensor_axis_that_would_split_query_heads_is_refused(tensor, named):
+    config = configuration.resolve(config_file("imagenet256"))
+    mesh = types.SimpleNamespace(shape={"expert": 4, "data": 1, "fsdp": 4, "tensor": tensor})
+    with pytest.raises(UserError, match=f"mesh.tensor={tensor} does not divide {named}"):
+        check_mesh(config, mesh)

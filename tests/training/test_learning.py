@@ -35,7 +35,7 @@ def trained(path, latent_position: str) -> dict[str, float]:
     return records(path)[-1]
 
 
-@pytest.mark.parametrize("latent_position", ["sincos", "none"])
+@pytest.mark.parametrize("latent_position", ["sincos", pytest.param("none", marks=pytest.mark.slow)])
 def test_digits_take_shape_by_the_position_table(tmp_path, latent_position):
     """Seen: a held-out loss of 0.63 with the table and 0.86 without, Fréchet distances to the test digits of 1.9 and
     7.6. Without positions the best guess for every pixel is the digit's mean grey."""
