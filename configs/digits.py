@@ -1,6 +1,6 @@
 """The main job: a small VLM learns to read scikit-learn's handwritten digits, then a generation pathway to draw them.
 
-About five minutes on two CPU cores.
+Three to five minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -40,7 +40,7 @@ def pair():
     return theirs, Pretrained.open(checkpoints.convert(theirs))
 
 
-@pytest.mark.parametrize("batch", ["text only", "several images", "padded batch"])
+@pytest.mark.parametrize("batch", [pytest.param("text only", marks=pytest.mark.slow), "several images", "padded batch"])
 def test_the_vlms_logits_lose_no_more_than_transformers(pair, batch):
     theirs, converted = pair
     ours = Answerer(converted.vlm_config, qwen2_vl.unstack(converted.params("float32")), converted.encoder)

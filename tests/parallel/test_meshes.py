@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -18,8 +19,10 @@ ON_EIGHT = (4, "4x2x1x1", "2x1x2x2", "1x8x1x1", "1x1x8x1", "1x2x2x2", "2x2x2x1",
 def found(request) -> dict[str, dict]:
     groups, *meshes = request.param
     devices = math.prod(map(int, meshes[0].split("x")))
-    # With the emitters that XLA has by default: the older ones' float64 functions are good to 1e-9 only.
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} "
+    # The older emitters compile in a third of the time, but their float64 functions are good to 1e-9 only.
+    quick = request.param == IN_CI
+    flags += os.environ["XLA_FLAGS"] if quick else "--xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, "-m", "tests.parallel.many_devices", str(groups), *meshes],
         cwd=ROOT,
@@ -28,16 +31,18 @@ def found(request) -> dict[str, dict]:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: mesh | {"layers": 2 * groups} for name, mesh in json.loads(done.stdout.splitlines()[-1]).items()}
+    known = {"layers": 2 * groups, "tolerance": 1e-8 if quick else 1e-10}
+    return {name: mesh | known for name, mesh in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 def test_ten_steps_and_a_sampling_call_come_out_as_on_one_device(found):
-    """In float64 to 1e-10 relative to each array's largest entry: only the order of sums differs. On eight devices
-    float32's losses too, to 1e-5. Images to one grey level: float32 sums may fall on another side of the rounding."""
+    """In float64, relative to each array's largest entry: only the order of sums differs. On four devices to 1e-8, for
+    want of better functions; on eight to 1e-10, and float32's losses to 1e-5. Images to one grey level: a float32 sum
+    may fall on the other side of the rounding."""
     for name, mesh in found.items():
         assert mesh["moved"] > 0.1, "the steps change the weights"
         for what in ("parameters", "average", "losses"):
-            assert mesh[what] < 1e-10, (name, what)
+            assert mesh[what] < mesh["tolerance"], (name, what)
         assert mesh["images"] <= 1, name
     first = next(iter(found.values()))
     assert first.get("float32_losses", 0) < 1e-5

@@ -275,6 +275,7 @@ def logged(path, stage: str, step: int) -> bool:
     return metrics.exists() and any(line["stage"] == stage and line["step"] >= step for line in records(path))
 
 
+@pytest.mark.slow  # kills and Blend's signal, in the ordinary tests, come close to it
 def test_a_signal_saves_the_step_under_way(finished, tmp_path):
     """The state after the interrupted step is saved, and going on from it ends where the whole run ends."""
     with pytest.MonkeyPatch.context() as patch, InterruptGuard() as guard:
