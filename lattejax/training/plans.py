@@ -12,7 +12,7 @@ from PIL import Image
 
 from lattejax.configuration import Config
 from lattejax.data import digits
-from lattejax.data.examples import Drawings, image_batcher, open_source
+from lattejax.data.examples import image_batcher, open_source
 from lattejax.data.pipeline import Batches, Streams
 from lattejax.data.prompts import PromptEncoder, question_batch
 from lattejax.errors import UserError
@@ -23,10 +23,10 @@ from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.qwen2_vl import Prompts
 from lattejax.parallel import hosts, rules
-from lattejax.parallel.mesh import batches_of
 from lattejax.parallel.rows import Rows
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler, read_prompts
+from lattejax.training.held_out import HeldOutLoss
 from lattejax.training.loop import StagePlan
 from lattejax.training.metrics import MetricsLog
 from lattejax.training.objectives import AnswerLoss, FlowLoss, Frozen, norms_per_group, weigh_answers
@@ -208,24 +208,6 @@ def generation_plan(run: Run, key: jax.Array) -> StagePlan:
         flops_per_example=generation_flops(config, len(source.captions)),
         profile=config.profile,
     )
-
-
-class HeldOutLoss:
-    """Each group's loss on the first eval.examples held-out rows, eval.batch_size of them at a time, over the mesh."""
-
-    def __init__(self, config: Config, loss: FlowLoss, drawings: Drawings, make_batch: Callable, mesh: Mesh):
-        self._drawings, self._make_batch, self._mesh = drawings, make_batch, mesh
-        self._total = min(len(drawings), config.eval.examples or len(drawings))
-        self._batch_size, self._losses = config.eval.batch_size, jax.jit(loss.held_out)
-
-    def __call__(self, trained: Params, frozen: Frozen) -> np.ndarray:
-        """Returns the mean over rows [K], summed in float64."""
-        losses = []
-        for rows in batches_of(self._total, self._batch_size, self._mesh):
-            images = self._make_batch(self._drawings.__getitems__(rows.tolist()))
-            images, index = Rows.place_flat(self._mesh, (images, rows))
-            losses.append(self._losses(trained, frozen, images, index, self._total))
-        return np.concatenate(hosts.fetch(losses), axis=1)[:, : self._total].mean(axis=1, dtype=np.float64)
 
 
 def flow_loss(config: Config) -> FlowLoss:

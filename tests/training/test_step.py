@@ -14,8 +14,10 @@ from lattejax.data.examples import image_batcher, open_source
 from lattejax.data.prompts import question_batch
 from lattejax.flow.path import interpolate
 from lattejax.models import functional, generation, latte_flow, qwen2_vl
+from lattejax.parallel.mesh import one_device
 from lattejax.parallel.rows import Rows
 from lattejax.sampling.images import read_prompts
+from lattejax.training.held_out import HeldOutLoss
 from lattejax.training.objectives import AnswerLoss, FlowLoss, Frozen, answer_loss, norms_per_group, weigh_answers
 from lattejax.training.plans import caption_prompts
 from lattejax.training.step import init_state, learning_rate, make_optimizer, make_train_step
@@ -432,6 +434,19 @@ def test_the_answers_loss_does_not_depend_on_how_rows_are_spread():
         _, metrics = step(init_state(stage, VLM), None, inputs, jax.random.key(0))
         found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5)
+
+
+def test_the_held_out_loss_does_not_depend_on_the_batches_it_is_computed_in():
+    """20 rows at once, or 7 at a time with the last batch filled up; each row's error is that of its own flow time."""
+    source, loss = open_source(CONFIG), flow_loss()
+    found = []
+    for batch_size in (20, 7):
+        config = tiny_config(eval__examples=20, eval__batch_size=batch_size)
+        make_batch = image_batcher(config, ENCODER, source.captions)
+        held_out = HeldOutLoss(config, loss, source.drawings("test", ENCODER), make_batch, one_device())
+        found.append(held_out(PARAMS, SHARED))
+    np.testing.assert_allclose(*found, rtol=1e-6)
+    assert found[0].shape == (2,) and found[0][0] != found[0][1]
 
 
 # ---- A step that is not finite

@@ -1,0 +1,34 @@
+"""The loss on held-out rows, a batch at a time, however many there are."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from lattejax.configuration import Config
+from lattejax.data.examples import Drawings
+from lattejax.models.functional import Params
+from lattejax.parallel import hosts
+from lattejax.parallel.mesh import batches_of
+from lattejax.parallel.rows import Rows
+from lattejax.training.objectives import FlowLoss, Frozen
+
+
+class HeldOutLoss:
+    """Each group's loss on the first eval.examples held-out rows, eval.batch_size of them at a time, over the mesh."""
+
+    def __init__(self, config: Config, loss: FlowLoss, drawings: Drawings, make_batch: Callable, mesh: Mesh):
+        self._drawings, self._make_batch, self._mesh = drawings, make_batch, mesh
+        self._total = min(len(drawings), config.eval.examples or len(drawings))
+        self._batch_size, self._losses = config.eval.batch_size, jax.jit(loss.held_out)
+
+    def __call__(self, trained: Params, frozen: Frozen) -> Float[np.ndarray, "K"]:
+        """Returns the mean over rows [K], summed in float64."""
+        losses = []
+        for rows in batches_of(self._total, self._batch_size, self._mesh):
+            images = self._make_batch(self._drawings.__getitems__(rows.tolist()))
+            images, index = Rows.place_flat(self._mesh, (images, rows))
+            losses.append(hosts.fetch(self._losses(trained, frozen, images, index, self._total)))
+        return np.concatenate(losses, axis=1)[:, : self._total].mean(axis=1, dtype=np.float64)
