@@ -80,13 +80,19 @@ class DigitSource:
         return [*CAPTIONS, REQUEST, *(text for pair in pairs for text in pair)]
 
 
+@functools.cache
+def _read_pictures(split: str, processor: str) -> dict[int, ReadableImage]:
+    """The pictures that such a processor has read so far, by number: a run opens its questions several times."""
+    return {}
+
+
 class Questions:
     """Random access to questions about pictures, each with its answer."""
 
     def __init__(self, split: str, encoder: PromptEncoder):
         self.digits = load(split)
         self.encoder = encoder
-        self.images: dict[int, ReadableImage] = {}  # each as soon as it is asked about
+        self.images = _read_pictures(split, encoder.processor.to_json_string())
 
     def __len__(self) -> int:
         return QUESTIONS_PER_IMAGE * len(self.digits.images)
