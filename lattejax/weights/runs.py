@@ -268,7 +268,9 @@ def sampling_axes(part: str) -> tuple[str, ...]:
 def inference_weights(config: Config, params: Params, mesh: Mesh) -> Params:
     """Casts weights to the dtype of the computation, cuts them by `sampling_axes`, and gives each layer a tree of its
     own."""
-    placed = {name: rules.shardings(mesh, part, sampling_axes(name)) for name, part in params.items()}
+    placed = {}
+    for name, part in params.items():
+        placed |= rules.shardings(mesh, {name: part}, sampling_axes(name))
     leaves, tree = jax.tree.flatten(placed)
     return latte_flow.unstack(_cast_and_cut(config.dtype, tree, tuple(leaves))(params))
 
