@@ -124,7 +124,7 @@ def read_token(
     count: Int[Array, ""],
     penalty: Penalty | None = None,
 ):
-    """Reads one token of every answer; returns the next one, the `count`-th from 0, the state and the penalty after it."""
+    """Reads one token of every answer; returns the next one, the `count`-th from 0, and the state and penalty after."""
     logits, state = qwen2_vl.decode_token(config, params, state, token)
     if penalty is not None:
         penalty = penalty.after(token)
