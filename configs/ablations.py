@@ -2,6 +2,7 @@
 
 `configs/ablations.py` is the paper's comparison: number of groups, and residual attention on and off.
 `configs/ablations.py:compute` gives the ends of that comparison each the other's training compute.
+`configs/ablations.py:depth` asks of twice as many layers what the number of groups costs.
 `configs/ablations.py:switches` has every other switch, and both of the paper's variants.
 """
 
@@ -26,6 +27,9 @@ COMPUTE = {
     "k1_steps_quarter": {"model.num_groups": 1, "train.steps": 120, "train.warmup_steps": 25},  # that of k4
 }
 
+# Of 16 layers, longer, one seed; with --config.base.model.text.num_layers=8 of 8, for comparison.
+DEPTH = {name: PAPER[name] for name in ("k4", "k2", "k1")}
+
 SWITCHES = {
     "base": {},
     "blend": {"model.variant": "blend"},
@@ -46,7 +50,7 @@ SWITCHES = {
 def get_config(variants: str = "paper") -> ConfigDict:
     config = ConfigDict()
     config.seeds = (0, 1, 2)
-    lists = {"paper": PAPER, "compute": COMPUTE, "switches": SWITCHES}
+    lists = {"paper": PAPER, "compute": COMPUTE, "depth": DEPTH, "switches": SWITCHES}
     if variants not in lists:
         raise ValueError(f"configs/ablations.py:{variants} is unknown; use one of {', '.join(lists)}")
     named = lists[variants]
@@ -61,6 +65,11 @@ def get_config(variants: str = "paper") -> ConfigDict:
     config.base.eval.sample_steps = 20
     config.base.eval.final_images = 500
     config.base.checkpoint.every = 240
+    if variants == "depth":
+        config.seeds = (0,)
+        config.base.model.text.num_layers = 16
+        config.base.train.steps = 800
+        config.base.eval.every = 200
     return config
 
 
