@@ -1,8 +1,11 @@
 """The linear map of all transformers here.
 
 Its weight stands as [outputs, inputs], as in PyTorch and not as in Flax: on CPUs a product with few rows of x, such as
-a decoded token or the 64 tokens of an image, is faster so.
+a decoded token or the 64 tokens of an image, is faster so. Outputs may have several axes: those of an attention's
+projections have one for the heads, so that a mesh can tell whole heads.
 """
+
+import math
 
 import jax.numpy as jnp
 from flax import nnx
@@ -18,17 +21,20 @@ class Linear(nnx.Module):
     def __init__(
         self,
         inputs: int,
-        outputs: int,
-        *,
+        *outputs: int,
         use_bias: bool = True,
         init: nnx.initializers.Initializer = lecun_normal,
         rngs: nnx.Rngs,
     ):
-        self.weight = nnx.Param(init(rngs.params(), (inputs, outputs)).T)
+        self.weight = nnx.Param(init(rngs.params(), (inputs, math.prod(outputs))).T.reshape(*outputs, inputs))
         self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
 
-    def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        weight = self.weight[...]
+    def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "..."]:
+        """Returns y [*rows, *outputs]."""
         # One axis of rows: summing over several, CPUs would turn the operands of the weight's gradient in memory first.
-        y = jnp.einsum("ri,oi->ro", x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], len(weight))
+        # And one of outputs, which CPUs want too; but an axis before the heads would hide from a mesh where these are.
+        weight = self.weight[...]
+        flat = weight.reshape(*weight.shape[:-3], -1, weight.shape[-1])
+        y = jnp.einsum("ri,...oi->r...o", x.reshape(-1, x.shape[-1]), flat)
+        y = y.reshape(*x.shape[:-1], *weight.shape[:-1])
         return y if self.bias is None else y + self.bias[...]

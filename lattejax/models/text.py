@@ -63,22 +63,17 @@ class Attention(nnx.Module):
     """The projections around attention; what happens between them is the caller's."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
-        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, heads, rngs=rngs)
-        self.k_proj = Linear(config.hidden_size, kv_heads, rngs=rngs)
-        self.v_proj = Linear(config.hidden_size, kv_heads, rngs=rngs)
-        self.o_proj = Linear(heads, config.hidden_size, use_bias=False, rngs=rngs)
-        self.head_dim = config.head_dim
+        width, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.q_proj = Linear(width, heads, head_dim, rngs=rngs)
+        self.k_proj = Linear(width, kv_heads, head_dim, rngs=rngs)
+        self.v_proj = Linear(width, kv_heads, head_dim, rngs=rngs)
+        self.o_proj = Linear(heads * head_dim, width, use_bias=False, rngs=rngs)
 
     def project(
         self, x: Float[Array, "B T D"], rotary: Rotary
     ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T G d"], Float[Array, "B T G d"]]:
         """Returns rotated queries, rotated keys, and values."""
-        q, k, v = (
-            rearrange(projection(x), "B T (heads d) -> B T heads d", d=self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return rotate(q, rotary), rotate(k, rotary), v
+        return rotate(self.q_proj(x), rotary), rotate(self.k_proj(x), rotary), self.v_proj(x)
 
     def output(self, mixed: Float[Array, "B T H d"]) -> Float[Array, "B T D"]:
         return self.o_proj(rearrange(mixed, "B T H d -> B T (H d)"))

@@ -58,12 +58,11 @@ class Images(NamedTuple):
 
 class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
-        self.qkv = Linear(config.embed_dim, 3 * config.embed_dim, rngs=rngs)
+        self.qkv = Linear(config.embed_dim, 3, config.num_heads, config.embed_dim // config.num_heads, rngs=rngs)
         self.proj = Linear(config.embed_dim, config.embed_dim, rngs=rngs)
-        self.num_heads = config.num_heads
 
     def __call__(self, x: Float[Array, "I P E"], rotary: Rotary, mask: Bool[Array, "I P"]) -> Float[Array, "I P E"]:
-        q, k, v = rearrange(self.qkv(x), "I P (three heads d) -> three I P heads d", three=3, heads=self.num_heads)
+        q, k, v = rearrange(self.qkv(x), "I P three heads d -> three I P heads d")
         mixed = attention(rotate(q, rotary), rotate(k, rotary), v, mask[:, None])
         return self.proj(rearrange(mixed, "I P heads d -> I P (heads d)"))
 

@@ -28,8 +28,13 @@ OF_GROUPS = r"(^|/)(experts|contexts/layers)/"
 RULES = (
     (r"vocabulary/embedding", ("tensor", "fsdp")),
     (r"lm_head/weight", ("tensor", "fsdp")),
-    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|qkv|fc1)/weight", ("tensor", "fsdp")),
-    (r"(q_proj|k_proj|v_proj|qkv|fc1)/bias", ("tensor",)),
+    # Heads, head dimension, inputs.
+    (r"(q_proj|k_proj|v_proj)/weight", ("tensor", None, "fsdp")),
+    (r"(q_proj|k_proj|v_proj)/bias", ("tensor", None)),
+    (r"qkv/weight", (None, "tensor", None, "fsdp")),
+    (r"qkv/bias", (None, "tensor", None)),
+    (r"(gate_proj|up_proj|fc1)/weight", ("tensor", "fsdp")),
+    (r"fc1/bias", ("tensor",)),
     (r"(o_proj|down_proj|attention/proj|fc2)/weight", ("fsdp", "tensor")),
     # Its outputs are four parts of D; what it reads is whole on every device.
     (r"modulation/weight", (None, ("fsdp", "tensor"))),
@@ -37,6 +42,8 @@ RULES = (
     (r"(embedding/proj|head/proj|residual_gate)/weight", ()),
 )
 MATRICES = ("weight", "embedding")  # the last names of their paths
+# What stands by KV heads is repeated along `tensor` where that does not divide them: there are few of them.
+KV_HEADS = r"(k_proj|v_proj)/(weight|bias)$"
 
 
 def spec(mesh: Mesh, path: str, shape: Sequence[int], axes: Sequence[str] = AXES) -> PartitionSpec:
@@ -61,6 +68,8 @@ def spec(mesh: Mesh, path: str, shape: Sequence[int], axes: Sequence[str] = AXES
     stacked = re.search(OF_GROUPS + r"(?!\d+/)", path)  # not in a list, where each layer is a tree of its own
     if stacked and shape:
         cuts[0] = ("expert",)
+    if re.search(KV_HEADS, path) and shape[-len(last)] % mesh.shape["tensor"]:
+        axes = [axis for axis in axes if axis != "tensor"]
     cuts = [tuple(axis for axis in cut if axis in axes) for cut in cuts]
     for size, cut in zip(shape, cuts, strict=True):
         if size % math.prod(mesh.shape[axis] for axis in cut):

@@ -23,6 +23,7 @@ from jaxtyping import Array, UInt32
 
 from lattejax.errors import UserError
 from lattejax.parallel import hosts
+from lattejax.weights import layouts
 
 FINGERPRINTS = "fingerprints"  # in `progress`
 
@@ -37,6 +38,12 @@ def like(tree: Any) -> Any:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here), tree
     )
+
+
+def stored_target(path: epath.Path, target: Any) -> Any:
+    """Describes a tree for reading it from `path` in the shapes that it has there; see `layouts`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return layouts.as_stored(target, layouts.shapes(checkpointer.metadata(path).item_metadata))
 
 
 class Checkpoints:
@@ -75,12 +82,11 @@ class Checkpoints:
           DamagedCheckpoint: they do not decode, or are not what was written.
           UserError: they are of another model; or they could not be read, several times, for a reason that may pass.
         """
-        items = {name: ocp.args.StandardRestore(like(tree)) for name, tree in targets.items()}
-        args = ocp.args.Composite(**items, progress=ocp.args.JsonRestore())
+        targets = {name: like(tree) for name, tree in targets.items()}
         name, restored = f"the checkpoint {self._directory / str(step)}", {}
         problem, is_damage = "", False  # and not the error, which would keep what was read
         try:
-            restored = dict(_read_patiently(lambda: self._manager.restore(step, args=args), name))
+            restored = _read_patiently(lambda: self._read(step, targets), name)
         except Exception as error:  # Orbax and TensorStore raise whatever they meet
             problem, is_damage = _first_line(error), _is_damage(error)
         if not hosts.all_agree(not problem):
@@ -93,6 +99,13 @@ class Checkpoints:
         if other := [name for name in targets if found[name] != written.get(name)]:
             raise DamagedCheckpoint(f"{name} is damaged: {', '.join(other)} is not what was written")
         return restored
+
+    def _read(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
+        items = {name: stored_target(self._directory / str(step) / name, tree) for name, tree in targets.items()}
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        args = ocp.args.Composite(**items, progress=ocp.args.JsonRestore())
+        read = dict(self._manager.restore(step, args=args))
+        return read | {name: layouts.as_wanted(read[name], tree) for name, tree in targets.items()}
 
     def restore_latest(self, put_aside: bool = True, **targets: Any) -> tuple[int, dict[str, Any]]:
         """Reads the latest checkpoint that is whole, and returns its step with it; a damaged one is named, and put
@@ -226,13 +239,7 @@ def save_weights(path: epath.Path, params: Any) -> None:
 
 def check_shapes(theirs: Any, ours: Any, name: str) -> None:
     """Raises `UserError` unless two trees have the same paths, with the same shapes."""
-    have, want = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-            for path, leaf in jax.tree.leaves_with_path(tree)
-        }
-        for tree in (theirs, ours)
-    )
+    have, want = layouts.shapes(theirs), layouts.shapes(ours)
     wrong = [
         f"{path}: {have.get(path)}, not {want.get(path)}" for path in have | want if have.get(path) != want.get(path)
     ]
@@ -242,9 +249,10 @@ def check_shapes(theirs: Any, ours: Any, name: str) -> None:
 
 def load_weights(path: epath.Path, target: Any) -> Any:
     """Reads weights into a tree like `target`; raises `UserError` if names or shapes differ, or files are gone."""
+    target = like(target)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            return checkpointer.restore(path, like(target))
+            return layouts.as_wanted(checkpointer.restore(path, stored_target(path, target)), target)
         except (ValueError, KeyError) as error:
             raise UserError(f"the weights in {path} do not fit the config: {error}") from error
         except OSError as error:

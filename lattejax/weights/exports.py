@@ -7,7 +7,7 @@ from etils import epath
 from flax import traverse_util
 
 from lattejax.models.functional import Params
-from lattejax.weights import shards
+from lattejax.weights import layouts, shards
 from lattejax.weights.checkpoints import check_shapes
 from lattejax.weights.shards import Shards
 
@@ -27,9 +27,10 @@ def read(directory: epath.Path, target: Params, only: str = "") -> Params:
     """
     stored = Shards.open(directory)
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in stored.shapes.items()}
-    check_shapes(traverse_util.unflatten_dict(shapes, sep="."), target, f"the weights in {directory}")
+    shapes = traverse_util.unflatten_dict(shapes, sep=".")
+    check_shapes(shapes, layouts.as_stored(target, layouts.shapes(shapes)), f"the weights in {directory}")
     arrays = {
-        name: jnp.asarray(stored.read(name), array.dtype)
+        name: jnp.asarray(stored.read(name).reshape(array.shape), array.dtype)
         for name, array in traverse_util.flatten_dict(target, sep=".").items()
         if name.startswith(only)
     }

@@ -1,8 +1,9 @@
 """How Qwen2-VL's weights are called and shaped in a Hugging Face checkpoint, beside our own paths.
 
 Two layouts of names are about: the hub's original one, in which this table is written, and the one that transformers 5
-uses in memory and can also write; `original_name` leads from the second to the first. What differs in shape is the
-patch embedding, a convolution there and a linear map here, and that our layers are stacked on a leading axis.
+uses in memory and can also write; `original_name` leads from the second to the first. What differs in shape: the patch
+embedding is a convolution there and a linear map here, heads have an axis of their own here (`weights.layouts`), and
+our layers are stacked on a leading axis.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from flax import traverse_util
 from lattejax.models import qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
+from lattejax.weights import layouts
 
 # Our module, and theirs; the braces take the number of the layer.
 MODULES = {
@@ -71,7 +73,7 @@ class Leaf:
         packed = None
         for i, tensor in enumerate(tensors):
             packed = np.empty(self.shape, tensor.dtype) if packed is None else packed
-            packed[i] = tensor
+            packed[i] = tensor.reshape(self.shape[1:])
         return packed
 
     def unpack(self, array: np.ndarray) -> dict[str, np.ndarray]:
@@ -94,7 +96,7 @@ def leaves(config: VLMConfig) -> list[Leaf]:
         module, leaf = path.rsplit("/", 1)
         pattern = f"{MODULES[module]}.{LEAVES[leaf]}"
         stacked = "{}" in pattern
-        shape = array.shape[1:] if stacked else array.shape
+        shape = layouts.merge_axes(path, array.shape[1:] if stacked else array.shape)
         if module == "vision/patch_embedding/proj":
             shape = (vision.embed_dim, *convolution)
         names = tuple(pattern.format(i) for i in range(array.shape[0])) if stacked else (pattern,)

@@ -33,7 +33,7 @@ from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.parallel import rules
 from lattejax.parallel.mesh import one_device
-from lattejax.weights import hugging_face, naming, shards
+from lattejax.weights import hugging_face, layouts, naming, shards
 from lattejax.weights.hugging_face import Checkpoint
 
 with epy.lazy_imports():
@@ -148,13 +148,18 @@ class Pretrained:
 
     def _read(self, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         """Reads one array, in the dtype and to the devices of `target`."""
+        target = traverse_util.unflatten_dict({path: target}, sep="/")
         try:
             with _orbax():
-                read = ocp.load(self.directory / "params", traverse_util.unflatten_dict({path: target}, sep="/"))
+                read = ocp.load(self.directory / "params", layouts.as_stored(target, self._stored_shapes))
         except Exception as error:  # Orbax raises a bare one for files that are cut short or gone
             first_line = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"{path} in {self.directory} cannot be read: {first_line:.300}") from error
-        return traverse_util.flatten_dict(read, sep="/")[path]
+        return traverse_util.flatten_dict(layouts.as_wanted(read, target), sep="/")[path]
+
+    @functools.cached_property
+    def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        return layouts.shapes(ocp.metadata(self.directory / "params").metadata)
 
 
 def is_converted(directory: epath.Path) -> bool:

@@ -15,7 +15,8 @@ def rms(x, weight, eps):
 
 
 def linear(x, params):
-    return x @ params["weight"].T + params.get("bias", 0.0)
+    weight = params["weight"]
+    return x @ weight.reshape(-1, weight.shape[-1]).T + np.ravel(params.get("bias", 0.0))
 
 
 def rotated(x, position, sections, theta):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from lattejax.data.examples import image_batcher, open_source
 from lattejax.flow.schedule import Sampling
@@ -95,6 +96,20 @@ def drawn(trial: Trial, mesh) -> tuple:
     return batch, jax.jit(lambda rows: loss.draw(fold(rows)))(keys)
 
 
+def read_over_tensor() -> dict:
+    """Reads a picture and a question on four devices along `tensor`, which repeat the two KV heads. Returns how far the
+    hidden states are from one device's, and the collectives."""
+    config = tiny_config(model__vision__num_heads=4, model__vision__embed_dim=32)
+    model, encoder = config.model_config.vlm, encoder_for(config)
+    picture = encoder.read_image(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("RGB"))
+    prompts = encoder.batch([encoder.question("Which digit is this?", [picture])])
+    vlm = functional.cast_floats(randomize(qwen2_vl.init(model, jax.random.key(0)), scale=0.1), "float64")
+    read = jax.jit(lambda vlm: qwen2_vl.forward(model, vlm, prompts)[0])
+    placed = rules.place(make_mesh({"tensor": 4}, jax.devices()[:4]), vlm)
+    compiled = read.lower(placed).compile()
+    return {"hidden": largest_difference(compiled(placed), read(vlm)), "collectives": collectives(compiled)}
+
+
 def restored(state, like) -> bool:
     """Whether a state that is written where it is comes back, bit for bit, where another one is."""
     with tempfile.TemporaryDirectory() as directory:
@@ -151,6 +166,7 @@ def main(groups: int, meshes: list[str]) -> None:
     if jax.device_count() == 8:
         narrow, float32 = shared.run(alone, "float32"), shared.run(mesh, "float32")
         found[meshes[0]]["float32_losses"] = largest_difference(float32["losses"], narrow["losses"])
+    found[meshes[0]]["read_over_tensor"] = read_over_tensor()
     print(json.dumps(found))
 
 

@@ -114,6 +114,20 @@ def test_optimizer_and_average_are_cut_as_the_weights():
         rules.spec(mesh, "experts/norm/scale", (3, 8))
 
 
+@pytest.mark.parametrize("tensor, of_kv_heads", [(2, "tensor"), (4, None)])
+def test_heads_are_cut_whole_and_kv_heads_that_are_too_few_repeated(tensor, of_kv_heads):
+    mesh = types.SimpleNamespace(shape={"expert": 1, "data": 1, "fsdp": 2, "tensor": tensor})
+    attention = "vlm/text/layers/attention"
+    for name, heads, cut in (("q_proj", 12, "tensor"), ("k_proj", 2, of_kv_heads), ("v_proj", 2, of_kv_heads)):
+        shape = (28, heads, 128, 1536)
+        assert rules.spec(mesh, f"{attention}/{name}/weight", shape) == PartitionSpec(None, cut, None, "fsdp")
+        assert rules.spec(mesh, f"{attention}/{name}/bias", shape[:-1]) == PartitionSpec(None, cut, None)
+    qkv = "optimizer/1/0/mu/vision/blocks/attention/qkv/weight"
+    assert rules.spec(mesh, qkv, (32, 3, 16, 80, 1280)) == PartitionSpec(None, None, "tensor", None, "fsdp")
+    with pytest.raises(ValueError, match=r"tensor=\d does not divide .*q_proj/weight of shape \(3, 128, 384\)"):
+        rules.spec(mesh, f"{attention}/q_proj/weight", (3, 128, 384))
+
+
 def test_a_matrix_that_no_rule_names_is_warned_of(caplog):
     """None of ours is."""
     mesh = types.SimpleNamespace(shape=dict.fromkeys(AXES, 1))

@@ -65,3 +65,11 @@ def test_each_device_holds_its_own_groups_alone_and_sends_only_sums_along_expert
         if fsdp == tensor == 1:
             assert mesh["collectives"] == ["all-reduce"], name
     assert next(iter(found.values()))["own_prompts_collectives"] == ["all-reduce"]
+
+
+def test_over_tensor_attention_sends_nothing(found):
+    """Query heads are sharded in both towers and KV heads repeated, so that a layer's two halves need a sum each, and
+    nothing else is sent."""
+    read = next(iter(found.values()))["read_over_tensor"]
+    assert read["hidden"] < 1e-8
+    assert read["collectives"] == ["all-reduce"]

@@ -20,7 +20,9 @@ def tensors(tree):
 
 
 def apply(params, x):
-    return linear(x, params["weight"], params.get("bias"))
+    """A linear map; where its outputs have an axis for heads and one for what is in a head, both as one."""
+    bias = params.get("bias")
+    return linear(x, params["weight"].flatten(0, -2), None if bias is None else bias.flatten())
 
 
 class Positions:

@@ -9,22 +9,25 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from orbax.checkpoint.experimental import v1 as ocp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig
 
 from lattejax.errors import UserError
 from lattejax.sampling.answers import Answerer, Decoding
-from lattejax.weights import pretrained
+from lattejax.weights import layouts, pretrained
+from lattejax.weights.naming import Leaf
 from lattejax.weights.pretrained import Pretrained
 from tests import checkpoints
-from tests.helpers import ENVIRONMENT, ROOT, run_command, start_command
+from tests.helpers import ENVIRONMENT, ROOT, assert_same_bits, run_command, start_command
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +291,32 @@ def test_a_hub_id_is_looked_up_in_the_hubs_cache(source, tmp_path):
 # ---- Meshes
 
 
-def test_weights_are_cut_over_a_mesh_and_answer_alike(converted):
+@pytest.fixture
+def converted_before(source, tmp_path, monkeypatch):
+    """The same weights as an earlier version has converted them, without an axis for heads."""
+    pack = Leaf.pack
+
+    def merged(leaf: Leaf, tensors: Iterator) -> np.ndarray:
+        return pack(leaf, tensors).reshape(layouts.merge_axes(leaf.path, leaf.shape))
+
+    monkeypatch.setattr(Leaf, "pack", merged)
+    pretrained.convert(str(source), tmp_path / "before")
+    stored = ocp.metadata(tmp_path / "before" / "params").metadata
+    assert stored["vision"]["blocks"]["attention"]["qkv"]["weight"].shape == (2, 96, 32)
+    return tmp_path / "before"
+
+
+def test_weights_that_an_earlier_version_has_converted_are_read_and_written_back(
+    source, converted, converted_before, tmp_path
+):
+    before = Pretrained.open(converted_before)
+    assert_same_bits(before.params("float32"), Pretrained.open(converted).params("float32"))
+    before.write_hugging_face(tmp_path / "back")
+    ours, theirs = tensors(tmp_path / "back"), tensors(source)
+    assert ours.keys() == theirs.keys() and all(same_bits(ours[name], theirs[name]) for name in theirs)
+
+
+def test_weights_are_cut_over_a_mesh_and_answer_alike(converted, converted_before):
     """In a process of its own with four devices: every array is where the rules put it, and the tokens are the same."""
     answerer = Answerer.load(converted, "float32")
     batch = answerer.encoder.batch([answerer.encoder.question("Which digit is this?")])
@@ -304,10 +332,15 @@ def test_weights_are_cut_over_a_mesh_and_answer_alike(converted):
         local = lambda array: array.addressable_shards[0].data.shape
         assert local(weights["text"]["vocabulary"]["embedding"]) == (200, 24)
         layers = weights["text"]["layers"]
-        assert local(layers["attention"]["q_proj"]["weight"]) == (3, 24, 24)
-        assert local(layers["attention"]["q_proj"]["bias"]) == (3, 24)
+        assert local(layers["attention"]["q_proj"]["weight"]) == (3, 2, 12, 24)
+        assert local(layers["attention"]["q_proj"]["bias"]) == (3, 2, 12)
+        blocks = weights["vision"]["blocks"]
+        assert local(blocks["attention"]["qkv"]["weight"]) == (2, 3, 1, 16, 16), "a half of the heads of all three"
         assert local(layers["mlp"]["down_proj"]["weight"]) == (3, 24, 20)
         assert local(layers["input_norm"]["scale"]) == (3, 48)
+        before = Pretrained.open({str(converted_before)!r}).params("float32", mesh)
+        assert jax.tree.map(lambda x: x.sharding, before) == jax.tree.map(lambda x: x.sharding, weights)
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, weights))
         answerer = Answerer.load({str(converted)!r}, "float32", mesh)
         assert local(answerer.params["text"]["layers"][0]["mlp"]["down_proj"]["weight"]) == (24, 20)
         batch = answerer.encoder.batch([answerer.encoder.question("Which digit is this?")])
