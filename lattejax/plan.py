@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lattejax import cli, configuration
-from lattejax.training.planning import describe, make_plan
+from lattejax.pods.planning import describe, make_plan
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
 TOPOLOGY = flags.DEFINE_string("topology", None, "The chips: v4, v5e, v5p or v6e and a shape, as in v5e:4x4.")

@@ -7,6 +7,7 @@ config alone, so a killed worker starts again with the shard that it was at.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -17,10 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath, epy
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from lattejax.configuration import Config
@@ -29,6 +31,8 @@ from lattejax.data.latents import CROP, ENCODING, MANIFEST, MOST_CAPTIONS, SPLIT
 from lattejax.data.pictures import Pictures, check_disjoint, open_pictures
 from lattejax.errors import UserError
 from lattejax.files import is_remote, located, read_json, write_whole
+from lattejax.models.autoencoders import Autoencoder
+from lattejax.models.functional import Params
 from lattejax.parallel.mesh import make_mesh
 from lattejax.weights.autoencoders import StoredAutoencoder
 
@@ -138,14 +142,16 @@ def make_encoder(stored: StoredAutoencoder, batch_size: int) -> Encoder:
         raise UserError(f"config.images.batch_size={batch_size} must be a multiple of this host's {mesh.size} devices")
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     weights = jax.device_put(stored.weights("encoder"), everywhere)
+    return lambda pixels: encode_pixels(stored.autoencoder, weights, jax.device_put(pixels, rows))
 
-    @jax.jit
-    def compiled(weights, pixels):
-        # In whole float32 also where a device's default is less: latents are made once and used for long.
-        with jax.default_matmul_precision("float32"):
-            return stored.autoencoder.encode(weights, pixels.astype(np.float32) / 127.5 - 1)
 
-    return lambda pixels: compiled(weights, jax.device_put(pixels, rows))
+@functools.partial(jax.jit, static_argnames="autoencoder")
+def encode_pixels(
+    autoencoder: Autoencoder, encoder: Params, pixels: UInt8[Array, "B S S 3"]
+) -> Float[Array, "B h w C"]:
+    """Latents in whole float32 also where a device's default is less: they are made once and used for long."""
+    with jax.default_matmul_precision("float32"):
+        return autoencoder.encode(encoder, pixels.astype(jnp.float32) / 127.5 - 1)
 
 
 def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File, encoder: Encoder, bar: tqdm) -> Shard:

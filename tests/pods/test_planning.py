@@ -20,7 +20,7 @@ from lattejax.errors import UserError
 from lattejax.models import latte_flow, qwen2_vl
 from lattejax.parallel.collectives import Traffic, traffic
 from lattejax.parallel.mesh import one_device
-from lattejax.training import planning
+from lattejax.pods import chips, programs
 from lattejax.training.plans import frozen_inputs
 from tests.helpers import ENVIRONMENT, encoder_for, run_command, tiny_config, tiny_flags
 
@@ -40,12 +40,12 @@ def test_descriptions_are_those_of_what_training_makes(settings):
     if config.trains_answers:
         questions = source.questions("train", encoder).__getitems__(range(config.train.answer_batch_size))
         batch["questions"] = question_batch(encoder, questions, config.data.answer_length)
-    assert described(planning.abstract_batch(config)) == described(batch)
+    assert described(programs.abstract_batch(config)) == described(batch)
 
     vlm = qwen2_vl.init(config.model_config.vlm, jax.random.key(0))
     fixed = latte_flow.split_trained(config.model_config, {"vlm": vlm})[1]
     frozen = frozen_inputs(config, encoder, source.captions, fixed, one_device())
-    ours = planning.abstract_frozen(config, len(source.captions))
+    ours = programs.abstract_frozen(config, len(source.captions))
     if config.train.share_contexts:  # padded to the longest caption, of which the config knows the bound alone
         ours, frozen = (
             jax.tree.map(lambda x: jnp.zeros(x.shape[:2] if x.ndim > 1 else x.shape), t) for t in (ours, frozen)
@@ -109,7 +109,7 @@ def test_a_loop_of_unknown_length_is_not_guessed():
 def with_libtpu() -> dict[str, str]:
     """The environment of a process that has the TPU's compiler. It stands in a directory of its own, kept between runs
     of the tests, since in the user's environment every command would complain and lose seconds."""
-    wanted = planning.pods_compiler()
+    wanted = chips.pods_compiler()
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "lattejax-tests"
     directory = caches / re.sub(r"[^\w.]+", "-", f"{wanted} {sys.implementation.cache_tag}")
     if not directory.exists():
@@ -156,16 +156,16 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(UserError, match=r"pip install --target=tpu_compiler 'libtpu==0\.0\.\d+\.\*'"):
-        planning.open_topology("v5e:2x2")
+        chips.open_topology("v5e:2x2")
 
 
 def test_another_compiler_than_the_pods_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1")
     with pytest.raises(UserError, match=r"libtpu 0\.0\.1 is here, and a pod with JAX .* has libtpu==0\.0\."):
-        planning.check_compiler()
+        chips.check_compiler()
 
 
 @pytest.mark.parametrize("name", ["v9:4x4", "v5e", "v5e:4", "v5e:4x4 "])
 def test_a_topology_that_is_none_is_refused(name):
     with pytest.raises(UserError, match="must be one of v4, v5e, v5p, v6e and a shape, like v5e:4x4"):
-        planning.open_topology(name)
+        chips.open_topology(name)

@@ -1,0 +1,69 @@
+"""TPU chips: their data sheets, and the compiler that makes programs for them on a machine without one."""
+
+import dataclasses
+import importlib.metadata
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from packaging.requirements import Requirement
+
+from lattejax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU chip, by Google's data sheets (cloud.google.com/tpu/docs); memory as its compiler states it."""
+
+    hbm_gib: float
+    teraflops: float  # bfloat16
+    hbm_gigabytes_per_second: float
+    ici_gigabytes_per_second: float  # sent, over all links together: half of the "bidirectional" figure
+
+
+CHIPS = {
+    "v4": Chip(30.75, 275, 1228, 300),
+    "v5e": Chip(15.75, 197, 819, 200),
+    "v5p": Chip(95.74, 459, 2765, 600),
+    "v6e": Chip(31.25, 918, 1640, 400),
+}
+
+
+def open_topology(name: str) -> tuple[Chip, list[Any]]:
+    """Returns the chip and the devices of a topology like "v5e:16x16".
+
+    Raises:
+      UserError: there is no such topology, or no libtpu.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
+        raise UserError(f"--topology={name} must be one of {', '.join(CHIPS)} and a shape, like v5e:4x4 or v5p:2x2x4")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it looks for a TPU's metadata server, and waits
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody takes a TPU from another by compiling
+    check_compiler()
+    try:
+        return CHIPS[kind], list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--topology={name}: {str(error).splitlines()[0]}") from error
+
+
+def pods_compiler() -> str:
+    """The libtpu that `jax[tpu]` installs on a pod with this JAX, as a requirement: libtpu==0.0.42.*"""
+    needs = map(Requirement, importlib.metadata.requires("jax") or ())
+    return next(f"{one.name}{one.specifier}" for one in needs if one.name == "libtpu")
+
+
+def check_compiler() -> None:
+    """Raises `UserError` unless the compiler is here that a pod with this JAX has: another one makes other programs."""
+    wanted = Requirement(pods_compiler())
+    try:
+        found = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"a plan needs the TPU's compiler, which runs without a TPU: pip install --target=tpu_compiler '{wanted}', "
+            "and put that directory on PYTHONPATH; in the environment itself it would slow every command down"
+        ) from None
+    if not wanted.specifier.contains(found):
+        raise UserError(f"libtpu {found} is here, and a pod with JAX {jax.__version__} has {wanted}; install that")

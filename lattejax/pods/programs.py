@@ -1,0 +1,139 @@
+"""The programs that training and sampling run, and what goes into them, by shapes alone."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lattejax.configuration import Config
+from lattejax.flow.schedule import plan_segments
+from lattejax.models import functional, latte_flow
+from lattejax.models.functional import Params
+from lattejax.models.generation import Context
+from lattejax.models.qwen2_vl import Prompts
+from lattejax.models.vision import Images
+from lattejax.parallel import rules
+from lattejax.parallel.mesh import row_shares
+from lattejax.parallel.rows import Rows
+from lattejax.sampling.images import draw_latents
+from lattejax.sampling.padding import bucket, padded_length
+from lattejax.training.objectives import Frozen
+from lattejax.training.plans import flow_loss, flow_step, stage_rows
+from lattejax.training.step import abstract_state, compile_for
+from lattejax.weights.runs import abstract_params, abstract_trained, sampling_axes
+
+# ---- What goes into them
+
+
+def abstract_prompts(config: Config, rows: int, length: int, pictures: int = 0) -> Prompts:
+    """Describes a batch of prompts, each with so many pictures of the largest size."""
+    images = None
+    if pictures:
+        vision = config.model.vision
+        merged = config.data.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
+        shape = (rows, pictures, merged * vision.spatial_merge_size**2)
+        images = Images(
+            jax.ShapeDtypeStruct((*shape, vision.patch_dim), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, 2), jnp.int32),
+            jax.ShapeDtypeStruct(shape, bool),
+            jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        )
+    return Prompts(
+        jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        jax.ShapeDtypeStruct((rows, length), bool),
+        jax.ShapeDtypeStruct((rows, 3, length), jnp.int32),
+        images,
+    )
+
+
+def abstract_contexts(config: Config, prompts: int) -> Context:
+    """Describes the contexts of so many prompts, stacked, in the dtype of the computation."""
+    vlm = _cast(config, abstract_params(config)["vlm"])
+    described = abstract_prompts(config, prompts, config.data.prompt_length)
+    return jax.eval_shape(functools.partial(latte_flow.read_prompts, config.model_config), vlm, described)
+
+
+def abstract_frozen(config: Config, captions: int) -> Frozen:
+    """Describes what `plans.frozen_inputs` makes."""
+    length, model = config.data.prompt_length, config.model_config
+    fixed = latte_flow.split_trained(model, {"vlm": abstract_params(config)["vlm"]})[1]
+    fixed = _cast(config, fixed)
+    if not config.train.share_contexts:
+        return Frozen(fixed, unconditional=abstract_prompts(config, 1, length))
+    if config.trains_answers:
+        return Frozen(fixed, captions=abstract_prompts(config, captions + 1, length))
+    return Frozen({}, contexts=abstract_contexts(config, captions + 1))
+
+
+def abstract_batch(config: Config) -> dict[str, Any]:
+    """Describes a whole batch of the second stage, its rows still on one axis."""
+    stage, data = config.train, config.data
+    images = {"latents": jax.ShapeDtypeStruct((stage.batch_size, *data.latent_shape), jnp.float32)}
+    if stage.share_contexts:
+        images["caption"] = jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32)
+    else:
+        pictures = int(data.prompts == "pictures")
+        images["prompts"] = abstract_prompts(config, stage.batch_size, data.prompt_length, pictures)
+    batch = {"images": images}
+    if config.trains_answers:
+        rows, length = stage.answer_batch_size, data.answer_length
+        weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+        batch["questions"] = {"prompts": abstract_prompts(config, rows, length, 1), "target_weights": weights}
+    return batch
+
+
+def _cast(config: Config, params: Params) -> Params:
+    return jax.eval_shape(functools.partial(functional.cast_floats, dtype=config.dtype), params)
+
+
+# ---- The programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function, and what it is called with, by shapes; and the trees among it that take memory, by name."""
+
+    function: jax.stages.Wrapped
+    arguments: tuple[Any, ...]
+    static: dict[str, Any]
+    parts: dict[str, Any]
+
+    def compile(self) -> jax.stages.Compiled:
+        return self.function.lower(*self.arguments, **self.static).compile()
+
+
+def train_step(config: Config, mesh: Mesh, captions: int) -> Program:
+    """The second stage's train step."""
+    rows, stage = stage_rows(config)["train"], config.train
+    state = abstract_state(stage, abstract_trained(config), mesh)
+    frozen = rules.abstract(mesh, abstract_frozen(config, captions))
+    batch = {name: rows[name].abstract(mesh, stream) for name, stream in abstract_batch(config).items()}
+    key = rules.abstract(mesh, jax.eval_shape(lambda: jax.random.key(0)))
+    step = compile_for(mesh, flow_step(config, flow_loss(config)), state, frozen, rows)
+    parts = {"parameters": state.params, "average": state.ema, "optimizer": state.optimizer}
+    return Program(step, (state, frozen, batch, key), {}, parts | {"frozen": frozen, "batch": batch})
+
+
+def sampling_call(config: Config, mesh: Mesh) -> Program:
+    """A sampling call of eval.batch_size images, as `ImageSampler` makes it of the longest prompts that the config
+    allows."""
+    model, shares = config.model_config, row_shares(mesh)
+    size = -(-config.eval.batch_size // shares) * shares
+    params = _cast(config, abstract_params(config))
+    params = jax.eval_shape(latte_flow.unstack, params)
+    vlm = rules.abstract(mesh, params["vlm"], sampling_axes("vlm"))
+    pathway = rules.abstract(mesh, latte_flow.pathway(model, params), sampling_axes("experts"))
+    prompts = bucket(len(config.eval.prompts) + 1)
+    described = abstract_prompts(config, prompts, padded_length(config.data.prompt_length))
+    contexts = jax.eval_shape(functools.partial(latte_flow.read_prompts, model), vlm, described)
+    contexts = rules.abstract(mesh, contexts, axes=())
+    flat = Rows.flat_sharding(mesh)
+    which = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=flat)
+    noise = jax.ShapeDtypeStruct((size, *config.data.latent_shape), jnp.float32, sharding=flat)
+    guidance = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.replicated(mesh))
+    segments = plan_segments(model.generation.intervals, config.eval.sampling)
+    parts = {"parameters": pathway, "vlm": vlm, "frozen": contexts, "batch": (which, noise)}
+    return Program(draw_latents, (model, pathway, contexts, which, noise, guidance), {"segments": segments}, parts)
