@@ -6,6 +6,7 @@ average alone. Orbax commits a checkpoint as a whole: one that a kill has cut sh
 Arrays are read to wherever they are asked for, so another mesh or number of devices is as good as the one that wrote.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -42,8 +43,8 @@ def like(tree: Any) -> Any:
 
 def stored_target(path: epath.Path, target: Any) -> Any:
     """Describes a tree for reading it from `path` in the shapes that it has there; see `layouts`."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return layouts.as_stored(target, layouts.shapes(checkpointer.metadata(path).item_metadata))
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        return layouts.as_stored(target, layouts.shapes(handler.metadata(path)))
 
 
 class Checkpoints:

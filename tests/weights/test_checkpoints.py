@@ -27,7 +27,7 @@ def test_a_fingerprint_tells_every_changed_bit_and_every_exchange(dtype):
     assert fingerprints({"b": {"x": array, "y": array}})["b"] != whole
 
 
-def test_a_checkpoint_that_says_another_fingerprint_is_damaged(tmp_path):
+def test_a_checkpoint_that_says_another_fingerprint_is_damaged(tmp_path, caplog):
     arrays, directory = {"params": {"x": jnp.arange(5.0)}, "ema": {"x": jnp.ones(3)}}, epath.Path(tmp_path / "stage")
     checkpoints = Checkpoints(directory)
     for step in (1, 2):
@@ -36,6 +36,7 @@ def test_a_checkpoint_that_says_another_fingerprint_is_damaged(tmp_path):
     progress = directory / "2" / "progress" / "metadata"
     progress.write_text(progress.read_text().replace(fingerprints(arrays)["ema"], "0" * 16))
     assert checkpoints.restore(2, params=arrays["params"])["progress"] == {"data": 2}
+    assert not caplog.text, "reading what is good says nothing"
     with pytest.raises(DamagedCheckpoint, match="2 is damaged: ema is not what was written"):
         checkpoints.restore(2, **arrays)
     step, restored = checkpoints.restore_latest(**arrays)
