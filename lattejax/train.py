@@ -1,8 +1,8 @@
 """Trains a run: python -m lattejax.train --config=configs/digits.py --workdir=runs/digits
 
-Any key of the config can be overridden: --config.train.steps=500. Run the same command again to go on where an
-interrupted run was. Exit code 75 says that the machine was wanted back: everything is saved, run it again; 2, that
-something has to be mended first.
+Any key of the config can be overridden: --config.train.steps=500; --print_config shows all of them. Run the same
+command again to resume an interrupted run. Exit code 75 says that the machine was wanted back: everything is saved, run
+it again; 2, that something has to be put right first.
 """
 
 import json
@@ -13,19 +13,25 @@ from absl import flags
 from ml_collections import config_flags
 
 from lattejax import cli, configuration
+from lattejax.errors import UserError
 from lattejax.parallel import hosts
 from lattejax.training.interrupt import Interrupted, InterruptGuard
 from lattejax.training.stages import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its files; may be remote (gs://…).")
+PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every key, those that differ marked, and do no more.")
 NOTICE = flags.DEFINE_string("preemption_notice", "", "A URL that answers TRUE when the machine is about to be taken.")
 connect = cli.define_cluster_flags()
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
 
 
 def main() -> None:
     config = configuration.resolve(CONFIG.value)
+    if PRINT_CONFIG.value:
+        return print(configuration.describe(config))
+    if WORKDIR.value is None:
+        raise UserError("--workdir is missing: where is the run to keep its files?")
     with InterruptGuard(at_once=True, notice=NOTICE.value) as guard:
         try:
             connect()

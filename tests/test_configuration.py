@@ -6,9 +6,10 @@ import json
 import pytest
 from etils import epath
 
+import lattejax
 from lattejax import configuration
 from lattejax.errors import UserError
-from tests.helpers import config_file, tiny_config
+from tests.helpers import ROOT, config_file, tiny_config
 
 
 def test_the_digits_config_is_complete_and_survives_json(tmp_path):
@@ -16,7 +17,36 @@ def test_the_digits_config_is_complete_and_survives_json(tmp_path):
     path = epath.Path(tmp_path) / "config.json"
     configuration.save(config, path)
     assert configuration.load(path) == config
-    assert set(json.loads(path.read_text())) == {field.name for field in dataclasses.fields(config)}
+    values = json.loads(path.read_text())
+    assert values.pop("lattejax_version") == lattejax.__version__
+    assert set(values) == {field.name for field in dataclasses.fields(config)}
+
+
+def test_every_key_has_a_default_and_an_experiment_states_what_differs():
+    usual = configuration.resolve(configuration.defaults())
+    assert usual == configuration.Config()
+    assert (usual.model.text.num_layers, usual.model.num_groups, usual.train.batch_size) == (28, 4, 2048)
+    stated = configuration.differences(configuration.resolve(config_file("imagenet256")), usual)
+    assert "mesh.expert: 1 -> 4" in stated and len(stated) == 13
+    for experiment in (ROOT / "configs").glob("*.py"):
+        if experiment.name != "ablations.py":  # a list of many
+            assert len(experiment.read_text().splitlines()) <= 60
+
+
+def test_a_described_config_marks_what_differs():
+    lines = configuration.describe(configuration.resolve(config_file("digits"))).splitlines()
+    assert lines[0] == "seed = 0" and "model.patch_size = 2  # not 1" in lines
+    assert [line.partition(" ")[0] for line in lines] == configuration.known_keys()
+
+
+def test_a_runs_config_of_a_later_version_names_what_is_unknown(tmp_path):
+    path = epath.Path(tmp_path) / "config.json"
+    configuration.save(tiny_config(), path)
+    values = json.loads(path.read_text())
+    values["train"]["muon"] = True
+    path.write_text(json.dumps(values | {"lattejax_version": "9.0.0"}))
+    with pytest.raises(UserError, match=r"has train\.muon, unknown to lattejax \d.*; it was written by 9\.0\.0"):
+        configuration.load(path)
 
 
 def changed(section: str, name: str, value: object):

@@ -1,0 +1,113 @@
+"""A whole config, and the checks across its sections."""
+
+import dataclasses
+
+import numpy as np
+
+from lattejax.configuration.sections import (
+    Checkpoints,
+    Data,
+    Evaluation,
+    GenerationStage,
+    Images,
+    Mesh,
+    Model,
+    Profile,
+    Stage,
+    Tokenizer,
+    check,
+    check_one_of,
+)
+from lattejax.models.generation_config import GenerationConfig
+from lattejax.models.latte_flow import ModelConfig
+from lattejax.models.qwen2_vl import VLMConfig
+
+DTYPES = ("float32", "bfloat16")
+LEAST_MASS = 1e-5  # of the density of flow time, in a group's interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    dtype: str = "bfloat16"  # of the computation; or "float32", which master weights always are
+    log_every: int = 100  # steps between lines of metrics
+    most_skipped_steps: int = 100  # of a stage, for loss or gradients that are not finite; one more stops the run
+    mesh: Mesh = Mesh()
+    model: Model = Model()
+    images: Images = Images()
+    data: Data = Data()
+    tokenizer: Tokenizer = Tokenizer()
+    pretrain: Stage = Stage()  # the VLM, on questions about images
+    train: GenerationStage = GenerationStage()  # the generation pathway, and in Blend the VLM's layers
+    eval: Evaluation = Evaluation()
+    checkpoint: Checkpoints = Checkpoints()
+    profile: Profile = Profile()
+
+    def __post_init__(self):
+        check_one_of("dtype", self.dtype, DTYPES)
+        check("log_every", self.log_every, self.log_every > 0, "positive")
+        check("most_skipped_steps", self.most_skipped_steps, self.most_skipped_steps >= 0, "at least 0")
+        _ = self.model_config  # checks of its own
+        if self.mesh.expert != 1:
+            if self.trains_answers or self.model.group_sizes:
+                what = "model.variant='blend'" if self.trains_answers else "model.group_sizes"
+                raise ValueError(f"mesh.expert={self.mesh.expert} must be 1 with {what}: those layers are not alike")
+            if self.model.num_groups % self.mesh.expert:
+                raise ValueError(f"mesh.expert={self.mesh.expert} does not divide the {self.model.num_groups} groups")
+        groups, accumulation = self.model.num_groups if self.train.stratified else 1, self.train.accumulation
+        if self.train.batch_size % (accumulation * groups):
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} must be a multiple of train.accumulation ({accumulation}) "
+                f"times model.num_groups ({groups}), so that every group gets an equal share"
+            )
+        if self.trains_answers and self.train.answer_batch_size % accumulation:
+            raise ValueError(
+                f"train.answer_batch_size={self.train.answer_batch_size} must be a multiple of train.accumulation "
+                f"({accumulation})"
+            )
+        if self.data.prompts == "pictures" and self.train.share_contexts:
+            raise ValueError("data.prompts='pictures' makes every prompt its own; set train.share_contexts=False")
+        if self.data.source != "digits":
+            for what, asked in (
+                ("pretrain.steps", self.pretrain.steps),
+                ("eval.scored_images", self.eval.scored_images),
+                ("eval.final_images", self.eval.final_images),
+            ):
+                check(what, asked, asked == 0, "0: only the digits come with questions and with a score of drawings")
+            if self.trains_answers:
+                raise ValueError("model.variant='blend' trains on questions too, and only the digits come with some")
+        if self.train.init_from and (self.pretrain.init_from != self.train.init_from or self.pretrain.steps):
+            raise ValueError(
+                f"train.init_from={self.train.init_from!r} needs the VLM that its generation pathway was trained "
+                "beside; set pretrain.init_from to the same run, and pretrain.steps=0"
+            )
+        masses = self.model_config.generation.intervals.masses(self.train.flow_density)
+        if np.min(masses) < LEAST_MASS:
+            raise ValueError(
+                f"train.density={self.train.density!r} leaves a group next to nothing to train on: the groups' shares "
+                f"of the flow times are {np.round(masses, 6).tolist()}"
+            )
+
+    @property
+    def trains_answers(self) -> bool:
+        """Whether the second stage trains on questions too: where it trains weights that answer them."""
+        return self.model_config.shares_layers
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(
+            vlm=VLMConfig(self.model.text, self.model.vision),
+            generation=GenerationConfig(
+                text=self.model.text,
+                latent_shape=self.data.latent_shape,
+                num_groups=self.model.num_groups,
+                group_sizes=self.model.group_sizes,
+                interval_edges=self.model.interval_edges,
+                residual_attention=self.model.residual_attention,
+                residual_gate=self.model.residual_gate,
+                replica_init=self.model.replica_init,
+                latent_position=self.model.latent_position,
+                patch_size=self.model.patch_size,
+            ),
+            variant=self.model.variant,
+        )

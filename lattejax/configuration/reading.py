@@ -1,0 +1,146 @@
+"""From an experiment's ConfigDict, or a run's JSON, to a typed `Config`, and back."""
+
+import dataclasses
+import difflib
+import functools
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+import lattejax
+from lattejax.configuration.config import Config
+from lattejax.configuration.sections import BEFORE
+from lattejax.errors import UserError
+from lattejax.files import read_json, write_whole
+
+VERSION = "lattejax_version"  # beside the keys in a run's config.json: of the code that has written it
+
+
+def defaults() -> ConfigDict:
+    """A config with every key at its default: what an experiment starts from."""
+    return ConfigDict(dataclasses.asdict(Config()))
+
+
+def check_key(key: str) -> None:
+    """Raises `UserError` for a key that no config has, and names those that are spelt most like it."""
+    known = known_keys()
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=3, cutoff=0.3)
+        raise UserError(f"unknown config key {key}; the nearest known are {', '.join(close or known)}")
+
+
+def _fields(cls: type) -> dict[str, type]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every key of a config, sections as dots."""
+    keys = []
+    for name, kind in _fields(cls).items():
+        nested = known_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+        keys.extend(nested)
+    return keys
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path + ".")
+    if isinstance(kind, types.GenericAlias):  # tuple[int, int, int] or tuple[str, ...]
+        items = typing.get_args(kind)
+        if not isinstance(value, (tuple, list)) or (Ellipsis not in items and len(value) != len(items)):
+            raise UserError(f"config.{path}={value!r} must be a tuple like {kind}")
+        return tuple(_convert(items[0], item, path) for item in value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"config.{path}={value!r} is of type {type(value).__name__}; expected {kind.__name__}")
+    return value
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"config.{prefix[:-1]}={values!r} must be a section with keys {', '.join(_fields(cls))}")
+    fields = _fields(cls)
+    for name in values:
+        if name not in fields:
+            check_key(prefix + name)
+    missing = [prefix + name for name in fields if name not in values]
+    if missing:
+        added = keys_added()
+        before = [f"{key}={added[key]!r} is how it was before that key" for key in missing if key in added]
+        raise UserError("; ".join([f"the config lacks {', '.join(missing)}", *before]))
+    arguments = {name: _convert(kind, values[name], prefix + name) for name, kind in fields.items()}
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise UserError(f"config.{prefix}{error}" if prefix else f"config: {error}") from error
+
+
+def resolve(config: ConfigDict | dict[str, Any]) -> Config:
+    """Checks a config file's dict and returns it typed; raises `UserError` for what is unknown or misshapen."""
+    return _build(Config, config.to_dict() if isinstance(config, ConfigDict) else config, "")
+
+
+def save(config: Config, path: epath.Path) -> None:
+    values = dataclasses.asdict(config) | {VERSION: lattejax.__version__}
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def load(path: epath.Path) -> Config:
+    """Reads the config of a run or an export. A key that it was made without means what the code did then; raises
+    `UserError` for one that is unknown here, as in a run of a later version."""
+    values = read_json(path)
+    version = values.pop(VERSION, "0.1.0")  # which was not written from the start
+    for key, before in keys_added().items():
+        *sections, name = key.split(".")
+        section = functools.reduce(lambda values, part: values.get(part, {}), sections, values)
+        if isinstance(section, dict):
+            section.setdefault(name, before)
+    if unknown := sorted(set(_flat(values)) - set(known_keys())):
+        raise UserError(
+            f"{path} has {', '.join(unknown)}, unknown to lattejax {lattejax.__version__}; it was written by {version}"
+        )
+    return resolve(values)
+
+
+def keys_added(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """The keys that configs did not have from the start, and the value that says what the code did before."""
+    found = {}
+    for name, kind in _fields(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found |= keys_added(kind, f"{prefix}{name}.")
+    return found | {prefix + f.name: f.metadata[BEFORE] for f in dataclasses.fields(cls) if BEFORE in f.metadata}
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Values by dotted key."""
+
+    def items(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                yield from items(item, f"{path}.{name}".strip("."))
+        else:
+            yield path, value
+
+    return dict(items(values, ""))
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """Lists the keys on which two configs differ, as `key: theirs -> ours`."""
+    old, new = _flat(dataclasses.asdict(theirs)), _flat(dataclasses.asdict(ours))
+    return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if old[key] != new[key]]
+
+
+def describe(config: Config) -> str:
+    """Every key with its value, a line each; those that are not at their default are marked, with the default."""
+    usual = _flat(dataclasses.asdict(Config()))
+    return "\n".join(
+        f"{key} = {value!r}" if value == usual[key] else f"{key} = {value!r}  # not {usual[key]!r}"
+        for key, value in _flat(dataclasses.asdict(config)).items()
+    )
