@@ -24,23 +24,24 @@ from absl import flags
 from ml_collections import config_flags
 
 from lattejax import cli, configuration
+from lattejax.benchmarks import drawing, loading, reading, speed, training
+from lattejax.benchmarks.measuring import Work
 from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
+from lattejax.data.prompts import prompt_encoder
 from lattejax.errors import UserError
-from lattejax.evaluation import benchmarks, loading, speed
-from lattejax.evaluation.benchmarks import RIVALS, Work
-from lattejax.weights.runs import prompt_encoder
 
 MODELS = {
-    "sample": benchmarks.sample,
-    "train": benchmarks.train,
-    "context": benchmarks.context,
-    "decode": benchmarks.decode,
+    "sample": drawing.sample,
+    "train": training.train,
+    "context": reading.context,
+    "decode": reading.decode,
 }
+BASELINES = {"sample": ("vanilla", "torch", "janus"), "train": ("torch",), "context": ("torch",), "decode": ("torch",)}
 BATCH_SIZES = {"sample": 1, "train": 16, "context": 1, "decode": 1}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
-AGAINST = flags.DEFINE_enum("against", "", ["", *RIVALS["sample"]], "What else is timed, in turn with ours.")
+AGAINST = flags.DEFINE_enum("against", "", ["", *BASELINES["sample"]], "What else is timed, in turn with ours.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images, prompts or answers; 0: 16 of train, else 1.", lower_bound=0)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 16, "Tokens of every prompt.", lower_bound=2)
 STEPS = flags.DEFINE_integer("steps", 40, "Of sample: steps of a call.", lower_bound=1)
@@ -67,7 +68,7 @@ def main(what: str) -> None:
 
 
 def model(what: str, config: Config) -> dict:
-    check_rival(what, config)
+    check_baseline(what, config)
     batch_size = BATCH_SIZE.value or BATCH_SIZES[what]
     work = Work(batch_size, PROMPT_TOKENS.value, STEPS.value, GUIDANCE.value, NEW_TOKENS.value, REPEATS.value)
     setting = {
@@ -81,7 +82,7 @@ def model(what: str, config: Config) -> dict:
 
 
 def data(config: Config) -> dict:
-    check_rival("data", config)
+    check_baseline("data", config)
     encoder = prompt_encoder(config, tokenizers.train(loading.make_captions(100), 400))
     return {"benchmark": "data"} | loading.data_rate(config, encoder, RECORDS.value)
 
@@ -96,10 +97,10 @@ def plot(results: str, out: str) -> None:
     speed.plot_by_groups(found).savefig(out, dpi=120)
 
 
-def check_rival(what: str, config: Config) -> None:
-    rivals = RIVALS.get(what, ())
-    if AGAINST.value and AGAINST.value not in rivals:
-        raise UserError(f"--against={AGAINST.value}: {what} knows {', '.join(rivals) or 'no rival'}")
+def check_baseline(what: str, config: Config) -> None:
+    baselines = BASELINES.get(what, ())
+    if AGAINST.value and AGAINST.value not in baselines:
+        raise UserError(f"--against={AGAINST.value}: {what} knows {', '.join(baselines) or 'no baseline'}")
     if AGAINST.value in ("torch", "janus") and (config.dtype != "float32" or jax.default_backend() != "cpu"):
         raise UserError(f"--against={AGAINST.value} compares on a CPU, in float32: add --config.dtype=float32")
     if AGAINST.value == "torch" and what in ("sample", "train") and config.model.patch_size != 1:

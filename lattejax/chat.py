@@ -18,8 +18,9 @@ from lattejax.configuration import DTYPES
 from lattejax.data.images import open_image
 from lattejax.data.prompts import ReadableImage, Turn
 from lattejax.errors import UserError
+from lattejax.runs.inference import inference_weights
+from lattejax.runs.run import Run
 from lattejax.sampling.answers import Answerer, Decoding
-from lattejax.weights.runs import Run, inference_weights
 
 WEIGHTS = flags.DEFINE_string("weights", None, "Converted weights: a directory that lattejax.convert has made.")
 WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.")

@@ -16,9 +16,9 @@ from absl import flags
 
 from lattejax import cli
 from lattejax.errors import UserError
+from lattejax.runs.run import Run
 from lattejax.weights import autoencoders, diffusers, hugging_face, pretrained
 from lattejax.weights.pretrained import Pretrained
-from lattejax.weights.runs import Run
 
 SOURCE = flags.DEFINE_string("source", None, "What to convert: a hub id or a directory.")
 OUT = flags.DEFINE_string("out", None, "The directory to make; nothing may be there yet.")

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lattejax import cli, configuration
-from lattejax.data.encoding import encode
+from lattejax.encoding.encode import encode
 from lattejax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")

@@ -14,9 +14,9 @@ from lattejax.files import write_with
 from lattejax.flow.schedule import Sampling
 from lattejax.flow.solvers import SOLVERS
 from lattejax.parallel import hosts
+from lattejax.runs.run import Run
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler
-from lattejax.weights.runs import Run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.")
 AUTOENCODER = flags.DEFINE_string("autoencoder", "", "Where the run's autoencoder is, if it has moved.")

@@ -12,8 +12,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from lattejax import cli
+from lattejax.sweeps.sweep import resolve_sweep, run_sweep
 from lattejax.training.interrupt import Interrupted, InterruptGuard
-from lattejax.training.sweep import resolve_sweep, run_sweep
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The sweep: a file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the sweep keeps its runs, its table and its plots.")

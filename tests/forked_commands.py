@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 
-for heavy in ("data.encoding", "evaluation.benchmarks", "sampling.answers", "training.sweep"):
+for heavy in ("encoding.encode", "benchmarks.drawing", "sampling.answers", "sweeps.sweep"):
     importlib.import_module(f"lattejax.{heavy}")
 warnings.filterwarnings("ignore", "os.fork")  # nothing has been computed yet: there are no threads
 

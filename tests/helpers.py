@@ -24,9 +24,8 @@ from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.digits import DigitSource
-from lattejax.data.prompts import PromptEncoder
+from lattejax.data.prompts import PromptEncoder, prompt_encoder
 from lattejax.training.loop import run_stage
-from lattejax.weights.runs import prompt_encoder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

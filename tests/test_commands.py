@@ -19,11 +19,11 @@ from lattejax.data import tokenizer as tokenizers
 from lattejax.data.images import open_image
 from lattejax.data.prompts import Turn
 from lattejax.flow.schedule import Sampling
+from lattejax.runs.workdir import Workdir
 from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.sampling.images import ImageSampler
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
-from lattejax.weights.runs import Workdir
 from tests import checkpoints
 from tests.helpers import ENVIRONMENT, ROOT, encoder_for, run_command, tiny_config, tiny_flags
 
@@ -245,12 +245,15 @@ BAD_INPUT = {
     "benchmark of the unknown": (["benchmark", "speed", "--config=configs/digits.py"], "found speed"),
     "benchmark without a config": (["benchmark", "sample"], "--config"),
     "plot of nothing": (["benchmark", "plot", "--results={tmp}/none.jsonl", "--out={tmp}/a.png"], "none.jsonl"),
-    "rival of the loader": (["benchmark", "data", "--config=configs/digits.py", "--against=torch"], "knows no rival"),
-    "rival in another dtype": (
+    "baseline of the loader": (
+        ["benchmark", "data", "--config=configs/digits.py", "--against=torch"],
+        "knows no baseline",
+    ),
+    "baseline in another dtype": (
         ["benchmark", "sample", "--config=configs/imagenet256.py", "--against=torch"],
         "add --config.dtype=float32",
     ),
-    "rival of larger patches": (
+    "baseline of larger patches": (
         ["benchmark", "train", "--config=configs/digits.py", "--against=torch"],
         "add --config.model.patch_size=1",
     ),

@@ -12,16 +12,18 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lattejax import configuration
-from lattejax.data.latents import LatentSource
 from lattejax.data.pipeline import every
 from lattejax.errors import UserError
 from lattejax.flow.schedule import Sampling
+from lattejax.runs.data import open_data
+from lattejax.runs.inference import inference_weights
+from lattejax.runs.run import Run
 from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.sampling.images import ImageSampler
-from lattejax.training import stages, sweep
+from lattejax.sweeps import sweep
+from lattejax.sweeps.sweep import resolve_sweep, run_sweep
+from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
-from lattejax.training.sweep import resolve_sweep, run_sweep
-from lattejax.weights.runs import Run, inference_weights
 from tests.helpers import ROOT, assert_same_bits, tiny_config
 
 PICTURES = {"run": "run", "export": "export", "couple": "sweep/runs/couple_0", "blend": "sweep/runs/blend_0"}
@@ -108,7 +110,7 @@ def test_latents_are_read(earlier):
         eval__scored_images=0,
         eval__final_images=0,
     )
-    source = LatentSource.open(config)
+    source = open_data(config)
     drawings = [drawing for split in ("train", "test") for drawing in every(source.drawings(split))]
     kept = np.load(earlier / "records.npz")
     assert [drawing.caption for drawing in drawings] == kept["captions"].tolist()

@@ -8,7 +8,7 @@ from etils import epath
 
 from lattejax.errors import UserError
 from lattejax.files import is_remote, new_directory, write_whole
-from lattejax.weights.runs import Workdir
+from lattejax.runs.workdir import Workdir
 
 
 def test_workdirs_are_absolute_and_remote_ones_stay_as_they_are():

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lattejax.data.encoding import encode
-from lattejax.data.latents import LatentSource
 from lattejax.data.pipeline import every
+from lattejax.encoding.encode import encode
 from lattejax.errors import UserError
 from lattejax.flow.schedule import Sampling
+from lattejax.runs.data import open_data
+from lattejax.runs.run import Run
 from lattejax.sampling.images import ImageSampler
-from lattejax.weights.runs import Run
 from tests import checkpoints, pictures
 from tests.helpers import ENVIRONMENT, tiny_flags
 
@@ -54,7 +54,7 @@ def test_pictures_become_latents_a_trained_pathway_and_drawings(vlm, tmp_path, f
     again = pictures.config(photos, dc_ae, data__latents=str(tmp_path / "again"))
     encode(again, again.data.latents)
     ours, theirs = (
-        np.stack([drawing.latents for drawing in every(LatentSource.open(config).drawings("train"))])
+        np.stack([drawing.latents for drawing in every(open_data(config).drawings("train"))])
         for config in (pictures.config(photos, dc_ae), again)
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)

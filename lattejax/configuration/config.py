@@ -67,15 +67,6 @@ class Config:
             )
         if self.data.prompts == "pictures" and self.train.share_contexts:
             raise ValueError("data.prompts='pictures' makes every prompt its own; set train.share_contexts=False")
-        if self.data.source != "digits":
-            for what, asked in (
-                ("pretrain.steps", self.pretrain.steps),
-                ("eval.scored_images", self.eval.scored_images),
-                ("eval.final_images", self.eval.final_images),
-            ):
-                check(what, asked, asked == 0, "0: only the digits come with questions and with a score of drawings")
-            if self.trains_answers:
-                raise ValueError("model.variant='blend' trains on questions too, and only the digits come with some")
         if self.train.init_from and (self.pretrain.init_from != self.train.init_from or self.pretrain.steps):
             raise ValueError(
                 f"train.init_from={self.train.init_from!r} needs the VLM that its generation pathway was trained "

@@ -17,7 +17,6 @@ from lattejax.models.text import TextConfig
 from lattejax.models.vision import VisionConfig
 
 DECAYS = ("none", "cosine", "linear")
-SOURCES = ("digits", "latents")
 PICTURES = ("tfds", "folder", "digits")
 PROMPTS = ("captions", "pictures")
 DENSITIES = ("uniform", "logit_normal", "shifted")
@@ -109,19 +108,12 @@ class Data:
     threads: int = 1  # reader threads beside the training loop
 
     def __post_init__(self):
-        check_one_of("source", self.source, SOURCES)
         check_one_of("prompts", self.prompts, PROMPTS)
         check("image_size", self.image_size, self.image_size > 0, "positive")
         check("threads", self.threads, self.threads > 0, "positive")
         if self.autoencoder == PIXELS:
             shape = Autoencoder(PixelConfig()).latent_shape(self.image_size)
             check("latent_shape", self.latent_shape, self.latent_shape == shape, f"{shape} for bare pixels")
-        if self.source == "digits":
-            check("autoencoder", self.autoencoder, self.autoencoder == PIXELS, f"{PIXELS!r} for the digits")
-            check("image_size", self.image_size, self.image_size == 8, "8, the digits' own size")
-        else:
-            check("latents", self.latents, bool(self.latents), "the directory that lattejax.encode has made")
-            check("prompts", self.prompts, self.prompts == "captions", "'captions' where latents are cached")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,12 @@ import numpy as np
 from etils import epy
 from PIL import Image
 
+from lattejax.configuration import Config
 from lattejax.data.examples import Drawing
+from lattejax.data.identity import Identity
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage
-from lattejax.models.autoencoders import Autoencoder
+from lattejax.errors import UserError
+from lattejax.models.autoencoders import PIXELS, Autoencoder
 from lattejax.models.pixels import PixelConfig
 
 with epy.lazy_imports():
@@ -23,6 +26,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 CAPTIONS = tuple(f"a handwritten {word}" for word in WORDS)
 REQUEST = "another picture like this"
 QUESTIONS_PER_IMAGE = 4
+SIDE = 8  # in pixels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,9 +68,20 @@ class DigitSource:
 
     captions = CAPTIONS
     identities = ("scikit-learn's digits",)
+    has_questions = True
 
     def __init__(self, prompts: str):
         self.prompts = prompts
+
+    @classmethod
+    def open(cls, config: Config, autoencoder: Identity) -> "DigitSource":
+        data = config.data
+        if (data.autoencoder, data.image_size) != (PIXELS, SIDE):
+            raise UserError(
+                f"config.data.autoencoder={data.autoencoder!r} and image_size={data.image_size} must be {PIXELS!r} and "
+                f"{SIDE} for the digits"
+            )
+        return cls(data.prompts)
 
     def drawings(self, split: str, encoder: PromptEncoder) -> "Drawings":
         return Drawings(split, encoder, self.prompts)

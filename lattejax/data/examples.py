@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lattejax.configuration import Config
+from lattejax.data.identity import Identity
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage
 
 
@@ -46,11 +47,20 @@ class Source(Protocol):
 
     `captions` are all there are, where they are few enough to be read once for all; otherwise none. `identities` tell
     one data set from another, in what it holds and in which order: a new run notes the first, and an earlier one may
-    have noted any of them.
+    have noted any of them. `has_questions` says whether it can train a VLM, and Blend.
     """
 
     captions: tuple[str, ...]
     identities: tuple[str, ...]
+    has_questions: bool
+
+    @classmethod
+    def open(cls, config: Config, autoencoder: Identity) -> "Source":
+        """Opens the config's data set, whose latents are to be those of an autoencoder.
+
+        Raises:
+          UserError: it is not there or not complete, or does not go with the rest of the config.
+        """
 
     def drawings(self, split: str, encoder: PromptEncoder) -> Drawings: ...
 
@@ -58,22 +68,6 @@ class Source(Protocol):
 
     def texts(self) -> Iterable[str]:
         """Everything that is said, to train a tokenizer on."""
-
-
-def open_source(config: Config) -> Source:
-    """Opens the config's data set.
-
-    Raises:
-      UserError: the data set is not whole, or was made with another autoencoder or for another size.
-    """
-    # Imported here, since neither scikit-learn nor tensorflow-datasets is quick to import.
-    if config.data.source == "digits":
-        from lattejax.data.digits import DigitSource
-
-        return DigitSource(config.data.prompts)
-    from lattejax.data.latents import LatentSource
-
-    return LatentSource.open(config)
 
 
 def encode_prompts(encoder: PromptEncoder, drawings: Sequence[Drawing]) -> list[EncodedPrompt]:

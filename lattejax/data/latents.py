@@ -23,11 +23,11 @@ from etils import epath, epy
 
 from lattejax.configuration import Config
 from lattejax.data.examples import Drawing
+from lattejax.data.identity import Identity
 from lattejax.data.pipeline import every
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
 from lattejax.files import is_remote, located, read_json
-from lattejax.weights.autoencoders import Identity, StoredAutoencoder
 
 with epy.lazy_imports():
     import tensorflow_datasets as tfds
@@ -170,9 +170,10 @@ class LatentSource:
     latent_shape: tuple[int, int, int]
     captions: tuple[str, ...]
     identities: tuple[str, ...]
+    has_questions = False
 
     @classmethod
-    def open(cls, config: Config) -> "LatentSource":
+    def open(cls, config: Config, autoencoder: Identity) -> "LatentSource":
         """Opens the config's latents.
 
         Raises:
@@ -180,6 +181,10 @@ class LatentSource:
             scale, shift, size or shape than the config's.
         """
         data, directory = config.data, located(config.data.latents)
+        if data.prompts != "captions":
+            raise UserError(f"config.data.prompts={data.prompts!r} must be 'captions' where latents are cached")
+        if not data.latents:
+            raise UserError("config.data.latents is empty; it must be the directory that lattejax.encode has made")
         if is_remote(directory):
             raise UserError(
                 f"config.data.latents={data.latents!r} is remote; ArrayRecord is read from a disk, or a mount"
@@ -194,7 +199,7 @@ class LatentSource:
             captions = tuple(manifest["captions"] or ())
         except (KeyError, TypeError) as error:
             raise UserError(f"{directory / MANIFEST} is none of lattejax.encode: {error!r}") from error
-        made_by.check(StoredAutoencoder.open(data.autoencoder).identity, data.latents, data.autoencoder)
+        made_by.check(autoencoder, data.latents, data.autoencoder)
         for key, value in made.items():
             if getattr(data, key) != value:
                 raise UserError(f"config.data.{key}={getattr(data, key)!r}, but {data.latents} was made with {value!r}")

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from etils import epy
 from PIL import Image
 
+from lattejax.configuration import Config
 from lattejax.data.images import on_white
 from lattejax.data.tokenizer import IMAGE_PAD, TEXT_END, TURN_END, VISION_START, Tokenizer
 from lattejax.errors import UserError
@@ -15,8 +16,8 @@ from lattejax.models.qwen2_vl import Prompts
 from lattejax.models.rotary import patch_positions, token_positions
 from lattejax.models.vision import Images
 
-if TYPE_CHECKING:
-    from transformers import Qwen2VLImageProcessorPil
+with epy.lazy_imports():
+    import transformers
 
 _SAYS_IMAGE = f"a text says {IMAGE_PAD}, which stands for an image; leave it out"
 
@@ -51,7 +52,11 @@ class PromptEncoder:
     """Turns texts and images into prompts for one tokenizer and one image processor."""
 
     def __init__(
-        self, tokenizer: Tokenizer, processor: "Qwen2VLImageProcessorPil", *, stop_tokens: Sequence[int] | None = None
+        self,
+        tokenizer: Tokenizer,
+        processor: "transformers.Qwen2VLImageProcessorPil",
+        *,
+        stop_tokens: Sequence[int] | None = None,
     ):
         """Takes the model's own tokenizer and processor; an answer ends at a turn's end and at the `stop_tokens`."""
         self.tokenizer, self.processor = tokenizer, processor
@@ -217,3 +222,15 @@ def question_batch(encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], len
     for row, prompt in enumerate(prompts):
         weights[row, : len(prompt.input_ids)] = prompt.is_answer
     return {"prompts": encoder.batch(prompts, length), "target_weights": weights}
+
+
+def prompt_encoder(config: Config, tokenizer: Tokenizer) -> PromptEncoder:
+    """The encoder that goes with a config: its tokenizer, its vision tower's patches, its bounds on image sizes."""
+    vision = config.model.vision
+    processor = transformers.Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        size={"shortest_edge": config.data.min_pixels, "longest_edge": config.data.max_pixels},
+    )
+    return PromptEncoder(tokenizer, processor)

@@ -3,9 +3,11 @@
 import numpy as np
 from etils import epy
 
+from lattejax.configuration import Config
 from lattejax.data import digits
 from lattejax.data.examples import Questions
 from lattejax.data.prompts import PromptEncoder
+from lattejax.errors import UserError
 from lattejax.evaluation.frechet import frechet_distance
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
@@ -40,6 +42,13 @@ def answer_accuracy(
 def _vectors(images: np.ndarray) -> np.ndarray:
     """Grey pixels in [0, 1], flattened [n, 64]."""
     return images[..., 0].reshape(len(images), -1) / 255.0
+
+
+def check_digits(config: Config) -> None:
+    """Raises `UserError` if digits are to be drawn and scored, and the data is something else."""
+    for key in ("scored_images", "final_images"):
+        if getattr(config.eval, key) and config.data.source != "digits":
+            raise UserError(f"config.eval.{key} scores digits; set it to 0 with data.source={config.data.source!r}")
 
 
 class DigitReader:

@@ -45,7 +45,7 @@ class Segment(NamedTuple):
     steps: Steps
 
 
-def plan_segments(intervals: Intervals, sampling: Sampling) -> tuple[Segment, ...]:
+def split_steps(intervals: Intervals, sampling: Sampling) -> tuple[Segment, ...]:
     """Deals a sampling call's steps out to the groups.
 
     A step runs wholly in the group that owns its start. Where Heun's second stage falls beyond that group's interval,

@@ -12,14 +12,15 @@ import jax
 
 from lattejax.configuration import Config
 from lattejax.errors import UserError
-from lattejax.flow.schedule import plan_segments
+from lattejax.flow.schedule import split_steps
 from lattejax.models import flops
 from lattejax.parallel import collectives
 from lattejax.parallel.mesh import make_mesh
 from lattejax.pods import programs
 from lattejax.pods.chips import open_topology
 from lattejax.sampling.padding import padded_length
-from lattejax.training.plans import check_mesh, generation_flops
+from lattejax.training.costs import generation_flops
+from lattejax.training.layout import check_mesh
 
 GIB = 2**30
 
@@ -130,6 +131,6 @@ def describe(plan: dict[str, Any]) -> str:
 def sampler_flops(config: Config, size: int) -> float:
     """Of a sampling call, in closed form."""
     model = config.model_config.generation
-    segments = plan_segments(model.intervals, config.eval.sampling)
+    segments = split_steps(model.intervals, config.eval.sampling)
     stages = sum(len(one.steps) * (1 + one.guided) * (1 + (one.solver == "heun")) for one in segments)
     return size * stages * flops.velocity(model, padded_length(config.data.prompt_length))

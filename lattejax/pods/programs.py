@@ -9,21 +9,23 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lattejax.configuration import Config
-from lattejax.flow.schedule import plan_segments
+from lattejax.flow.schedule import split_steps
 from lattejax.models import functional, latte_flow
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.qwen2_vl import Prompts
 from lattejax.models.vision import Images
+from lattejax.objectives.flow import Frozen
 from lattejax.parallel import rules
 from lattejax.parallel.mesh import row_shares
 from lattejax.parallel.rows import Rows
+from lattejax.runs.inference import sampling_axes
+from lattejax.runs.shapes import abstract_params, abstract_trained
 from lattejax.sampling.images import draw_latents
 from lattejax.sampling.padding import bucket, padded_length
-from lattejax.training.objectives import Frozen
-from lattejax.training.plans import flow_loss, flow_step, stage_rows
+from lattejax.training.generation_stage import flow_loss, flow_step
+from lattejax.training.layout import stage_rows
 from lattejax.training.step import abstract_state, compile_for
-from lattejax.weights.runs import abstract_params, abstract_trained, sampling_axes
 
 # ---- What goes into them
 
@@ -57,7 +59,7 @@ def abstract_contexts(config: Config, prompts: int) -> Context:
 
 
 def abstract_frozen(config: Config, captions: int) -> Frozen:
-    """Describes what `plans.frozen_inputs` makes."""
+    """Describes what `generation_stage.frozen_inputs` makes."""
     length, model = config.data.prompt_length, config.model_config
     fixed = latte_flow.split_trained(model, {"vlm": abstract_params(config)["vlm"]})[1]
     fixed = _cast(config, fixed)
@@ -134,6 +136,6 @@ def sampling_call(config: Config, mesh: Mesh) -> Program:
     which = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=flat)
     noise = jax.ShapeDtypeStruct((size, *config.data.latent_shape), jnp.float32, sharding=flat)
     guidance = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.replicated(mesh))
-    segments = plan_segments(model.generation.intervals, config.eval.sampling)
+    segments = split_steps(model.generation.intervals, config.eval.sampling)
     parts = {"parameters": pathway, "vlm": vlm, "frozen": contexts, "batch": (which, noise)}
     return Program(draw_latents, (model, pathway, contexts, which, noise, guidance), {"segments": segments}, parts)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder
 from lattejax.flow.path import guide
-from lattejax.flow.schedule import Sampling, Segment, plan_segments
+from lattejax.flow.schedule import Sampling, Segment, split_steps
 from lattejax.flow.solvers import SOLVERS
 from lattejax.models import generation, latte_flow
 from lattejax.models.autoencoders import Autoencoder
@@ -29,8 +29,9 @@ from lattejax.models.latte_flow import ModelConfig
 from lattejax.parallel import hosts, rules
 from lattejax.parallel.mesh import batches_of, one_device
 from lattejax.parallel.rows import Rows
+from lattejax.runs.inference import inference_weights
+from lattejax.runs.run import Run
 from lattejax.sampling.padding import bucket, padded
-from lattejax.weights.runs import Run, inference_weights
 
 read_prompts = jax.jit(latte_flow.read_prompts, static_argnames=("config", "remat"))
 
@@ -70,7 +71,7 @@ def draw_latents(
       prompts: each row's prompt.
       noise: where the rows start, at t = 0.
       guidance: the guidance scale s in v_uncond + s·(v_cond − v_uncond).
-      segments: the steps, see `plan_segments`; those that are not guided skip the unconditional pass.
+      segments: the steps, see `split_steps`; those that are not guided skip the unconditional pass.
     """
     x, unconditional = noise, jnp.full_like(prompts, contexts.mask.shape[0] - 1)
     for segment in segments:
@@ -179,7 +180,7 @@ class ImageSampler:
           seed: of the noise.
         """
         contexts = self.read(prompts)
-        segments = plan_segments(self.config.generation.intervals, sampling)
+        segments = split_steps(self.config.generation.intervals, sampling)
         total, batches = len(prompts) * images_per_prompt, []
         for samples in batches_of(total, batch_size, self.mesh):
             samples, rows = Rows.place_flat(self.mesh, (samples, samples // images_per_prompt))

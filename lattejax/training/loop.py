@@ -19,15 +19,15 @@ from lattejax.errors import UserError
 from lattejax.models.functional import Params
 from lattejax.parallel import hosts, rules
 from lattejax.parallel.rows import Rows
+from lattejax.runs.checkpoints import Checkpoints
+from lattejax.runs.workdir import Workdir
 from lattejax.training.interrupt import Interrupted, InterruptGuard
 from lattejax.training.metrics import MetricsLog, RunClock
 from lattejax.training.step import TrainState, abstract_state, compile_for, init_state, learning_rate
-from lattejax.weights.checkpoints import Checkpoints
-from lattejax.weights.runs import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
-class StagePlan:
+class StageRecipe:
     """Everything that tells one stage of training from another."""
 
     name: str
@@ -49,7 +49,9 @@ class StagePlan:
         return {name: self.rows[name].place(self.mesh, stream) for name, stream in batch.items()}
 
 
-def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock, guard: InterruptGuard) -> TrainState:
+def run_stage(
+    recipe: StageRecipe, config: Config, workdir: Workdir, clock: RunClock, guard: InterruptGuard
+) -> TrainState:
     """Trains a stage to its last step, from its latest checkpoint if there is one, and returns its final state.
 
     An evaluation comes after a checkpoint of its step: while it runs, nothing is unsaved.
@@ -58,16 +60,16 @@ def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock
       Interrupted: a signal came; the state after a step that all processes agreed on is saved.
       UserError: too many steps were skipped, or no checkpoint can be read.
     """
-    settings, keep = plan.settings, config.checkpoint
-    checkpoints = Checkpoints(workdir.checkpoints(plan.name), keep=keep.keep, keep_every=keep.keep_every)
-    abstract = abstract_state(settings, plan.trained, plan.mesh)
+    settings, keep = recipe.settings, config.checkpoint
+    checkpoints = Checkpoints(workdir.checkpoints(recipe.name), keep=keep.keep, keep_every=keep.keep_every)
+    abstract = abstract_state(settings, recipe.trained, recipe.mesh)
 
     # ---- Where to start
     first_step, window = 0, Window()
     if checkpoints.steps:
         first_step, restored = checkpoints.restore_latest(**abstract.arrays)
         progress = restored.pop("progress")
-        plan.batches.set_state(progress["data"])
+        recipe.batches.set_state(progress["data"])
         window = Window.loaded(progress["window"])
         counts = np.asarray([first_step, progress["skipped"]], np.int32)
         counts = rules.put(tuple(counts), (abstract.step.sharding, abstract.skipped.sharding))
@@ -75,11 +77,11 @@ def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock
     else:
         placed = jax.tree.map(lambda x: x.sharding, abstract)
         init = jax.jit(functools.partial(init_state, settings), out_shardings=placed, donate_argnums=0)
-        state = init(plan.init())
+        state = init(recipe.init())
 
     def save(step: int) -> None:
         skipped = int(hosts.fetch(state.skipped))
-        progress = {"data": plan.batches.get_state(), "skipped": skipped, "window": window.dumped()}
+        progress = {"data": recipe.batches.get_state(), "skipped": skipped, "window": window.dumped()}
         checkpoints.save(step, state.arrays, progress)
         guard.saved(checkpoints.wait)
 
@@ -87,51 +89,51 @@ def run_stage(plan: StagePlan, config: Config, workdir: Workdir, clock: RunClock
         save(0)  # a stage of no steps hands on what it starts from
 
     # ---- The steps
-    log = MetricsLog(workdir, clock, plan.name, first_step, settings.steps)
-    log.say(f"{plan.name}: {count(state.params):,} trained parameters, steps {first_step} to {settings.steps}")
-    train_step = compile_for(plan.mesh, plan.step, state, plan.frozen, plan.rows)
-    key = rules.put(plan.key, rules.replicated(plan.mesh))
-    rate, stop = learning_rate(settings), Stop(guard, plan.mesh)
+    log = MetricsLog(workdir, clock, recipe.name, first_step, settings.steps)
+    log.say(f"{recipe.name}: {count(state.params):,} trained parameters, steps {first_step} to {settings.steps}")
+    train_step = compile_for(recipe.mesh, recipe.step, state, recipe.frozen, recipe.rows)
+    key = rules.put(recipe.key, rules.replicated(recipe.mesh))
+    rate, stop = learning_rate(settings), Stop(guard, recipe.mesh)
     skipped_before = int(hosts.fetch(state.skipped)) - len(window.skipped())  # in steps that have their line
 
     def is_evaluated(step: int) -> bool:
         return step == settings.steps or bool(config.eval.every and step % config.eval.every == 0)
 
     def evaluate(step: int) -> None:
-        log.write(step, plan.evaluate(state, log))
+        log.write(step, recipe.evaluate(state, log))
 
     if first_step and is_evaluated(first_step) and not log.has_evaluation(first_step):
         evaluate(first_step)  # an earlier process was stopped at it
     for step in range(first_step + 1, settings.steps + 1):
         last = step == settings.steps
-        if plan.profile.steps and step == plan.profile.start:
+        if recipe.profile.steps and step == recipe.profile.start:
             jax.profiler.start_trace(str(workdir.path / "profile"))
 
         window.start_waiting()
-        batch = plan.place(next(plan.batches))
+        batch = recipe.place(next(recipe.batches))
         window.stop_waiting()
         if step == first_step + 1:
             with window.left_out():
-                train_step = train_step.lower(state, plan.frozen, batch, key).compile()
+                train_step = train_step.lower(state, recipe.frozen, batch, key).compile()
         guard.unsaved()
-        state, metrics = train_step(state, plan.frozen, batch, key)
+        state, metrics = train_step(state, recipe.frozen, batch, key)
         window.add(step, metrics)
         log.advance()
 
-        if plan.profile.steps and step == plan.profile.start + plan.profile.steps - 1:
+        if recipe.profile.steps and step == recipe.profile.start + recipe.profile.steps - 1:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
         if step % config.log_every == 0 or last:
-            means, skipped, timing = window.close(settings.batch_size, plan.flops_per_example)
-            remarks = {"skipped_records": {n: plan.batches.records(n - 1) for n in skipped}} if skipped else {}
+            means, skipped, timing = window.close(settings.batch_size, recipe.flops_per_example)
+            remarks = {"skipped_records": {n: recipe.batches.records(n - 1) for n in skipped}} if skipped else {}
             skipped_before += len(skipped)
             log.write(step, means | {"learning_rate": rate(step - 1 - skipped_before)} | timing, **remarks)
             for n, records in remarks.get("skipped_records", {}).items():
-                log.say(f"{plan.name} {n}: skipped, loss or gradient is not finite; {first_few(records)}")
+                log.say(f"{recipe.name} {n}: skipped, loss or gradient is not finite; {first_few(records)}")
             if skipped_before > config.most_skipped_steps:
                 checkpoints.close()
                 raise UserError(
-                    f"{plan.name}: {skipped_before} steps until step {step} had a loss or a gradient that is not "
+                    f"{recipe.name}: {skipped_before} steps until step {step} had a loss or a gradient that is not "
                     f"finite, more than config.most_skipped_steps={config.most_skipped_steps}; {workdir.metrics} names "
                     f"their records; the last checkpoint, if any, is of step {checkpoints.latest_step}"
                 )

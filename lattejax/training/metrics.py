@@ -7,21 +7,17 @@ import time
 from typing import Any
 
 import numpy as np
-from etils import epath, epy
+from etils import epy
 from PIL import Image
 from tqdm import tqdm
 
 from lattejax.files import write_whole, write_with
 from lattejax.parallel import hosts
-from lattejax.weights.runs import Workdir
+from lattejax.runs.records import read_records
+from lattejax.runs.workdir import Workdir
 
 with epy.lazy_imports():
     import tensorboardX
-
-
-def read_records(path: epath.Path) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl`; a run that has not logged yet has none."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class RunClock:

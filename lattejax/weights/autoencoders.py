@@ -16,44 +16,15 @@ import jax
 from etils import epath
 
 from lattejax.configuration import Data
+from lattejax.data.identity import Identity
 from lattejax.errors import UserError
-from lattejax.files import located, new_directory, read_json, write_whole
+from lattejax.files import located, new_directory, read_json
 from lattejax.models.autoencoders import PIXELS, Autoencoder
 from lattejax.models.functional import Params
 from lattejax.models.pixels import PixelConfig
-from lattejax.weights import checkpoints, diffusers, hugging_face
+from lattejax.weights import diffusers, hugging_face, trees
 
 RECORD = "autoencoder.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """What makes latents fit an autoencoder."""
-
-    sha256: str  # of its weight files' hashes and its geometry, or PIXELS
-    scale: float
-    shift: float
-
-    @classmethod
-    def load(cls, path: epath.Path) -> "Identity":
-        """Reads what `save` has written; raises `UserError` where it cannot be read."""
-        values = read_json(path)
-        if values.keys() != {field.name for field in dataclasses.fields(cls)}:
-            raise UserError(f"{path} does not say which autoencoder its latents are of: {values!r:.200}")
-        return cls(**values)
-
-    def save(self, path: epath.Path) -> None:
-        write_whole(path, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
-
-    def check(self, other: "Identity", ours: str, theirs: str) -> None:
-        """Raises `UserError` where the two differ, naming whose they are."""
-        different = [
-            f"{field.name} {getattr(self, field.name)} of {ours}, {getattr(other, field.name)} of {theirs}"
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != getattr(other, field.name)
-        ]
-        if different:
-            raise UserError(f"the latents of {theirs} are not those of {ours}: {'; '.join(different)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +71,7 @@ class StoredAutoencoder:
         if self.directory is None:
             return {}
         abstract = jax.eval_shape(self.autoencoder.init, jax.random.key(0))
-        return checkpoints.load_weights(self.directory / part, abstract[part])
+        return trees.load_weights(self.directory / part, abstract[part])
 
 
 def _fingerprint(hashes: dict[str, str], autoencoder: Autoencoder) -> str:
@@ -140,7 +111,7 @@ def convert(source: str, out: str | epath.Path, scale: float | None = None, shif
         raise UserError(f"{source}: {error}") from error
     with new_directory(out) as directory:
         for part in ("encoder", "decoder"):
-            checkpoints.save_weights(directory / part, params[part])
+            trees.save_weights(directory / part, params[part])
         diffusers.write_geometry(checkpoint, network, directory)
         record = {"source": source, "scale": autoencoder.scale, "shift": autoencoder.shift, "sha256": hashes}
         (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n")

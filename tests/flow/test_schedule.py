@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from lattejax.flow.intervals import Intervals
-from lattejax.flow.schedule import Sampling, plan_segments
+from lattejax.flow.schedule import Sampling, split_steps
 
 
 def singles(intervals: Intervals, sampling: Sampling):
     """(group, guided, solver, start, end) of every step."""
     return [
         (segment.group, segment.guided, segment.solver, *step)
-        for segment in plan_segments(intervals, sampling)
+        for segment in split_steps(intervals, sampling)
         for step in segment.steps
     ]
 
@@ -26,7 +26,7 @@ def test_segments_hold_every_step_once_and_in_order(groups, steps):
 
 
 def test_forty_steps_of_four_groups_are_four_loops():
-    assert [len(segment.steps) for segment in plan_segments(Intervals.equal(4), Sampling(40))] == [10, 10, 10, 10]
+    assert [len(segment.steps) for segment in split_steps(Intervals.equal(4), Sampling(40))] == [10, 10, 10, 10]
 
 
 @pytest.mark.parametrize("scale, interval, guided", [(2.0, (0.2, 0.6), {2, 3, 4, 5}), (1.0, (0.0, 1.0), set())])

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from lattejax.data.examples import image_batcher, open_source
+from lattejax.data.examples import image_batcher
 from lattejax.flow.schedule import Sampling
 from lattejax.models import functional, latte_flow, qwen2_vl
 from lattejax.models.autoencoders import Autoencoder
@@ -21,11 +21,13 @@ from lattejax.models.pixels import PixelConfig
 from lattejax.parallel import rules
 from lattejax.parallel.collectives import traffic
 from lattejax.parallel.mesh import AXES, make_mesh
+from lattejax.runs.checkpoints import Checkpoints
+from lattejax.runs.data import open_data
+from lattejax.runs.inference import inference_weights
 from lattejax.sampling.images import ImageSampler
-from lattejax.training.plans import flow_loss, flow_step, frozen_inputs, stage_rows
+from lattejax.training.generation_stage import flow_loss, flow_step, frozen_inputs
+from lattejax.training.layout import stage_rows
 from lattejax.training.step import abstract_state, compile_for, init_state
-from lattejax.weights.checkpoints import Checkpoints
-from lattejax.weights.runs import inference_weights
 from tests.helpers import encoder_for, randomize, tiny_config
 
 STEPS = 10
@@ -37,7 +39,7 @@ class Trial:
     """A config, its weights and its first batches, the same for all meshes."""
 
     def __init__(self, config, steps: int):
-        self.config, self.encoder, self.source = config, encoder_for(config), open_source(config)
+        self.config, self.encoder, self.source = config, encoder_for(config), open_data(config)
         model = config.model_config
         params = latte_flow.init(model, qwen2_vl.init(model.vlm, jax.random.key(0)), jax.random.key(1))
         self.trained, self.fixed = latte_flow.split_trained(model, randomize(params, scale=0.1))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lattejax.weights.runs import Run
+from lattejax.runs.run import Run
 from tests.helpers import ENVIRONMENT, ROOT, Fork, Forks, tiny_flags
 from tests.training.test_run import assert_equal_runs, final_arrays
 

@@ -12,9 +12,9 @@ from lattejax.errors import UserError
 from lattejax.parallel import rules
 from lattejax.parallel.mesh import AXES, make_mesh, mesh_shape
 from lattejax.parallel.rows import Rows
-from lattejax.training.plans import check_mesh
+from lattejax.runs.shapes import abstract_params, abstract_trained
+from lattejax.training.layout import check_mesh
 from lattejax.training.step import init_state
-from lattejax.weights.runs import abstract_params, abstract_trained
 from tests.helpers import config_file, tiny_config
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from lattejax import configuration
-from lattejax.data.encoding import encode_pixels
+from lattejax.encoding.encode import encode_pixels
 from lattejax.models import qwen2_vl
 from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.dc_ae import DCAEConfig, Stage

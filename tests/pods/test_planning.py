@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lattejax.data.examples import image_batcher, open_source
+from lattejax.data.examples import image_batcher
 from lattejax.data.prompts import question_batch
 from lattejax.errors import UserError
 from lattejax.models import latte_flow, qwen2_vl
 from lattejax.parallel.collectives import Traffic, traffic
 from lattejax.parallel.mesh import one_device
 from lattejax.pods import chips, programs
-from lattejax.training.plans import frozen_inputs
+from lattejax.runs.data import open_data
+from lattejax.training.generation_stage import frozen_inputs
 from tests.helpers import ENVIRONMENT, encoder_for, run_command, tiny_config, tiny_flags
 
 PICTURES = dict(data__prompts="pictures", train__share_contexts=False, data__prompt_length=36)
@@ -34,7 +35,7 @@ PICTURES = dict(data__prompts="pictures", train__share_contexts=False, data__pro
 )
 def test_descriptions_are_those_of_what_training_makes(settings):
     config = tiny_config(**settings)
-    encoder, source = encoder_for(config), open_source(config)
+    encoder, source = encoder_for(config), open_data(config)
     drawings = source.drawings("train", encoder).__getitems__(range(config.train.batch_size))
     batch = {"images": image_batcher(config, encoder, source.captions)(drawings)}
     if config.trains_answers:

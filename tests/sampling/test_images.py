@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lattejax.data import digits
-from lattejax.flow.schedule import Sampling, plan_segments
+from lattejax.flow.schedule import Sampling, split_steps
 from lattejax.models import generation, latte_flow, qwen2_vl
 from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.pixels import PixelConfig
@@ -90,7 +90,7 @@ def test_sampling_equals_a_plain_loop(case, variant):
     model, rows = ours.config, np.zeros(2, int)
     contexts = ours.read(PROMPTS[:1])
     noise = sample_noise(3, np.arange(2), model.generation.latent_shape)
-    segments = plan_segments(model.generation.intervals, sampling)
+    segments = split_steps(model.generation.intervals, sampling)
     drawn = draw_latents(model, ours.pathway, contexts, rows, noise, sampling.guidance, segments=segments)
 
     @functools.partial(jax.jit, static_argnames="group")
@@ -136,7 +136,7 @@ def test_prompts_with_images_draw_beside_prompts_without(variant):
 def test_the_loops_read_no_weights_of_the_time_conditioning():
     """Time embedding and modulations are computed for all steps ahead of the loops."""
     ours = sampler()
-    contexts, segments = ours.read(PROMPTS[:1]), plan_segments(ours.config.generation.intervals, Sampling(4))
+    contexts, segments = ours.read(PROMPTS[:1]), split_steps(ours.config.generation.intervals, Sampling(4))
     noise = np.zeros((1, *ours.config.generation.latent_shape), np.float32)
     drawing = functools.partial(draw_latents, ours.config, segments=segments)
     (call,) = jax.make_jaxpr(drawing)(ours.pathway, contexts, np.zeros(1, np.int32), noise, 2.0).eqns

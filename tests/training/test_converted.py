@@ -7,11 +7,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lattejax.errors import UserError
+from lattejax.runs.run import Run
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.weights import shards
 from lattejax.weights.pretrained import Pretrained
-from lattejax.weights.runs import Run
 from tests import checkpoints
 from tests.helpers import assert_same_bits, tiny_config
 

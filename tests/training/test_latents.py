@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from lattejax.data.encoding import encode
+from lattejax.data.prompts import prompt_encoder
+from lattejax.encoding.encode import encode
 from lattejax.errors import UserError
 from lattejax.parallel.mesh import one_device
-from lattejax.training import plans, stages
+from lattejax.runs.run import Run
+from lattejax.training import generation_stage, stages
 from lattejax.training.interrupt import Interrupted, InterruptGuard
 from lattejax.weights.pretrained import Pretrained
-from lattejax.weights.runs import Run, prompt_encoder
 from tests import checkpoints, pictures
 from tests.helpers import assert_same_bits, run_interrupted, tiny_config
 
@@ -116,9 +117,9 @@ def test_contexts_are_read_in_pieces(config, monkeypatch):
     encoder = prompt_encoder(config, checkpoints.tokenizer())
     vlm = {"vlm": Pretrained.open(config.pretrain.init_from).params("float32")}
     captions = [f"a flower {i}" for i in range(4)]
-    whole = plans.frozen_inputs(run_config, encoder, captions, vlm, one_device()).contexts
-    monkeypatch.setattr(plans, "PROMPTS_AT_A_TIME", 2)
-    pieces = plans.frozen_inputs(run_config, encoder, captions, vlm, one_device()).contexts
+    whole = generation_stage.frozen_inputs(run_config, encoder, captions, vlm, one_device()).contexts
+    monkeypatch.setattr(generation_stage, "PROMPTS_AT_A_TIME", 2)
+    pieces = generation_stage.frozen_inputs(run_config, encoder, captions, vlm, one_device()).contexts
     for ours, theirs in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
         assert ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs, atol=1e-5)

@@ -10,16 +10,18 @@ import optax
 import pytest
 
 from lattejax.data import digits
-from lattejax.data.examples import image_batcher, open_source
+from lattejax.data.examples import image_batcher
 from lattejax.data.prompts import question_batch
+from lattejax.evaluation.held_out import HeldOutLoss
 from lattejax.flow.path import interpolate
 from lattejax.models import functional, generation, latte_flow, qwen2_vl
+from lattejax.objectives.answers import AnswerLoss, answer_loss, weigh_answers
+from lattejax.objectives.flow import FlowLoss, Frozen, norms_per_group
 from lattejax.parallel.mesh import one_device
 from lattejax.parallel.rows import Rows
+from lattejax.runs.data import open_data
 from lattejax.sampling.images import read_prompts
-from lattejax.training.held_out import HeldOutLoss
-from lattejax.training.objectives import AnswerLoss, FlowLoss, Frozen, answer_loss, norms_per_group, weigh_answers
-from lattejax.training.plans import caption_prompts
+from lattejax.training.generation_stage import caption_prompts
 from lattejax.training.step import init_state, learning_rate, make_optimizer, make_train_step
 from tests.helpers import assert_same_bits, encoder_for, randomize, tiny_config
 
@@ -60,7 +62,7 @@ def flow_loss(config=CONFIG, **overrides) -> FlowLoss:
 
 @functools.cache
 def batch(rows: int = 8, config=CONFIG) -> dict:
-    source = open_source(config)
+    source = open_data(config)
     drawings = source.drawings("train", ENCODER).__getitems__(range(rows))
     return {"images": image_batcher(config, ENCODER, source.captions)(drawings)}
 
@@ -438,7 +440,7 @@ def test_the_answers_loss_does_not_depend_on_how_rows_are_spread():
 
 def test_the_held_out_loss_does_not_depend_on_the_batches_it_is_computed_in():
     """20 rows at once, or 7 at a time with the last batch filled up; each row's error is that of its own flow time."""
-    source, loss = open_source(CONFIG), flow_loss()
+    source, loss = open_data(CONFIG), flow_loss()
     found = []
     for batch_size in (20, 7):
         config = tiny_config(eval__examples=20, eval__batch_size=batch_size)

@@ -6,8 +6,8 @@ import pytest
 from etils import epath
 
 from lattejax.errors import UserError
-from lattejax.weights import checkpoints as module
-from lattejax.weights.checkpoints import Checkpoints, DamagedCheckpoint, fingerprints
+from lattejax.runs import checkpoints as module
+from lattejax.runs.checkpoints import Checkpoints, DamagedCheckpoint, fingerprints
 from tests.helpers import assert_same_bits
 
 

@@ -6,7 +6,6 @@ average alone. Orbax commits a checkpoint as a whole: one that a kill has cut sh
 Arrays are read to wherever they are asked for, so another mesh or number of devices is as good as the one that wrote.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -25,26 +24,13 @@ from jaxtyping import Array, UInt32
 from lattejax.errors import UserError
 from lattejax.parallel import hosts
 from lattejax.weights import layouts
+from lattejax.weights.trees import like, stored_target
 
 FINGERPRINTS = "fingerprints"  # in `progress`
 
 
 class DamagedCheckpoint(UserError):
     """A checkpoint whose bytes do not decode, or are not what was written."""
-
-
-def like(tree: Any) -> Any:
-    """Describes a tree's arrays by shape, dtype and, where they have one, sharding: what a restore fills in."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here), tree
-    )
-
-
-def stored_target(path: epath.Path, target: Any) -> Any:
-    """Describes a tree for reading it from `path` in the shapes that it has there; see `layouts`."""
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        return layouts.as_stored(target, layouts.shapes(handler.metadata(path)))
 
 
 class Checkpoints:
@@ -222,39 +208,3 @@ def _bit_sums(tree: Any) -> Any:
         return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
 
     return jax.tree.map(bit_sum, tree)
-
-
-# ---- Weights alone
-
-
-def is_complete(path: epath.Path) -> bool:
-    """Whether `save_weights` has finished there."""
-    return path.exists() and ocp.utils.is_checkpoint_finalized(path)
-
-
-def save_weights(path: epath.Path, params: Any) -> None:
-    """Writes a tree of weights, whole or not at all."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, params)
-
-
-def check_shapes(theirs: Any, ours: Any, name: str) -> None:
-    """Raises `UserError` unless two trees have the same paths, with the same shapes."""
-    have, want = layouts.shapes(theirs), layouts.shapes(ours)
-    wrong = [
-        f"{path}: {have.get(path)}, not {want.get(path)}" for path in have | want if have.get(path) != want.get(path)
-    ]
-    if wrong:
-        raise UserError(f"{name} do not fit the config: {'; '.join(wrong[:5])}{'; …' if wrong[5:] else ''}")
-
-
-def load_weights(path: epath.Path, target: Any) -> Any:
-    """Reads weights into a tree like `target`; raises `UserError` if names or shapes differ, or files are gone."""
-    target = like(target)
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            return layouts.as_wanted(checkpointer.restore(path, stored_target(path, target)), target)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"the weights in {path} do not fit the config: {error}") from error
-        except OSError as error:
-            raise UserError(f"the weights in {path} cannot be read: {error}") from error

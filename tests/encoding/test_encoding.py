@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lattejax.data import encoding, latents
+from lattejax.data import latents
 from lattejax.data.digits import DigitSource
-from lattejax.data.encoding import encode
-from lattejax.data.examples import image_batcher, open_source
+from lattejax.data.examples import image_batcher
 from lattejax.data.images import square
-from lattejax.data.latents import LatentSource
-from lattejax.data.pictures import open_pictures
 from lattejax.data.pipeline import Batches, every
+from lattejax.encoding import encode as encoding
+from lattejax.encoding.encode import encode
+from lattejax.encoding.pictures import open_pictures
 from lattejax.errors import UserError
+from lattejax.runs.data import open_data
 from lattejax.weights.autoencoders import StoredAutoencoder
 from tests import checkpoints, pictures
 from tests.helpers import assert_same_bits, encoder_for, tiny_config
@@ -58,7 +59,7 @@ def copy(config, tmp_path):
 def test_records_are_the_scaled_latents_of_the_crops_and_of_their_mirror_images(config):
     stored = StoredAutoencoder.open(config.data.autoencoder)
     weights, encoded = stored.weights("encoder"), jax.jit(stored.autoencoder.encode)
-    source = LatentSource.open(config)
+    source = open_data(config)
     assert source.captions == ("a flower", "a temple in China") and stored.identity.scale == 0.25
     for split, count in (("train", COUNT - 4), ("test", 4)):
         records, shown = list(every(source.drawings(split))), open_pictures(config.images, split)
@@ -75,7 +76,7 @@ def test_cached_digits_are_the_digits(tmp_path):
     encode(config, config.data.latents)
     encoder = encoder_for(config)
     for split in ("train", "test"):
-        cached = every(open_source(config).drawings(split, encoder))
+        cached = every(open_data(config).drawings(split, encoder))
         for ours, theirs in zip(cached, every(DigitSource("captions").drawings(split, encoder)), strict=True):
             assert ours.caption == theirs.caption
             np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-6)
@@ -85,7 +86,7 @@ WITHOUT_SCORES = dict(pretrain__steps=0, eval__scored_images=0, eval__final_imag
 
 
 def test_the_manifest_has_every_file_and_what_made_it(config):
-    manifest = json.loads((LatentSource.open(config).directory / "manifest.json").read_text())
+    manifest = json.loads((open_data(config).directory / "manifest.json").read_text())
     assert [shard["records"] for shard in manifest["shards"]] == [12, 12, 10, 8]
     assert manifest["encoding"]["autoencoder"]["scale"] == 0.25
     assert manifest["encoding"]["crop"] == "ADM centre crop" and manifest["encoding"]["flip"]
@@ -97,7 +98,7 @@ def test_the_manifest_has_every_file_and_what_made_it(config):
 
 def test_a_killed_worker_goes_on_at_its_file_and_several_workers_do_what_one_does(config, tmp_path, monkeypatch):
     """The same directory, and no picture of a complete file is encoded again."""
-    out, expected = tmp_path / "latents", contents(LatentSource.open(config).directory)
+    out, expected = tmp_path / "latents", contents(open_data(config).directory)
     write, encoded = encoding._write_shard, []
 
     def killed(out, config, pictures, file, *rest):
@@ -111,7 +112,7 @@ def test_a_killed_worker_goes_on_at_its_file_and_several_workers_do_what_one_doe
     with pytest.raises(KeyboardInterrupt):
         encode(config, out)
     with pytest.raises(UserError, match=r"no manifest\.json; let lattejax\.encode end"):
-        LatentSource.open(change(config, "data", latents=str(out)))
+        open_data(change(config, "data", latents=str(out)))
     monkeypatch.setattr(encoding, "_write_shard", lambda *rest: encoded.append(rest[3].name) or write(*rest))
     assert not encode(config, out, worker=1, workers=2)
     assert encode(config, out, worker=0, workers=2)
@@ -126,7 +127,7 @@ def test_the_same_pictures_encoded_again_are_the_same_data(config, tmp_path, mon
     again = change(config, "data", latents=str(tmp_path / "again"))
     monkeypatch.setattr(latents, "WRITER_OPTIONS", "group_size:1,brotli:9")
     encode(again, again.data.latents)
-    ours, theirs = open_source(again), open_source(config)
+    ours, theirs = open_data(again), open_data(config)
     assert ours.identities[0] == theirs.identities[0] and ours.identities[1] != theirs.identities[1]
     record = {"latents": np.zeros((2, 2, 8), np.float32), "picture": "a.jpg"}
     first, second, renamed = (
@@ -153,14 +154,14 @@ def test_latents_of_another_config_are_refused(section, changes, named, config):
         encode(change(config, section, **changes), config.data.latents)
     if section == "data":
         with pytest.raises(UserError, match=r"config\.data\.image_size=32, but .* was made with 16"):
-            open_source(change(config, section, **changes))
+            open_data(change(config, section, **changes))
 
 
 @pytest.mark.parametrize("family, scale, named", [("in-1.0", 0.5, "scale 0.25 of"), ("sana-1.0", 0.25, "sha256")])
 def test_latents_of_another_autoencoder_or_scale_are_refused(family, scale, named, config):
     other = change(config, "data", autoencoder=str(checkpoints.convert_autoencoder(family, scale)))
     with pytest.raises(UserError, match=named):
-        open_source(other)
+        open_data(other)
 
 
 def test_shapes_that_the_autoencoder_does_not_make_are_refused(config, tmp_path):
@@ -175,10 +176,10 @@ def test_shapes_that_the_autoencoder_does_not_make_are_refused(config, tmp_path)
 
 def test_a_truncated_or_changed_shard_is_named(config, tmp_path):
     config = copy(config, tmp_path)
-    file = LatentSource.open(config).directory / "latents-train.array_record-00001-of-00003"
+    file = open_data(config).directory / "latents-train.array_record-00001-of-00003"
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
-    for refused in (lambda: open_source(config), lambda: encode(config, config.data.latents)):
+    for refused in (lambda: open_data(config), lambda: encode(config, config.data.latents)):
         with pytest.raises(UserError, match=f"{file.name} is cut short"):
             refused()
     file.write_bytes(whole[:-1] + b"x")
@@ -186,10 +187,10 @@ def test_a_truncated_or_changed_shard_is_named(config, tmp_path):
         encode(config, config.data.latents)
     file.unlink()
     with pytest.raises(UserError, match=f"{file.name} is missing"):
-        open_source(config)
+        open_data(config)
     file.with_name(f"{file.name}.json").unlink()  # as the error says
     assert encode(config, config.data.latents)
-    assert file.read_bytes() == whole and len(list(every(open_source(config).drawings("train")))) == 34
+    assert file.read_bytes() == whole and len(list(every(open_data(config).drawings("train")))) == 34
 
 
 def test_a_directory_of_something_else_is_not_written_to(config, tmp_path):
@@ -209,7 +210,7 @@ def test_pictures_that_cannot_be_read_are_counted_and_named_up_to_a_limit(autoen
     patient = change(config, "images", most_unreadable=2)
     assert encode(patient, config.data.latents)
     assert capsys.readouterr().out.count("left out: 00") == 2
-    manifest = json.loads((LatentSource.open(config).directory / "manifest.json").read_text())
+    manifest = json.loads((open_data(config).directory / "manifest.json").read_text())
     assert sum(len(shard["unreadable"]) for shard in manifest["shards"]) == 2
     assert count_records(config) == 10
 
@@ -220,7 +221,7 @@ def test_pictures_that_cannot_be_read_are_counted_and_named_up_to_a_limit(autoen
 
 
 def count_records(config):
-    return sum(len(open_source(config).drawings(split)) for split in ("train", "test"))
+    return sum(len(open_data(config).drawings(split)) for split in ("train", "test"))
 
 
 def test_a_file_whose_pictures_are_all_unreadable_is_empty(autoencoder, tmp_path):
@@ -229,7 +230,7 @@ def test_a_file_whose_pictures_are_all_unreadable_is_empty(autoencoder, tmp_path
     broken = open_pictures(config.images, "train")[1]
     (path / broken.name).write_text("no picture")
     assert encode(config, config.data.latents)
-    drawings = open_source(config).drawings("train")
+    drawings = open_data(config).drawings("train")
     assert len(drawings) == len(list(every(drawings))) == 2
 
 
@@ -237,7 +238,7 @@ def test_a_file_whose_pictures_are_all_unreadable_is_empty(autoencoder, tmp_path
 
 
 def stream(config, seed=0, rows=None):
-    source, encoder = open_source(config), encoder_for(config)
+    source, encoder = open_data(config), encoder_for(config)
     batcher = image_batcher(config, encoder, source.captions)
     drawings = source.drawings("train", encoder)
     return Batches(drawings, batcher, batch_size=8, seed=seed, threads=2, rows=rows)
@@ -274,13 +275,13 @@ def test_hosts_read_parts_of_one_batch_and_go_on_as_another_number_of_hosts(conf
         part.set_state(two[0][1].get_state())
         for batch in whole[3:]:
             assert_same_bits(next(part), jax.tree.map(lambda x, rows=rows: x[rows], batch))
-    drawings = open_source(config).drawings("train", encoder_for(config))
+    drawings = open_data(config).drawings("train", encoder_for(config))
     named = drawings.__getitems__(stream(config).records(4))
     assert_same_bits(np.stack([drawing.latents for drawing in named]), whole[4]["latents"])
 
 
 def test_numbers_of_captions_are_their_places_in_the_table(config):
-    source, batch = open_source(config), next(stream(config))
+    source, batch = open_data(config), next(stream(config))
     stored = {drawing.latents.tobytes(): drawing.caption for drawing in every(source.drawings("train"))}
     for latent, number in zip(batch["latents"], batch["caption"], strict=True):
         assert source.captions[number] == stored[latent.tobytes()]

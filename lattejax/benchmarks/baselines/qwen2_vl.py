@@ -3,19 +3,19 @@
 import jax
 import numpy as np
 import torch
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import Prompts, VLMConfig
 from lattejax.weights import naming
-from tests import checkpoints
 
 
-def model_of(config: VLMConfig, params: Params) -> Qwen2VLForConditionalGeneration:
-    """The model with our weights, a tree for each layer, whose memory it shares."""
+def geometry(config: VLMConfig) -> Qwen2VLConfig:
+    """Ours, as transformers writes it."""
     text, vision = config.text, config.vision
-    model = Qwen2VLForConditionalGeneration(
-        checkpoints.tiny_config(
+    rope = dict(rope_type="default", rope_theta=text.rope_theta, mrope_section=list(text.mrope_section))
+    return Qwen2VLConfig(
+        text_config=dict(
             hidden_size=text.hidden_size,
             intermediate_size=text.intermediate_size,
             num_hidden_layers=text.num_layers,
@@ -23,17 +23,28 @@ def model_of(config: VLMConfig, params: Params) -> Qwen2VLForConditionalGenerati
             num_key_value_heads=text.num_kv_heads,
             vocab_size=text.vocab_size,
             rms_norm_eps=text.rms_norm_eps,
-            rope_parameters=dict(
-                rope_type="default", rope_theta=text.rope_theta, mrope_section=list(text.mrope_section)
-            ),
-            tied=text.tie_word_embeddings,
-            vision_depth=vision.depth,
-            vision_embed_dim=vision.embed_dim,
-            vision_num_heads=vision.num_heads,
-            vision_mlp_ratio=vision.mlp_ratio,
-            vision_patch_size=vision.patch_size,
-        )
+            rope_parameters=rope,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+            tie_word_embeddings=text.tie_word_embeddings,
+        ),
+        vision_config=dict(
+            depth=vision.depth,
+            embed_dim=vision.embed_dim,
+            num_heads=vision.num_heads,
+            mlp_ratio=vision.mlp_ratio,
+            patch_size=vision.patch_size,
+            spatial_merge_size=vision.spatial_merge_size,
+            hidden_size=text.hidden_size,
+        ),
+        tie_word_embeddings=text.tie_word_embeddings,
     )
+
+
+def model_of(config: VLMConfig, params: Params) -> Qwen2VLForConditionalGeneration:
+    """The model with our weights, a tree for each layer, whose memory it shares."""
+    model = Qwen2VLForConditionalGeneration(geometry(config))
     ours = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(params)
     }

@@ -5,9 +5,9 @@ import jax
 import numpy as np
 import pytest
 
+from lattejax.benchmarks import drawing, measuring, reading, speed, training
+from lattejax.benchmarks.measuring import Work
 from lattejax.errors import UserError
-from lattejax.evaluation import benchmarks, speed
-from lattejax.evaluation.benchmarks import Work
 from tests.helpers import tiny_config
 
 WORK = Work(batch_size=3, prompt_tokens=5, steps=4, guidance=3.0, new_tokens=6, repeats=1)
@@ -18,49 +18,49 @@ def config(**overrides):
     return tiny_config(model__patch_size=1, **overrides)
 
 
-def check(result, rival: str) -> None:
+def check(result, baseline: str) -> None:
     assert set(result) >= FIGURES
     assert result["share_of_limit"] == pytest.approx(result["limit"] / result["seconds"])
-    if rival:
+    if baseline:
         assert result["ratio"] == pytest.approx(result["against_seconds"] / result["seconds"])
-    if rival == "torch" and "matmul_rate" in result:
+    if baseline == "torch" and "matmul_rate" in result:
         assert result["against_matmul_rate"] > 0
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_steps_of_a_group_equal_pytorchs(guidance):
     work = Work(**(vars(WORK) | {"guidance": guidance}))
-    check(benchmarks.sample(config(), work, "torch"), "torch")
+    check(drawing.sample(config(), work, "torch"), "torch")
 
 
 @pytest.mark.parametrize("overrides", [{}, {"train__unroll": True}], ids=repr)
 def test_a_training_step_equals_pytorchs(overrides):
     """Loss, norm of the gradient, and what AdamW makes of the head."""
-    check(benchmarks.train(config(**overrides), WORK, "torch"), "torch")
+    check(training.train(config(**overrides), WORK, "torch"), "torch")
 
 
 def test_contexts_and_answers_equal_transformers():
-    check(benchmarks.context(config(), WORK, "torch"), "torch")
-    found = benchmarks.decode(config(), WORK, "torch")
+    check(reading.context(config(), WORK, "torch"), "torch")
+    found = reading.decode(config(), WORK, "torch")
     check(found, "torch")
     assert found["tokens_per_second"] == pytest.approx(3 / found["seconds"])
 
 
 def test_vanilla_does_the_work_of_all_groups():
     """Of the same weights; by FLOPs, since seconds say little at this size."""
-    check(benchmarks.sample(config(), WORK, "vanilla"), "vanilla")
-    step = benchmarks.sample(config(), WORK, "torch")["model_flops"]
-    vanilla = benchmarks.sample(config(model__num_groups=1), WORK, "torch")["model_flops"]
+    check(drawing.sample(config(), WORK, "vanilla"), "vanilla")
+    step = drawing.sample(config(), WORK, "torch")["model_flops"]
+    vanilla = drawing.sample(config(model__num_groups=1), WORK, "torch")["model_flops"]
     assert vanilla == pytest.approx(2 * step, rel=0.1)  # of two groups
 
 
 def test_outputs_that_differ_are_not_timed(monkeypatch):
-    from tests.rivals import pathway
+    from lattejax.benchmarks.baselines import pathway
 
     plain = pathway.layer
     monkeypatch.setattr(pathway, "layer", lambda *inputs: (1.01 * plain(*inputs)[0], plain(*inputs)[1]))
     with pytest.raises(UserError, match="nothing was timed"):
-        benchmarks.sample(config(), WORK, "torch")
+        drawing.sample(config(), WORK, "torch")
 
 
 def test_calls_run_in_turn_and_the_first_round_does_not_count(monkeypatch):
@@ -80,5 +80,5 @@ def test_calls_run_in_turn_and_the_first_round_does_not_count(monkeypatch):
 
 
 def test_random_weights_leave_nothing_at_zero():
-    for leaf in jax.tree.leaves(benchmarks.random_params(config())):
+    for leaf in jax.tree.leaves(measuring.random_params(config())):
         assert np.count_nonzero(leaf) > 0.99 * leaf.size

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lattejax.data import digits
 from lattejax.data.images import decode_image, open_image, square
-from lattejax.data.pictures import check_disjoint, open_pictures, readable
+from lattejax.encoding.pictures import check_disjoint, open_pictures, readable
 from lattejax.errors import UserError
 from tests import pictures
 from tests.helpers import encoder_for, tiny_config

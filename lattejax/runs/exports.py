@@ -8,8 +8,8 @@ from flax import traverse_util
 
 from lattejax.models.functional import Params
 from lattejax.weights import layouts, shards
-from lattejax.weights.checkpoints import check_shapes
 from lattejax.weights.shards import Shards
+from lattejax.weights.trees import check_shapes
 
 
 def write(directory: epath.Path, params: Params) -> None:

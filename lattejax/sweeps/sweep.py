@@ -24,17 +24,21 @@ from ml_collections import ConfigDict
 from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.data import digits
-from lattejax.data.examples import open_source
+from lattejax.data.prompts import prompt_encoder
 from lattejax.errors import UserError
-from lattejax.evaluation.comparison import write_comparison
 from lattejax.evaluation.digits import DigitReader
 from lattejax.files import write_whole
+from lattejax.runs.data import open_data
+from lattejax.runs.run import Run
+from lattejax.runs.shapes import abstract_params
+from lattejax.runs.workdir import Workdir
 from lattejax.sampling.images import ImageSampler
+from lattejax.sweeps.comparison import write_comparison
+from lattejax.training.checks import check_fit, check_lengths, find_tokenizer
 from lattejax.training.interrupt import Interrupted, InterruptGuard
-from lattejax.training.stages import check_fit, check_lengths, find_tokenizer, pretrain, train
-from lattejax.weights import checkpoints
+from lattejax.training.stages import pretrain, train
+from lattejax.weights import trees
 from lattejax.weights.autoencoders import StoredAutoencoder
-from lattejax.weights.runs import Run, Workdir, abstract_params, prompt_encoder
 
 KEYS = ("base", "variants", "seeds", "sample_steps")
 
@@ -65,7 +69,7 @@ def resolve_sweep(config: ConfigDict) -> Sweep:
     variants = {name: _override(values["base"], name, overrides) for name, overrides in values["variants"]}
     vlm = abstract_params(base)["vlm"]
     for name, variant in variants.items():
-        checkpoints.check_shapes(vlm, abstract_params(variant)["vlm"], f"variant {name}: the base config's VLM weights")
+        trees.check_shapes(vlm, abstract_params(variant)["vlm"], f"variant {name}: the base config's VLM weights")
         batch, images = variant.eval.batch_size, variant.eval.final_images
         if variant.data.source != "digits" or not images:
             raise UserError(f"variant {name}: a sweep scores digits; it needs data.source='digits', eval.final_images")
@@ -101,12 +105,12 @@ def run_sweep(sweep: Sweep, path: str | epath.Path, guard: InterruptGuard) -> st
       Interrupted: a signal came; everything that is trained is saved.
     """
     directory = Workdir.at(path).path
-    source = open_source(sweep.base)
+    source = open_data(sweep.base)
     tokenizer = find_tokenizer(sweep.base, Workdir(directory / "vlm"), source)
     for variant in {variant.data: variant for variant in sweep.variants.values()}.values():
         encoder = prompt_encoder(variant, tokenizer)
         check_fit(variant, encoder, StoredAutoencoder.open_for(variant.data).identity)
-        check_lengths(variant, encoder, open_source(variant))
+        check_lengths(variant, encoder, open_data(variant))
     pretrain(sweep.base, directory / "vlm", guard)
     runs = {}
     for seed in sweep.seeds:

@@ -1,21 +1,13 @@
-"""The losses: flow matching for what draws, and language modelling of answers for what reads.
-
-A loss takes (trained parameters, frozen inputs, batch, keys) and returns a scalar and a dict of metrics. A batch has
-one or both of two streams, "images" to be drawn and "questions" to be answered, these weighed as a whole batch by
-`weigh_answers`; `keys` has a key for each row of each.
-Rows stand on the leading axis, or on two, [K, b], where each group has rows of its own (`parallel.rows`). A loss is a
-mean over rows, so that the losses of micro-batches average to that of their batch.
+"""Flow matching: mean squared error of velocities, each group on its own interval of flow time.
 
 Axes: K group, b rows of one group's share, U prompts of a table, T token, C latent channel.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int, Key
 
 from lattejax.flow.densities import Density
@@ -24,53 +16,8 @@ from lattejax.models import functional, generation, latte_flow, qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.latte_flow import ModelConfig
-from lattejax.models.qwen2_vl import Prompts, VLMConfig
-
-Metrics = dict[str, Array]
-
-
-# ---- The VLM: answers to questions
-
-
-def weigh_answers(batch: dict[str, Any]) -> dict[str, Any]:
-    """Scales the weights of the questions' tokens, so that the mean over rows of a row's weighted loss is the mean over
-    all answer tokens of the batch: of all its processes and micro-batches, however long each row's answer."""
-    if "questions" not in batch:
-        return batch
-    weights = batch["questions"]["target_weights"]
-    rows = math.prod(weights.shape[:-1])
-    return batch | {"questions": batch["questions"] | {"target_weights": weights * (rows / jnp.sum(weights))}}
-
-
-def answer_loss(
-    config: VLMConfig, vlm: Params, questions: dict[str, Any], remat: str, unroll: bool
-) -> Float[Array, ""]:
-    """Cross-entropy of the answers' tokens, and of no others."""
-    prompts: Prompts = questions["prompts"]
-    vlm = qwen2_vl.unstack(vlm) if unroll else vlm
-    hidden, _ = qwen2_vl.forward(config, vlm, prompts, remat)
-    logits = qwen2_vl.logits(config, vlm, hidden[:, :-1]).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, prompts.input_ids[:, 1:])
-    return jnp.mean(jnp.sum(losses * questions["target_weights"][:, 1:], axis=1))
-
-
-@dataclasses.dataclass(frozen=True)
-class AnswerLoss:
-    """The first stage's loss: the VLM alone."""
-
-    config: ModelConfig
-    dtype: jnp.dtype
-    remat: str
-    unroll: bool
-
-    def __call__(self, vlm: Params, frozen: None, batch: dict[str, Any], keys: Any) -> tuple[Array, Metrics]:
-        del frozen, keys
-        vlm = functional.cast_floats(vlm, self.dtype)
-        loss = answer_loss(self.config.vlm, vlm, batch["questions"], self.remat, self.unroll)
-        return loss, {"loss": loss}
-
-
-# ---- The generation pathway: flow matching, each group on its own interval
+from lattejax.models.qwen2_vl import Prompts
+from lattejax.objectives.answers import Metrics, answer_loss
 
 
 class Frozen(NamedTuple):

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from lattejax.configuration import Config
 from lattejax.data.examples import Drawings
 from lattejax.models.functional import Params
+from lattejax.objectives.flow import FlowLoss, Frozen
 from lattejax.parallel import hosts
 from lattejax.parallel.mesh import batches_of
 from lattejax.parallel.rows import Rows
-from lattejax.training.objectives import FlowLoss, Frozen
 
 
 class HeldOutLoss:

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 import torch
 
-from lattejax.evaluation.speed import Call, Product
+from lattejax.benchmarks.speed import Call, Product
 
 
 def product_calls(products: Iterable[Product]) -> dict[str, Call]:
-    """As `lattejax.evaluation.speed.product_calls`, float32."""
+    """As `lattejax.benchmarks.speed.product_calls`, float32."""
 
     def call(product: Product) -> Call:
         x, weight = torch.randn(product.rows, product.inputs), torch.randn(product.outputs, product.inputs)

@@ -1,124 +1,31 @@
-"""A run's directory, and how a run is read: by `sample`, by `chat`, and by runs that start from it.
-
-config.json           the resolved config
-tokenizer/            the tokenizer, as transformers writes it
-vlm/                  the VLM's weights as the first stage ends with them, written once
-vlm.json              instead of them, where converted weights are taken as they are: where those are, and their hashes
-autoencoder.json      which autoencoder the latents are of
-data.json             which data set the run is trained on
-checkpoints/<stage>/  the stage's latest checkpoints; in checkpoints/damaged/ what was found damaged
-metrics.jsonl         one JSON object a line; also in tensorboard/
-samples/              a grid of samples for each evaluation
-results.json          the final scores
-"""
+"""How a run is read: by `sample`, by `chat`, and by runs that start from it."""
 
 import dataclasses
 import functools
 import json
 
-import jax
-from etils import epath, epy
-from jax.sharding import Mesh, NamedSharding
+from etils import epath
+from jax.sharding import Mesh
 
 from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
-from lattejax.data.prompts import PromptEncoder
+from lattejax.data.identity import Identity
+from lattejax.data.prompts import PromptEncoder, prompt_encoder
 from lattejax.errors import UserError
 from lattejax.files import located, new_directory, read_json, write_whole
-from lattejax.models import functional, latte_flow, qwen2_vl
+from lattejax.models import functional, latte_flow
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.parallel import rules
 from lattejax.parallel.mesh import make_mesh, one_device
-from lattejax.weights import checkpoints, exports, shards
-from lattejax.weights.autoencoders import Identity, StoredAutoencoder
-from lattejax.weights.checkpoints import Checkpoints
+from lattejax.runs import exports
+from lattejax.runs.checkpoints import Checkpoints
+from lattejax.runs.shapes import abstract_params, abstract_trained
+from lattejax.runs.workdir import Workdir
+from lattejax.weights import shards, trees
+from lattejax.weights.autoencoders import StoredAutoencoder
 from lattejax.weights.pretrained import Pretrained, is_converted
-
-with epy.lazy_imports():
-    import transformers
-
-
-@dataclasses.dataclass(frozen=True)
-class Workdir:
-    """Where a run keeps its files."""
-
-    path: epath.Path
-
-    @classmethod
-    def at(cls, path: str | epath.Path) -> "Workdir":
-        """Takes a local path, also a relative one, or a remote one."""
-        return cls(located(path))
-
-    @property
-    def config(self) -> epath.Path:
-        return self.path / "config.json"
-
-    @property
-    def tokenizer(self) -> epath.Path:
-        return self.path / "tokenizer"
-
-    @property
-    def vlm(self) -> epath.Path:
-        return self.path / "vlm"
-
-    @property
-    def vlm_reference(self) -> epath.Path:
-        return self.path / "vlm.json"
-
-    @property
-    def autoencoder(self) -> epath.Path:
-        return self.path / "autoencoder.json"
-
-    @property
-    def data(self) -> epath.Path:
-        return self.path / "data.json"
-
-    def checkpoints(self, stage: str) -> epath.Path:
-        return self.path / "checkpoints" / stage
-
-    @property
-    def metrics(self) -> epath.Path:
-        return self.path / "metrics.jsonl"
-
-    def tensorboard(self, stage: str) -> epath.Path:
-        return self.path / "tensorboard" / stage
-
-    def image(self, name: str, stage: str, step: int) -> epath.Path:
-        return self.path / name / f"{stage}_{step:07d}.png"
-
-    @property
-    def results(self) -> epath.Path:
-        return self.path / "results.json"
-
-
-def prompt_encoder(config: Config, tokenizer: tokenizers.Tokenizer) -> PromptEncoder:
-    """The encoder that goes with a config: its tokenizer, its vision tower's patches, its bounds on image sizes."""
-    vision = config.model.vision
-    processor = transformers.Qwen2VLImageProcessorPil(
-        patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch_size,
-        merge_size=vision.spatial_merge_size,
-        size={"shortest_edge": config.data.min_pixels, "longest_edge": config.data.max_pixels},
-    )
-    return PromptEncoder(tokenizer, processor)
-
-
-@functools.lru_cache(maxsize=16)  # it takes a quarter of a second, and is asked for a dozen times a run
-def abstract_params(config: Config) -> Params:
-    """Shapes and dtypes of all of the model's weights."""
-    model = config.model_config
-
-    def init(key):
-        return latte_flow.init(model, qwen2_vl.init(model.vlm, key), key)
-
-    return jax.eval_shape(init, jax.random.key(0))
-
-
-def abstract_trained(config: Config) -> Params:
-    """Shapes and dtypes of what the second stage trains."""
-    return latte_flow.split_trained(config.model_config, abstract_params(config))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +60,7 @@ class Run:
     @property
     def has_vlm(self) -> bool:
         """Whether the first stage has ended."""
-        return checkpoints.is_complete(self.workdir.vlm) or self.workdir.vlm_reference.exists()
+        return trees.is_complete(self.workdir.vlm) or self.workdir.vlm_reference.exists()
 
     def pretrained_vlm(self, dtype: str = "float32") -> Params:
         """Reads the weights that the first stage ended with, stacked.
@@ -165,7 +72,7 @@ class Run:
             return converted.params(dtype, self.mesh)
         if not self.has_vlm:
             raise UserError(f"{self.workdir.path} has no finished VLM yet; let its first stage of training end")
-        vlm = checkpoints.load_weights(self.workdir.vlm, rules.abstract(self.mesh, abstract_params(self.config)["vlm"]))
+        vlm = trees.load_weights(self.workdir.vlm, rules.abstract(self.mesh, abstract_params(self.config)["vlm"]))
         return functional.cast_floats(vlm, dtype)
 
     def converted_vlm(self) -> Pretrained | None:
@@ -254,28 +161,3 @@ def open_mesh(config: Config) -> Mesh:
         return make_mesh(dataclasses.asdict(config.mesh))
     except ValueError as error:
         raise UserError(f"config.mesh: {error}") from error
-
-
-def sampling_axes(part: str) -> tuple[str, ...]:
-    """Over which axes of a mesh a part of the model is cut for drawing and answering.
-
-    The pathway's over `tensor` alone: each device draws images of its own, and in every one of their steps another
-    group works. The VLM's over `fsdp` too, since it reads a prompt once.
-    """
-    return ("fsdp", "tensor") if part == "vlm" else ("tensor",)
-
-
-def inference_weights(config: Config, params: Params, mesh: Mesh) -> Params:
-    """Casts weights to the dtype of the computation, cuts them by `sampling_axes`, and gives each layer a tree of its
-    own."""
-    placed = {}
-    for name, part in params.items():
-        placed |= rules.shardings(mesh, {name: part}, sampling_axes(name))
-    leaves, tree = jax.tree.flatten(placed)
-    return latte_flow.unstack(_cast_and_cut(config.dtype, tree, tuple(leaves))(params))
-
-
-@functools.lru_cache(maxsize=8)
-def _cast_and_cut(dtype: str, tree: jax.tree_util.PyTreeDef, leaves: tuple[NamedSharding, ...]) -> jax.stages.Wrapped:
-    """Kept, so that a run's evaluations after the first compile nothing."""
-    return jax.jit(functools.partial(functional.cast_floats, dtype=dtype), out_shardings=tree.unflatten(leaves))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from lattejax.configuration import Config
 from lattejax.data import images, latents
 from lattejax.data.latents import CROP, ENCODING, MANIFEST, MOST_CAPTIONS, SPLITS, Encoding, File, Shard
-from lattejax.data.pictures import Pictures, check_disjoint, open_pictures
+from lattejax.encoding.pictures import Pictures, check_disjoint, open_pictures
 from lattejax.errors import UserError
 from lattejax.files import is_remote, located, read_json, write_whole
 from lattejax.models.autoencoders import Autoencoder

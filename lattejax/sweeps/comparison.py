@@ -14,8 +14,8 @@ import numpy as np
 from etils import epath
 
 from lattejax.files import write_whole, write_with
-from lattejax.training.metrics import read_records
-from lattejax.weights.runs import Run
+from lattejax.runs.records import read_records
+from lattejax.runs.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

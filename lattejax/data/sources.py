@@ -1,0 +1,23 @@
+"""The data sets that `config.data.source` can name; see `examples.Source` for what one has to do."""
+
+import importlib
+
+from lattejax.configuration import Config
+from lattejax.data.examples import Source
+from lattejax.data.identity import Identity
+from lattejax.errors import UserError
+
+# Where each class is: it is imported when it is asked for, since what data sets need is slow to import.
+SOURCES = {
+    "digits": "lattejax.data.digits:DigitSource",
+    "latents": "lattejax.data.latents:LatentSource",
+}
+
+
+def open_source(config: Config, autoencoder: Identity) -> Source:
+    """Opens the config's data set; see `Source.open`."""
+    name = config.data.source
+    if name not in SOURCES:
+        raise UserError(f"config.data.source={name!r} is unknown; use one of {', '.join(SOURCES)}")
+    module, _, cls = SOURCES[name].partition(":")
+    return getattr(importlib.import_module(module), cls).open(config, autoencoder)

@@ -1,0 +1,54 @@
+"""Language modelling of answers: what the VLM is trained by, and in Blend the layers that it shares."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from lattejax.models import functional, qwen2_vl
+from lattejax.models.functional import Params
+from lattejax.models.latte_flow import ModelConfig
+from lattejax.models.qwen2_vl import Prompts, VLMConfig
+
+Metrics = dict[str, Array]
+
+
+def weigh_answers(batch: dict[str, Any]) -> dict[str, Any]:
+    """Scales the weights of the questions' tokens, so that the mean over rows of a row's weighted loss is the mean over
+    all answer tokens of the batch: of all its processes and micro-batches, however long each row's answer."""
+    if "questions" not in batch:
+        return batch
+    weights = batch["questions"]["target_weights"]
+    rows = math.prod(weights.shape[:-1])
+    return batch | {"questions": batch["questions"] | {"target_weights": weights * (rows / jnp.sum(weights))}}
+
+
+def answer_loss(
+    config: VLMConfig, vlm: Params, questions: dict[str, Any], remat: str, unroll: bool
+) -> Float[Array, ""]:
+    """Cross-entropy of the answers' tokens, and of no others."""
+    prompts: Prompts = questions["prompts"]
+    vlm = qwen2_vl.unstack(vlm) if unroll else vlm
+    hidden, _ = qwen2_vl.forward(config, vlm, prompts, remat)
+    logits = qwen2_vl.logits(config, vlm, hidden[:, :-1]).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, prompts.input_ids[:, 1:])
+    return jnp.mean(jnp.sum(losses * questions["target_weights"][:, 1:], axis=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerLoss:
+    """The first stage's loss: the VLM alone."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    remat: str
+    unroll: bool
+
+    def __call__(self, vlm: Params, frozen: None, batch: dict[str, Any], keys: Any) -> tuple[Array, Metrics]:
+        del frozen, keys
+        vlm = functional.cast_floats(vlm, self.dtype)
+        loss = answer_loss(self.config.vlm, vlm, batch["questions"], self.remat, self.unroll)
+        return loss, {"loss": loss}

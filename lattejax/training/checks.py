@@ -1,0 +1,124 @@
+"""What is checked before any work starts: that config, data, weights and workdir go together."""
+
+import dataclasses
+
+from absl import logging
+from etils import epath
+from tqdm import tqdm
+
+from lattejax import configuration
+from lattejax.configuration import Config
+from lattejax.data import tokenizer as tokenizers
+from lattejax.data.examples import Source, encode_prompts
+from lattejax.data.identity import Identity
+from lattejax.data.pipeline import chunks, every
+from lattejax.data.prompts import PromptEncoder
+from lattejax.errors import UserError
+from lattejax.files import read_json
+from lattejax.runs.run import Run, open_vlm
+from lattejax.runs.shapes import abstract_trained
+from lattejax.runs.workdir import Workdir
+from lattejax.training.generation_stage import caption_prompts
+from lattejax.weights import shards, trees
+from lattejax.weights.pretrained import Pretrained
+
+
+def refuse_other_data(config: Config, workdir: Workdir, source: Source, autoencoder: Identity) -> None:
+    """Raises `UserError` if what stands where the config says is not what the run has been trained on so far."""
+    Identity.load(workdir.autoencoder).check(autoencoder, f"the run {workdir.path}", config.data.autoencoder)
+    if read_json(workdir.data).get("identity") not in source.identities:
+        raise UserError(f"{config.data.latents} holds other latents than those that {workdir.path} was trained on")
+
+
+def refuse_another_config(config: Config, workdir: Workdir) -> None:
+    """Raises `UserError` if the workdir belongs to another config, and shows the difference, or is an export."""
+    if shards.are_stored(workdir.path):
+        raise UserError(f"{workdir.path} holds exported weights; use another --workdir, and set init_from to this one")
+    if workdir.config.exists():
+        theirs = configuration.load(workdir.config)
+        # Another mesh computes the same, and what pictures were made into latents is told by the latents.
+        free = {name: getattr(theirs, name) for name in ("images", "mesh", "most_skipped_steps")}
+        different = configuration.differences(dataclasses.replace(config, **free), theirs)
+        if different:
+            raise UserError(
+                f"{workdir.path} belongs to another config ({'; '.join(different)}); use another --workdir, "
+                "or set init_from to start from its weights"
+            )
+
+
+def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenizers.Tokenizer:
+    """Returns the run's tokenizer: the saved one, else that of the run to start from, else the one that the config
+    names, else one trained on the data's texts."""
+    if tokenizers.is_saved(workdir.tokenizer):
+        return tokenizers.load(workdir.tokenizer)
+    if config.pretrain.init_from:
+        return open_vlm(config.pretrain.init_from).encoder.tokenizer
+    if config.tokenizer.path:
+        return tokenizers.load(epath.Path(config.tokenizer.path))
+    return tokenizers.train(source.texts(), config.tokenizer.vocab_size)
+
+
+def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity) -> None:
+    """Raises `UserError` if tokenizer or the weights to start from do not fit the config."""
+    entries, room = len(encoder.tokenizer), config.model.text.vocab_size
+    if entries > room:
+        raise UserError(f"the tokenizer has {entries} entries, more than config.model.text.vocab_size={room}")
+    if config.pretrain.init_from:
+        check_same_vlm(config, encoder, open_vlm(config.pretrain.init_from))
+    if config.train.init_from:
+        theirs, name = Run.open(config.train.init_from), f"the weights of {config.train.init_from}"
+        trees.check_shapes(abstract_trained(theirs.config), abstract_trained(config), name)
+        Identity.load(theirs.workdir.autoencoder).check(autoencoder, theirs.workdir.path, config.data.autoencoder)
+        warn_of_another_pathway(config, theirs.config)
+
+
+def warn_of_another_pathway(config: Config, theirs: Config) -> None:
+    """Says where weights to start from were trained as another function than the config's, which shapes do not show."""
+    ours, before = (dataclasses.asdict(either.model_config.generation) for either in (config, theirs))
+    different = [f"{key}: {before[key]!r} -> {ours[key]!r}" for key in ours if ours[key] != before[key]]
+    if different:
+        logging.warning("the weights of %s were trained with %s", config.train.init_from, "; ".join(different))
+
+
+def check_questions(config: Config, source: Source) -> None:
+    """Raises `UserError` if questions are to be trained on, and the data has none."""
+    asked = {"pretrain.steps": bool(config.pretrain.steps), "model.variant='blend'": config.trains_answers}
+    if wanted := [key for key, is_asked in asked.items() if is_asked and not source.has_questions]:
+        raise UserError(
+            f"{', '.join(wanted)} trains on questions, and config.data.source={config.data.source!r} has none"
+        )
+
+
+def check_lengths(config: Config, encoder: PromptEncoder, source: Source) -> None:
+    """Raises `UserError` if contexts cannot be shared, or a prompt of the data set is longer than the config allows."""
+    if config.train.share_contexts and not source.captions:
+        raise UserError(
+            f"{config.data.latents} has more captions than can be read ahead; set config.train.share_contexts=False"
+        )
+    caption_prompts(config, encoder, source.captions)
+    for split in ("train", "test"):
+        drawings, questions = source.drawings(split, encoder), source.questions(split, encoder)
+        if not (source.captions and config.data.prompts == "captions"):
+            with tqdm(desc=f"checking {split} prompts", total=len(drawings), unit="prompt", disable=None) as bar:
+                for chunk in chunks(drawings):
+                    encoder.check_length(encode_prompts(encoder, chunk), config.data.prompt_length)
+                    bar.update(len(chunk))
+        if questions is not None:
+            encoder.check_length(every(questions), config.data.answer_length)
+
+
+def check_same_vlm(config: Config, encoder: PromptEncoder, source: Run | Pretrained) -> None:
+    """Raises `UserError` unless the VLM to start from is the config's, and sees images as the config has it."""
+    ours, theirs = (dataclasses.asdict(vlm) for vlm in (config.model_config.vlm, source.vlm_config))
+    different = [
+        f"config.model.{tower}.{key} is {ours[tower][key]!r}, theirs {theirs[tower][key]!r}"
+        for tower in ours
+        for key in ours[tower]
+        if ours[tower][key] != theirs[tower][key]
+    ]
+    for key in ("image_mean", "image_std", "rescale_factor", "resample"):
+        ours_too, theirs_too = (getattr(either.processor, key) for either in (encoder, source.encoder))
+        if ours_too != theirs_too:
+            different.append(f"the image processor's {key} is {ours_too!r}, theirs {theirs_too!r}")
+    if different:
+        raise UserError(f"the weights of {config.pretrain.init_from} do not fit the config: {'; '.join(different)}")

@@ -1,0 +1,163 @@
+"""The second stage: flow matching."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lattejax.configuration import Config
+from lattejax.data.examples import image_batcher
+from lattejax.data.pipeline import Batches, Streams
+from lattejax.data.prompts import PromptEncoder
+from lattejax.evaluation.digits import DigitReader
+from lattejax.evaluation.drawn import draw_digits, held_out_answers, sample_grid
+from lattejax.evaluation.held_out import HeldOutLoss
+from lattejax.models import functional, latte_flow
+from lattejax.models.functional import Params
+from lattejax.models.generation import Context
+from lattejax.models.qwen2_vl import Prompts
+from lattejax.objectives.answers import weigh_answers
+from lattejax.objectives.flow import FlowLoss, Frozen, norms_per_group
+from lattejax.parallel import hosts, rules
+from lattejax.runs.data import open_data
+from lattejax.runs.inference import inference_weights
+from lattejax.runs.run import Run
+from lattejax.runs.shapes import abstract_trained
+from lattejax.sampling.images import ImageSampler, read_prompts
+from lattejax.training.costs import generation_flops
+from lattejax.training.layout import stage_rows
+from lattejax.training.loop import StageRecipe
+from lattejax.training.metrics import MetricsLog
+from lattejax.training.step import TrainState, make_train_step
+from lattejax.training.vlm_stage import question_batches
+
+PROMPTS_AT_A_TIME = 128  # when contexts are made ahead
+
+
+def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
+    """Trains the generation pathway, from the run's VLM or another run's pathway; in Blend the VLM's layers too."""
+    config, encoder, source = run.config, run.encoder, open_data(run.config)
+    stage, model = config.train, config.model_config
+    init_key, step_key = jax.random.split(key)
+    rows, loss, trained = stage_rows(config)["train"], flow_loss(config), abstract_trained(config)
+
+    def read_fixed() -> Params:
+        return latte_flow.split_trained(model, {"vlm": run.pretrained_vlm(config.dtype)})[1]
+
+    # With contexts made ahead, training itself has no more use for the VLM, which is not kept between evaluations.
+    frozen = frozen_inputs(config, encoder, source.captions, read_fixed(), run.mesh)
+    make_batch = image_batcher(config, encoder, source.captions)
+    held_out = HeldOutLoss(config, loss, source.drawings("test", encoder), make_batch, run.mesh)
+    reader = DigitReader() if config.eval.scored_images else None
+    stored = run.open_autoencoder()
+    # Read now, when nothing is lost if it cannot be; kept on the host until an evaluation draws.
+    autoencoder, decoder = stored.autoencoder, jax.device_get(stored.weights("decoder"))
+
+    def init() -> Params:
+        if stage.init_from:
+            return Run.open(stage.init_from, run.mesh).trained(config)
+
+        def fresh(vlm, key):
+            return latte_flow.split_trained(model, latte_flow.init(model, vlm, key))[0]
+
+        return jax.jit(fresh, out_shardings=rules.shardings(run.mesh, trained))(run.pretrained_vlm(), init_key)
+
+    def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:
+        losses = held_out(state.average, frozen)
+        lengths = np.asarray(model.generation.intervals.lengths)
+        metrics = {"held_out_loss": np.sum(losses * lengths), "held_out_loss_per_group": losses}
+        params = functional.merge(frozen.params or read_fixed(), state.average)
+        if config.trains_answers:
+            metrics["answer_accuracy"] = held_out_answers(run, params["vlm"], config.eval.examples)
+        weights = inference_weights(config, params, run.mesh)
+        sampler = ImageSampler(model, autoencoder, encoder, weights, decoder, run.mesh)
+        log.image(int(hosts.fetch(state.step)), "samples", sample_grid(config, sampler))
+        if reader is not None:
+            metrics |= reader.score(draw_digits(config, sampler, config.eval.scored_images, config.eval.sampling))
+        return metrics
+
+    batches = {
+        "images": Batches(
+            source.drawings("train", encoder),
+            make_batch,
+            batch_size=stage.batch_size,
+            seed=config.seed,
+            threads=config.data.threads,
+            rows=rows["images"].of_process(run.mesh),
+        )
+    }
+    if config.trains_answers:
+        batches["questions"] = question_batches(run, rows["questions"])
+    return StageRecipe(
+        name="train",
+        settings=stage,
+        mesh=run.mesh,
+        rows=rows,
+        trained=trained,
+        init=init,
+        step=flow_step(config, loss),
+        key=step_key,
+        frozen=frozen,
+        batches=Streams(**batches),
+        evaluate=evaluate,
+        flops_per_example=generation_flops(config, len(source.captions)),
+        profile=config.profile,
+    )
+
+
+def flow_loss(config: Config) -> FlowLoss:
+    stage = config.train
+    return FlowLoss(
+        config.model_config,
+        density=stage.flow_density,
+        stratified=stage.stratified,
+        prompt_dropout=stage.prompt_dropout,
+        answer_weight=stage.answer_weight,
+        dtype=jnp.dtype(config.dtype),
+        remat=stage.remat,
+        unroll=stage.unroll,
+    )
+
+
+def flow_step(config: Config, loss: FlowLoss) -> Callable:
+    """The second stage's train step, see `make_train_step`."""
+    model = config.model_config
+    return make_train_step(
+        config.train,
+        loss,
+        stage_rows(config)["train"],
+        lambda gradients: {"grad_norm_per_group": norms_per_group(model, gradients)},
+        prepare=weigh_answers,
+    )
+
+
+def frozen_inputs(config: Config, encoder: PromptEncoder, captions: Sequence[str], fixed: Params, mesh: Mesh) -> Frozen:
+    """What the loss reads besides what it trains. Prompts that repeat are read once: in Couple here and now."""
+    model, stage = config.model_config, config.train
+    prompts = caption_prompts(config, encoder, captions if stage.share_contexts else ())
+    if not stage.share_contexts:
+        return rules.place(mesh, Frozen(fixed, unconditional=prompts))
+    if config.trains_answers:
+        return rules.place(mesh, Frozen(fixed, captions=prompts))
+    # So many at a time, so that a thousand prompts do not need a thousand prompts' activations.
+    starts = range(0, len(prompts.mask), PROMPTS_AT_A_TIME)
+    tables = [
+        read_prompts(model, fixed["vlm"], jax.tree.map(lambda x, i=i: x[i : i + PROMPTS_AT_A_TIME], prompts))
+        for i in starts
+    ]
+
+    def joined(tables):
+        layers = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *(table.layers for table in tables))
+        mask, position = (jnp.concatenate(parts) for parts in zip(*(table[1:] for table in tables), strict=True))
+        return Frozen({}, contexts=Context(layers, mask, position))
+
+    return jax.jit(joined, out_shardings=rules.shardings(mesh, jax.eval_shape(joined, tables)))(tables)
+
+
+def caption_prompts(config: Config, encoder: PromptEncoder, captions: Sequence[str]) -> Prompts:
+    """The prompts of captions, and last the empty one."""
+    prompts = [encoder.drawing(caption) for caption in captions]
+    return encoder.batch([*prompts, encoder.unconditional()], config.data.prompt_length)

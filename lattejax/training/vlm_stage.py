@@ -1,0 +1,72 @@
+"""The first stage: language modelling of answers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lattejax.configuration import Config
+from lattejax.data.pipeline import Batches, Streams
+from lattejax.data.prompts import question_batch
+from lattejax.evaluation.drawn import held_out_answers
+from lattejax.models import qwen2_vl
+from lattejax.models.functional import Params
+from lattejax.objectives.answers import AnswerLoss, weigh_answers
+from lattejax.parallel import rules
+from lattejax.parallel.rows import Rows
+from lattejax.runs.data import open_data
+from lattejax.runs.run import Run, open_vlm
+from lattejax.runs.shapes import abstract_params
+from lattejax.training.costs import TRAINING_PASSES, question_flops
+from lattejax.training.layout import stage_rows
+from lattejax.training.loop import StageRecipe
+from lattejax.training.metrics import MetricsLog
+from lattejax.training.step import TrainState, make_train_step
+
+
+def vlm_recipe(run: Run, key: jax.Array) -> StageRecipe:
+    """Trains the VLM, from random weights or another run's, to answer questions about images."""
+    config, stage, model = run.config, run.config.pretrain, run.config.model_config
+    init_key, step_key = jax.random.split(key)
+    rows = stage_rows(config)["pretrain"]
+    loss = AnswerLoss(model, jnp.dtype(config.dtype), stage.remat, stage.unroll)
+
+    def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:
+        return {"answer_accuracy": held_out_answers(run, state.average, config.eval.examples)}
+
+    return StageRecipe(
+        name="pretrain",
+        settings=stage,
+        mesh=run.mesh,
+        rows=rows,
+        trained=abstract_params(config)["vlm"],
+        init=lambda: first_vlm(config, init_key, run.mesh),
+        step=make_train_step(stage, loss, rows, prepare=weigh_answers),
+        key=step_key,
+        frozen=None,
+        batches=Streams(questions=question_batches(run, rows["questions"])),
+        evaluate=evaluate,
+        flops_per_example=TRAINING_PASSES * question_flops(config),
+    )
+
+
+def first_vlm(config: Config, key: jax.Array, mesh: Mesh) -> Params:
+    """What the first stage starts from: another run's VLM, converted weights, or random ones."""
+    if config.pretrain.init_from:
+        source = open_vlm(config.pretrain.init_from, mesh)
+        return source.vlm() if isinstance(source, Run) else source.params("float32", mesh)
+    placed = rules.shardings(mesh, abstract_params(config)["vlm"])
+    return jax.jit(lambda key: qwen2_vl.init(config.model_config.vlm, key), out_shardings=placed)(key)
+
+
+def question_batches(run: Run, rows: Rows) -> Batches:
+    data = run.config.data
+    return Batches(
+        open_data(run.config).questions("train", run.encoder),
+        lambda records: question_batch(run.encoder, records, data.answer_length),
+        batch_size=rows.batch_size,
+        seed=run.config.seed,
+        threads=data.threads,
+        rows=rows.of_process(run.mesh),
+    )

@@ -1,0 +1,72 @@
+"""Imports point downwards only: no package imports one above it or the tests, and no two modules each other."""
+
+import ast
+import graphlib
+from collections.abc import Iterator
+
+import pytest
+
+from tests.helpers import ROOT
+
+# From the top. What stands in one line does not import each other.
+LAYERS = """
+    __main__ train sample chat convert encode plan sweep benchmark
+    cli
+    sweeps benchmarks pods encoding
+    training
+    evaluation
+    objectives
+    sampling
+    runs
+    weights
+    data
+    parallel
+    configuration
+    models
+    flow
+    files
+    errors
+"""
+LEVELS = {name: level for level, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
+PACKAGE = ROOT / "lattejax"
+
+
+def modules() -> dict[str, str]:
+    """Every module of the package, and its source."""
+    files = [file for file in PACKAGE.rglob("*.py") if "experiments" not in file.parts]
+    names = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files}
+    return {names[file]: file.read_text() for file in files}
+
+
+def imported(source: str, known: set[str]) -> Iterator[str]:
+    """The modules that a source imports anywhere, those of the package by their full names."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in known else node.module
+
+
+SOURCES = modules()
+IMPORTS = {name: sorted(set(imported(source, set(SOURCES)))) for name, source in SOURCES.items()}
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"lattejax"}))
+def test_a_module_imports_nothing_from_above(name):
+    part = name.split(".")[1]
+    for other in IMPORTS[name]:
+        assert not other.startswith("tests"), f"{name} imports {other}"
+        if other.startswith("lattejax.") and (theirs := other.split(".")[1]) != part:
+            assert LEVELS[theirs] > LEVELS[part], f"{name} imports {other}, which is above or beside it"
+
+
+def test_no_modules_import_each_other():
+    graph = {name: [other for other in others if other in SOURCES] for name, others in IMPORTS.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names them
+
+
+def test_a_file_is_one_idea():
+    long = {name: lines for name, source in SOURCES.items() if (lines := len(source.splitlines())) > 320}
+    assert not long
