@@ -11,7 +11,7 @@ from typing import Any
 from lattejax.flow.densities import Density, LogitNormal, Shifted, Uniform
 from lattejax.flow.schedule import Sampling
 from lattejax.models.autoencoders import PIXELS, Autoencoder
-from lattejax.models.functional import REMAT_POLICIES
+from lattejax.models.layers import REMAT_POLICIES
 from lattejax.models.pixels import PixelConfig
 from lattejax.models.text import TextConfig
 from lattejax.models.vision import VisionConfig

@@ -9,7 +9,7 @@ that `jax.jit`, `jax.grad`, `jax.vmap` and `jax.lax.scan` are all the transforms
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,6 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 Params = Any  # a nested dict of arrays
-# The layers of a stack, either as one tree whose leaves are stacked on a leading axis, or as a list with a tree each.
-Layers = Any
 
 
 @functools.cache
@@ -55,53 +53,6 @@ def merge(*parts: Params) -> Params:
     for part in parts:
         flat |= traverse_util.flatten_dict(part, sep="/")
     return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def unstack(stacked: Params, release: bool = False) -> list[Params]:
-    """Splits a stack into a list with one tree a layer, each leaf an array of its own.
-
-    Sampling and decoding want this form: slicing a layer out of a stack inside a compiled loop copies its weights at
-    every step, which at batch 1 costs more than the layer itself. With `release` each stacked leaf's memory is given
-    back as soon as it is split, and the stack cannot be used again.
-    """
-    leaves, tree = jax.tree.flatten(stacked)
-    split = []
-    for leaf in leaves:
-        split.append(_split(leaf))
-        if release:
-            jax.block_until_ready(split[-1])
-            leaf.delete()
-    return [jax.tree.unflatten(tree, layer) for layer in zip(*split, strict=True)]
-
-
-@jax.jit
-def _split(leaf: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(leaf)
-
-
-# What a layer keeps for the backward pass: everything, its matrix products, or only its input.
-REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def over_layers(body: Callable, carry: Any, layers: Layers, remat: str = "none") -> tuple[Any, Layers]:
-    """Runs `body(carry, layer) -> (carry, output)` through the layers, in order.
-
-    A stacked tree is scanned and its outputs come back stacked; a list is unrolled and they come back as a list.
-    `remat` names one of `REMAT_POLICIES`.
-    """
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=isinstance(layers, list))
-    if not isinstance(layers, list):
-        return jax.lax.scan(body, carry, layers)
-    outputs = []
-    for layer in layers:
-        carry, output = body(carry, layer)
-        outputs.append(output)
-    return carry, outputs
 
 
 def cast_floats(tree: Any, dtype: jnp.dtype) -> Any:

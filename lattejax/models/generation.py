@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lattejax.models import functional
-from lattejax.models.functional import Layers, Params
+from lattejax.models.functional import Params
 from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.generation_ends import Head, HeadModulation, LatentEmbedding, TimeEmbedding
 from lattejax.models.generation_layer import GenerationLayer, Modulation
+from lattejax.models.layers import Layers
 from lattejax.models.rotary import multimodal_rotary
 from lattejax.models.text import KeysValues
 
@@ -58,19 +59,14 @@ def init(config: GenerationConfig, decoder_layers: Params | None, key: jax.Array
     }
 
 
-def group_layers(config: GenerationConfig, layers: Layers, group: int) -> Layers:
-    """Returns one group's share of what stands for each of the L layers: of a list, or of stacked leaves."""
-    own = config.layers_of[group]
-    return layers[own] if isinstance(layers, list) else jax.tree.map(lambda x: x[own], layers)
+def group_layers(config: GenerationConfig, layers: Params, group: int) -> Params:
+    """Returns one group's share of what stands for each of the L layers."""
+    return Layers(layers)[config.layers_of[group]]
 
 
 def pick(context: Context, rows: Int[Array, "B"]) -> Context:
     """For each row its prompt's context."""
-    pairs = context.layers
-    if isinstance(pairs, list):
-        layers = jax.tree.map(lambda x: x[rows], pairs)
-    else:
-        layers = jax.tree.map(lambda x: x[:, rows], pairs)
+    layers = Layers(context.layers).map_arrays(lambda x: x[rows])
     return Context(layers, context.mask[rows], context.next_position[rows])
 
 
@@ -84,13 +80,12 @@ def image_positions(config: GenerationConfig, start: Int[Array, "B"]) -> Int[Arr
 def condition(config: GenerationConfig, params: Params, t: Float[Array, "B"]) -> Conditioning:
     """Computes what one group takes from flow times: a function of nothing else, so that sampling does it ahead of its
     steps. `params` are as in `velocity`."""
-    experts: Layers = params["experts"]
     c = functional.bind(TimeEmbedding, config, params=params["time"])(t)
 
     def modulate(layer: Params) -> Modulation:
         return functional.bind(GenerationLayer, config.layer, params=layer).modulate(c)
 
-    layers = [modulate(layer) for layer in experts] if isinstance(experts, list) else jax.vmap(modulate)(experts)
+    layers = Layers(params["experts"]).map(modulate)
     return Conditioning(layers, functional.bind(Head, config, params=params["head"]).modulate(c))
 
 
@@ -112,9 +107,8 @@ def velocity(
       x_t: noisy latents.
       conditioning: of flow times inside the group's interval (see `condition`): each row's, or of length 1 if it is
         the same for the whole batch.
-      remat: what a layer keeps for the backward pass, see `functional.over_layers`.
+      remat: what a layer keeps for the backward pass, see `layers.Layers.scan`.
     """
-    experts: Layers = params["experts"]
     embed = functional.bind(LatentEmbedding, config, params=params["embedding"])
     h = embed(x_t.astype(embed.proj.weight.dtype))
     text = config.text
@@ -127,14 +121,11 @@ def velocity(
         layer = functional.bind(GenerationLayer, config.layer, params=params)
         return layer(h, modulation, rotary, keys_values, context.mask, previous_map), None
 
-    if isinstance(experts, list):
-        first_map, layers = None, list(zip(experts, conditioning.layers, context.layers, strict=True))
-    else:
-        # A scan carries one shape throughout: adding a map of zeros is starting afresh.
-        shape = (h.shape[0], text.num_heads, h.shape[1], h.shape[1])
-        first_map = None if config.residual_attention == "none" else jnp.zeros(shape, h.dtype)
-        layers = (experts, conditioning.layers, context.layers)
-    (h, _), _ = functional.over_layers(body, (h, first_map), layers, remat)
+    # The first layer has no map to take up. In a scan it adds one of zeros, which is the same.
+    shape = (h.shape[0], text.num_heads, h.shape[1], h.shape[1])
+    no_map = None if config.residual_attention == "none" else jnp.zeros(shape, h.dtype)
+    layers = Layers(params["experts"]).zip(conditioning.layers, context.layers)
+    (h, _), _ = layers.scan(body, (h, no_map), remat, unrolled=lambda carry: (carry[0], None))
     return functional.bind(Head, config, params=params["head"])(h, conditioning.head).astype(x_t.dtype)
 
 
@@ -159,13 +150,14 @@ def group_velocities(
       rows: each row's prompt in the table.
       x_t: noisy latents.
       t: flow times inside the groups' intervals.
-      remat: what a layer keeps for the backward pass, see `functional.over_layers`.
+      remat: what a layer keeps for the backward pass, see `layers.Layers.scan`.
       unroll: trades a longer compilation for steps that need not stack what each layer keeps for the backward pass.
     """
 
     def one(experts, context, x_t, t):
         if unroll:
-            experts, context = functional.unstack(experts), context._replace(layers=functional.unstack(context.layers))
+            experts, own = Layers(experts).unstack(), Layers(context.layers).unstack()
+            context = context._replace(layers=own)
         own = params | {"experts": experts}
         return velocity(config, own, context, x_t, condition(config, own, t), remat)
 

@@ -24,6 +24,7 @@ from lattejax.models import functional, generation, qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.generation_config import GenerationConfig
+from lattejax.models.layers import Layers
 from lattejax.models.qwen2_vl import Prompts, VLMConfig
 
 # For each variant, what its second stage of training changes: patterns that a parameter's path starts with.
@@ -69,20 +70,16 @@ def pathway(config: ModelConfig, params: Params) -> Params:
     if not config.shares_layers:
         return own
     experts, shared = params["experts"], params["vlm"]["text"]["layers"]
-    if isinstance(experts, list):
-        together = [layer | {"decoder": decoder} for layer, decoder in zip(experts, shared, strict=True)]
-    else:
-        together = experts | {"decoder": shared}
-    return own | {"experts": together}
+    return own | {"experts": Layers(experts).with_part("decoder", shared)}
 
 
 def unstack(params: Params) -> Params:
-    """The same weights with a tree for each layer (see `functional.unstack`); parts may be missing."""
+    """The same weights with a tree for each layer (see `models.layers`); parts may be missing."""
     unstacked = dict(params)
     if "vlm" in params:
         unstacked["vlm"] = qwen2_vl.unstack(params["vlm"])
     if "experts" in params:
-        unstacked["experts"] = functional.unstack(params["experts"])
+        unstacked["experts"] = Layers(params["experts"]).unstack()
     return unstacked
 
 

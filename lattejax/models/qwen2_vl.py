@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lattejax.models import functional, text, vision
 from lattejax.models.functional import Params
+from lattejax.models.layers import Layers
 from lattejax.models.text import KeysValues, TextConfig, Vocabulary
 from lattejax.models.vision import Images, VisionConfig
 
@@ -53,10 +54,10 @@ def init(config: VLMConfig, key: jax.Array) -> Params:
 
 
 def unstack(params: Params, release: bool = False) -> Params:
-    """The same weights with a tree for each layer: the form for inference (see `functional.unstack`)."""
+    """The same weights with a tree for each layer: the form for inference (see `models.layers`)."""
     return {
-        "text": params["text"] | {"layers": functional.unstack(params["text"]["layers"], release)},
-        "vision": params["vision"] | {"blocks": functional.unstack(params["vision"]["blocks"], release)},
+        "text": params["text"] | {"layers": Layers(params["text"]["layers"]).unstack(release)},
+        "vision": params["vision"] | {"blocks": Layers(params["vision"]["blocks"]).unstack(release)},
     }
 
 
@@ -93,13 +94,12 @@ def prefill(
     last = jnp.sum(prompts.mask, axis=1) - 1
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     batch, length = prompts.input_ids.shape
-    token_axis = 1 if isinstance(cache, list) else 2
 
-    def make_room(x):
-        return jnp.pad(x, [(0, capacity if axis == token_axis else 0) for axis in range(x.ndim)])
+    def make_room(x):  # [B, T, G, d] of one layer
+        return jnp.pad(x, [(0, 0), (0, capacity), (0, 0), (0, 0)])
 
     state = DecodeState(
-        cache=jax.tree.map(make_room, cache),
+        cache=Layers(cache).map_arrays(make_room),
         open=jnp.concatenate([prompts.mask, jnp.zeros((batch, capacity), bool)], axis=1),
         slot=jnp.asarray(length, jnp.int32),
         position=next_positions(prompts),

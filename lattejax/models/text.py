@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lattejax.models import functional
 from lattejax.models.attention import attention
-from lattejax.models.functional import Layers, Params
+from lattejax.models.functional import Params
+from lattejax.models.layers import Layers
 from lattejax.models.linear import Linear
 from lattejax.models.rotary import Rotary, multimodal_rotary, rotate
 
@@ -152,7 +153,7 @@ def init(config: TextConfig, key: jax.Array) -> Params:
 
 def decode(
     config: TextConfig,
-    layers: Layers,
+    layers: Params,
     x: Float[Array, "B T D"],
     position_ids: Int[Array, "B 3 T"],
     mask: Bool[Array, "B T S"],
@@ -162,7 +163,7 @@ def decode(
 ) -> tuple[Float[Array, "B T D"], KeysValues | list[KeysValues]]:
     """Runs every layer on T tokens; returns hidden states, before the final norm, and every layer's keys and values.
 
-    `layers` and `cache` are both stacked or both lists, and so are the keys and values that come back.
+    `layers` and `cache` have one of the forms of `models.layers`, and so have the keys and values that come back.
     """
     rotary = multimodal_rotary(position_ids, config.head_dim, config.rope_theta, config.mrope_section)
 
@@ -170,8 +171,4 @@ def decode(
         layer, layer_cache = layer_and_cache
         return functional.bind(DecoderLayer, config, params=layer)(x, rotary, mask, layer_cache, slot)
 
-    if isinstance(layers, list):
-        paired = list(zip(layers, cache if cache is not None else [None] * len(layers), strict=True))
-    else:
-        paired = (layers, cache)
-    return functional.over_layers(body, x, paired, remat)
+    return Layers(layers).zip(cache).scan(body, x, remat)

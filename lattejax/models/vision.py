@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lattejax.models import functional
 from lattejax.models.attention import attention
 from lattejax.models.functional import Params
+from lattejax.models.layers import Layers
 from lattejax.models.linear import Linear
 from lattejax.models.rotary import Rotary, rotate, vision_rotary
 
@@ -128,7 +129,7 @@ def encode(config: VisionConfig, params: Params, images: Images) -> Float[Array,
     def body(x, block):
         return functional.bind(VisionBlock, config, params=block)(x, rotary, mask), None
 
-    x, _ = functional.over_layers(body, x, params["blocks"])
+    x, _ = Layers(params["blocks"]).scan(body, x)
     tokens = functional.bind(PatchMerger, config, params=params["merger"])(x)
     return rearrange(tokens, "(B I) merged D -> B I merged D", B=len(images.patches))
 

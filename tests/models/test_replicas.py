@@ -11,6 +11,7 @@ from lattejax.models import functional, generation, latte_flow
 from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.generation_layer import GenerationLayer
 from lattejax.models.latte_flow import ModelConfig
+from lattejax.models.layers import Layers
 from lattejax.models.rotary import multimodal_rotary
 from lattejax.weights.pretrained import Pretrained
 from tests import checkpoints
@@ -50,7 +51,7 @@ def test_sublayers_equal_transformers_for_one_image_token(kv_heads):
     c = jax.random.normal(jax.random.key(1), (1, text.hidden_size))
     # The map of the layer before may be anything: its gate is shut.
     previous_map = jnp.ones((1, text.num_heads, 1, 1))
-    for i, expert in enumerate(functional.unstack(params["experts"])):
+    for i, expert in enumerate(Layers(params["experts"]).unstack()):
         layer = functional.bind(GenerationLayer, config.generation.layer, params=expert)
         keys_values = jax.tree.map(lambda x, i=i: x[i], context.layers)
         modulation = layer.modulate(c)
