@@ -22,6 +22,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.")
 AUTOENCODER = flags.DEFINE_string("autoencoder", "", "Where the run's autoencoder is, if it has moved.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.")
 IMAGE = flags.DEFINE_multi_string("image", [], "An image file that every prompt looks at; may be given several times.")
+NEGATIVE_PROMPT = flags.DEFINE_multi_string(
+    "negative_prompt", [], "What guidance leads away from, instead of nothing: one for all prompts, or one for each."
+)
 NUM = flags.DEFINE_integer("num", 16, "Images of each prompt.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 40, "Sampling steps.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", 2.0, "Guidance scale; 1 is none.")
@@ -50,17 +53,32 @@ def read_sampling() -> Sampling:
         raise UserError(f"--{error}") from error
 
 
+def read_negative_prompts() -> list[str]:
+    """One for each prompt, or none at all."""
+    given, count = NEGATIVE_PROMPT.value, len(PROMPT.value)
+    if given and GUIDANCE.value == 1:
+        raise UserError("--negative_prompt needs guidance: a --guidance other than 1")
+    if len(given) not in (0, 1, count):
+        raise UserError(
+            f"--negative_prompt is given {len(given)} times, for {count} prompts: give one, or one for each"
+        )
+    return given * count if len(given) == 1 else given
+
+
 def main() -> None:
     out = epath.Path(OUT.value)
     if out.suffix != ".png":
         raise UserError(f"--out={out} must end in .png")
     sampling = read_sampling()
+    read_negative_prompts()  # complains before anything is read
     connect()
     run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value))
     images = [run.encoder.read_image(open_image(path)) for path in IMAGE.value]
     prompts = [run.encoder.drawing(prompt, images) for prompt in PROMPT.value]
+    negative = [run.encoder.drawing(prompt, images) for prompt in read_negative_prompts()]
     sampler = ImageSampler.of(run, run.params(run.config.dtype), AUTOENCODER.value)
-    images = sampler(prompts, sampling, images_per_prompt=NUM.value, batch_size=BATCH_SIZE.value, seed=SEED.value)
+    settings = dict(images_per_prompt=NUM.value, batch_size=BATCH_SIZE.value, seed=SEED.value)
+    images = sampler(prompts, sampling, negative=negative, **settings)
     if not hosts.is_first():
         return
     write_with(out, lambda file: labelled_grid(images, PROMPT.value).save(file, format="PNG"))

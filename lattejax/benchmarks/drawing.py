@@ -34,13 +34,13 @@ def whole_images(config: Config, work: Work, against: str) -> Result:
     model, params = config.model_config, random_params(config)
     pathway, vlm = latte_flow.pathway(model, params), params.pop("vlm")
     prompts = random_prompts(config, work.batch_size + 1, work.prompt_tokens)  # the empty one is as long here
-    rows = jnp.arange(work.batch_size)
+    rows, empty = jnp.arange(work.batch_size), jnp.full(work.batch_size, work.batch_size)  # the empty prompt is last
 
     def draw(model=model):
         segments = split_steps(model.generation.intervals, Sampling(work.steps, work.guidance))
         contexts = read_prompts(model, vlm, prompts)
         noise = sample_noise(0, rows, model.generation.latent_shape)
-        return draw_latents(model, pathway, contexts, rows, noise, work.guidance, segments=segments)
+        return draw_latents(model, pathway, contexts, rows, empty, noise, work.guidance, segments=segments)
 
     calls = {"ours": draw, "context": lambda: read_prompts(model, vlm, prompts)}
     products = layer_products(model.vlm.text, work.rows * num_tokens(config))
@@ -66,12 +66,12 @@ def one_groups_steps(config: Config, work: Work) -> Result:
     model, params = config.model_config, random_params(config)
     pathway = latte_flow.pathway(model, params)
     contexts = read_prompts(model, params.pop("vlm"), random_prompts(config, work.batch_size + 1, work.prompt_tokens))
-    rows = jnp.arange(work.batch_size)
+    rows, empty = jnp.arange(work.batch_size), jnp.full(work.batch_size, work.batch_size)  # the empty prompt is last
     noise = sample_noise(0, rows, model.generation.latent_shape)
     segments = split_steps(model.generation.intervals, Sampling(work.steps, work.guidance))
 
     def draw():
-        return draw_latents(model, pathway, contexts, rows, noise, work.guidance, segments=segments)
+        return draw_latents(model, pathway, contexts, rows, empty, noise, work.guidance, segments=segments)
 
     baseline = load_baseline("pathway").Sampler(model.generation, pathway, contexts, noise, work.guidance, work.steps)
     must_agree(draw(), baseline.draw())

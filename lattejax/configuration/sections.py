@@ -64,6 +64,7 @@ class Model:
     replica_init: str = "vlm"  # replicas of the VLM's layers start as copies, or at "random"
     # Places of image tokens, beside M-RoPE: a fixed table of sines and cosines, or "none".
     latent_position: str = added("sincos", before="none")
+    conditioning: str = added("time", before="time")  # what velocities are conditioned on, see models/conditioning.py
     patch_size: int = 1  # side of the square of latents that makes one image token
     text: TextConfig = TextConfig()
     vision: VisionConfig = VisionConfig()

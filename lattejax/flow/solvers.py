@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# What a velocity takes from flow time: computed for all steps at once, each array with a leading axis of steps.
-Conditions = Callable[[Float[Array, "steps"]], Any]
+# What a velocity is given besides x, from the flow times at which it is asked for and up to which it is followed:
+# computed for all steps at once, each array with a leading axis of steps.
+Conditions = Callable[[Float[Array, "steps"], Float[Array, "steps"]], Any]
 Velocity = Callable[[Float[Array, "B h w C"], Any], Float[Array, "B h w C"]]  # at x, given one step's conditions
 Steps = tuple[tuple[float, float], ...]  # (start, end) of each
 
@@ -22,7 +23,7 @@ def euler(velocity: Velocity, conditions: Conditions, x: Float[Array, "B h w C"]
         length, at_start = inputs
         return x + length * velocity(x, at_start), None
 
-    return jax.lax.scan(step, x, (ends - starts, conditions(starts)))[0]
+    return jax.lax.scan(step, x, (ends - starts, conditions(starts, ends)))[0]
 
 
 def heun(velocity: Velocity, conditions: Conditions, x: Float[Array, "B h w C"], steps: Steps) -> jax.Array:
@@ -36,7 +37,7 @@ def heun(velocity: Velocity, conditions: Conditions, x: Float[Array, "B h w C"],
         second = velocity(x + length * first, at_end)
         return x + length * (first + second) / 2, None
 
-    return jax.lax.scan(step, x, (ends - starts, conditions(starts), conditions(ends)))[0]
+    return jax.lax.scan(step, x, (ends - starts, conditions(starts, ends), conditions(ends, ends)))[0]
 
 
 def _times(steps: Steps, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,8 +3,8 @@
 Recomputation is not counted, so that rates compare across remat policies.
 """
 
+from lattejax.models.conditioning import TIME_CHANNELS
 from lattejax.models.generation_config import GenerationConfig
-from lattejax.models.generation_ends import TIME_CHANNELS
 from lattejax.models.text import TextConfig
 from lattejax.models.vision import VisionConfig
 

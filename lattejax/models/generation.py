@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lattejax.models import functional
+from lattejax.models.conditioning import CONDITIONINGS, Step
 from lattejax.models.functional import Params
 from lattejax.models.generation_config import GenerationConfig
-from lattejax.models.generation_ends import Head, HeadModulation, LatentEmbedding, TimeEmbedding
+from lattejax.models.generation_ends import Head, HeadModulation, LatentEmbedding
 from lattejax.models.generation_layer import GenerationLayer, Modulation
 from lattejax.models.layers import Layers
 from lattejax.models.rotary import multimodal_rotary
@@ -33,7 +34,7 @@ class Context(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """All that one group takes from flow time."""
+    """All that one group takes from what its rows are conditioned on: flow time, and what else there may be."""
 
     layers: Modulation | list[Modulation]  # each layer's, stacked or a list as the layers are
     head: HeadModulation
@@ -53,7 +54,7 @@ def init(config: GenerationConfig, decoder_layers: Params | None, key: jax.Array
         layers["decoder"] = jax.tree.map(jnp.copy, decoder_layers)
     return {
         "embedding": functional.init(LatentEmbedding, config, key=embedding),
-        "time": functional.init(TimeEmbedding, config, key=time),
+        "time": functional.init(CONDITIONINGS[config.conditioning], config.text.hidden_size, key=time),
         "experts": layers,
         "head": functional.init(Head, config, key=head),
     }
@@ -77,10 +78,10 @@ def image_positions(config: GenerationConfig, start: Int[Array, "B"]) -> Int[Arr
     return start[:, None, None] + jnp.asarray(offsets, start.dtype)
 
 
-def condition(config: GenerationConfig, params: Params, t: Float[Array, "B"]) -> Conditioning:
-    """Computes what one group takes from flow times: a function of nothing else, so that sampling does it ahead of its
-    steps. `params` are as in `velocity`."""
-    c = functional.bind(TimeEmbedding, config, params=params["time"])(t)
+def condition(config: GenerationConfig, params: Params, step: Step) -> Conditioning:
+    """Computes what one group takes from what its rows are conditioned on: a function of nothing else, so that sampling
+    does it ahead of its steps. `params` are as in `velocity`."""
+    c = functional.bind(CONDITIONINGS[config.conditioning], config.text.hidden_size, params=params["time"])(step)
 
     def modulate(layer: Params) -> Modulation:
         return functional.bind(GenerationLayer, config.layer, params=layer).modulate(c)
@@ -97,7 +98,7 @@ def velocity(
     conditioning: Conditioning,
     remat: str = "none",
 ) -> Float[Array, "B h w C"]:
-    """One group's estimate of the flow's velocity at x_t and the flow time that `conditioning` was made of.
+    """One group's estimate of the flow's velocity at x_t, given its `conditioning`.
 
     Args:
       config: the pathway's geometry.
@@ -105,8 +106,8 @@ def velocity(
         dtype is the dtype of the computation.
       context: the prompts' keys and values at those M layers, in the same form.
       x_t: noisy latents.
-      conditioning: of flow times inside the group's interval (see `condition`): each row's, or of length 1 if it is
-        the same for the whole batch.
+      conditioning: see `condition`; each row's, or of length 1 if it is the same for the whole batch. Flow times are
+        inside the group's interval.
       remat: what a layer keeps for the backward pass, see `layers.Layers.scan`.
     """
     embed = functional.bind(LatentEmbedding, config, params=params["embedding"])
@@ -159,7 +160,7 @@ def group_velocities(
             experts, own = Layers(experts).unstack(), Layers(context.layers).unstack()
             context = context._replace(layers=own)
         own = params | {"experts": experts}
-        return velocity(config, own, context, x_t, condition(config, own, t), remat)
+        return velocity(config, own, context, x_t, condition(config, own, Step(t, t)), remat)
 
     experts, groups = params["experts"], config.num_groups
     if config.group_sizes or groups == 1:  # groups that differ; and one alone, whose products need no axis K

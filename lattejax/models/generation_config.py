@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 from lattejax.flow.intervals import Intervals
+from lattejax.models.conditioning import CONDITIONINGS
 from lattejax.models.generation_layer import LayerConfig
 from lattejax.models.text import TextConfig
 
@@ -17,7 +18,7 @@ class GenerationConfig:
 
     The groups are equal in layers and in flow time unless `group_sizes` (summing to L) or `interval_edges` (rising from
     0 to 1) say otherwise. `latent_position` is what tells image tokens their places, beside M-RoPE: "sincos", a fixed
-    2-D sine-cosine table on the embedded latents, or "none".
+    2-D sine-cosine table on the embedded latents, or "none". `conditioning` is one of `models.conditioning`.
     """
 
     text: TextConfig
@@ -29,6 +30,7 @@ class GenerationConfig:
     residual_gate: str = "head"
     replica_init: str = "vlm"
     latent_position: str = "sincos"
+    conditioning: str = "time"
     patch_size: int = 1
 
     def __post_init__(self):
@@ -54,7 +56,11 @@ class GenerationConfig:
                 f"interval_edges={self.interval_edges} make {self.intervals.num_groups} intervals; num_groups="
                 f"{self.num_groups} needs {self.num_groups + 1} edges"
             )
-        for name, known in (("replica_init", REPLICA_INITS), ("latent_position", LATENT_POSITIONS)):
+        for name, known in (
+            ("replica_init", REPLICA_INITS),
+            ("latent_position", LATENT_POSITIONS),
+            ("conditioning", CONDITIONINGS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {list(known)}")
         if self.latent_position == "sincos" and self.text.hidden_size % 4:

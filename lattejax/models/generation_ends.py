@@ -1,4 +1,4 @@
-"""Both ends of the generation pathway: the embeddings of latents and of flow time, and the head.
+"""Both ends of the generation pathway: the embedding of latents, and the head.
 
 The groups share them.
 
@@ -16,23 +16,6 @@ from jaxtyping import Array, Float
 
 from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.linear import Linear, zeros
-
-TIME_CHANNELS = 256
-
-
-class TimeEmbedding(nnx.Module):
-    """Sinusoids of 1000·t through a two-layer SiLU network; in t's own precision, whatever that of the weights."""
-
-    def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
-        self.fc1 = Linear(TIME_CHANNELS, config.text.hidden_size, rngs=rngs)
-        self.fc2 = Linear(config.text.hidden_size, config.text.hidden_size, rngs=rngs)
-
-    def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B D"]:
-        half = TIME_CHANNELS // 2
-        frequencies = 1000 * np.exp(-np.log(10_000) * np.arange(half) / half)
-        angles = t[:, None] * jnp.asarray(frequencies, t.dtype)  # bfloat16 could not tell 999 from 1000
-        sinusoids = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        return self.fc2(jax.nn.silu(self.fc1(sinusoids)))
 
 
 def sincos(positions: Float[np.ndarray, "n"], channels: int) -> Float[np.ndarray, "n channels"]:

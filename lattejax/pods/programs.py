@@ -138,4 +138,5 @@ def sampling_call(config: Config, mesh: Mesh) -> Program:
     guidance = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.replicated(mesh))
     segments = split_steps(model.generation.intervals, config.eval.sampling)
     parts = {"parameters": pathway, "vlm": vlm, "frozen": contexts, "batch": (which, noise)}
-    return Program(draw_latents, (model, pathway, contexts, which, noise, guidance), {"segments": segments}, parts)
+    arguments = (model, pathway, contexts, which, which, noise, guidance)
+    return Program(draw_latents, arguments, {"segments": segments}, parts)

@@ -23,6 +23,7 @@ from lattejax.flow.schedule import Sampling, Segment, split_steps
 from lattejax.flow.solvers import SOLVERS
 from lattejax.models import generation, latte_flow
 from lattejax.models.autoencoders import Autoencoder
+from lattejax.models.conditioning import Step
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.latte_flow import ModelConfig
@@ -54,6 +55,7 @@ def draw_latents(
     pathway: Params,
     contexts: Context,
     prompts: Int[Array, "B"],
+    unconditional: Int[Array, "B"],
     noise: Float[Array, "B h w C"],
     guidance: Float[Array, ""],
     *,
@@ -67,13 +69,14 @@ def draw_latents(
     Args:
       config: the model's geometry.
       pathway: the generation pathway (`latte_flow.pathway`), its experts a list of L layers.
-      contexts: of U prompts at all L layers, as a list, the empty prompt last.
+      contexts: of U prompts at all L layers, as a list.
       prompts: each row's prompt.
+      unconditional: what each row is guided away from: the empty prompt, or one of its own.
       noise: where the rows start, at t = 0.
       guidance: the guidance scale s in v_uncond + s·(v_cond − v_uncond).
       segments: the steps, see `split_steps`; those that are not guided skip the unconditional pass.
     """
-    x, unconditional = noise, jnp.full_like(prompts, contexts.mask.shape[0] - 1)
+    x = noise
     for segment in segments:
         experts, layers = (
             generation.group_layers(config.generation, of_all, segment.group)
@@ -90,7 +93,8 @@ def draw_latents(
             return guide(*rearrange(both, "(B two) h w C -> two B h w C", two=2), guidance)
 
         # Ahead of the loop, so that its steps need not read the weights of time embedding and modulations.
-        conditions = jax.vmap(lambda t, own=own: generation.condition(config.generation, own, t[None]))
+        condition = functools.partial(generation.condition, config.generation, own)
+        conditions = jax.vmap(lambda start, end, of=condition: of(Step(start[None], end[None])))
         x = SOLVERS[segment.solver](velocity, conditions, x, segment.steps)
     return x
 
@@ -169,6 +173,7 @@ class ImageSampler:
         images_per_prompt: int,
         batch_size: int,
         seed: int = 0,
+        negative: Sequence[EncodedPrompt] = (),
     ) -> np.ndarray:
         """Returns uint8 images [prompts · images_per_prompt, H, W, 3], in the prompts' order.
 
@@ -178,15 +183,24 @@ class ImageSampler:
           images_per_prompt: how many of each.
           batch_size: images drawn at a time, rounded up so that every device draws as many.
           seed: of the noise.
+          negative: for each prompt what its images are guided away from; none: the empty prompt for all.
+
+        Raises:
+          ValueError: there are negative prompts, but not one for each prompt.
         """
-        contexts = self.read(prompts)
+        if negative and len(negative) != len(prompts):
+            raise ValueError(f"there are {len(negative)} negative prompts for {len(prompts)} prompts")
+        contexts = self.read([*prompts, *negative])
+        empty = contexts.mask.shape[0] - 1
         segments = split_steps(self.config.generation.intervals, sampling)
         total, batches = len(prompts) * images_per_prompt, []
         for samples in batches_of(total, batch_size, self.mesh):
-            samples, rows = Rows.place_flat(self.mesh, (samples, samples // images_per_prompt))
+            rows = samples // images_per_prompt
+            unconditional = rows + len(prompts) if negative else np.full_like(rows, empty)
+            samples, rows, unconditional = Rows.place_flat(self.mesh, (samples, rows, unconditional))
             noise = sample_noise(seed, samples, self.config.generation.latent_shape)
             latents = draw_latents(
-                self.config, self.pathway, contexts, rows, noise, sampling.guidance, segments=segments
+                self.config, self.pathway, contexts, rows, unconditional, noise, sampling.guidance, segments=segments
             )
             batches.append(decode_images(self.autoencoder, self.decoder, latents))
         return np.concatenate(hosts.fetch(batches))[:total]

@@ -32,7 +32,9 @@ def test_euler_equals_its_closed_form_on_a_linear_flow(steps):
     expected = 0.7
     for start, end in times:
         expected += (end - start) * (a * expected + b * start)
-    assert euler(lambda x, t: a * x + b * t, lambda t: t, x, tuple(times)).item() == pytest.approx(expected, rel=1e-5)
+    assert euler(lambda x, t: a * x + b * t, lambda t, end: t, x, tuple(times)).item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("solver, order", [(euler, 1), (heun, 2)])
@@ -42,7 +44,7 @@ def test_solvers_converge_at_their_order(solver, order):
     def error(steps):
         times = tuple((i / steps, (i + 1) / steps) for i in range(steps))
         with jax.enable_x64(True):
-            return abs(solver(lambda x, t: -x, lambda t: t, jnp.ones((1, 1, 1, 1)), times).item() - np.exp(-1))
+            return abs(solver(lambda x, t: -x, lambda t, end: t, jnp.ones((1, 1, 1, 1)), times).item() - np.exp(-1))
 
     assert error(50) / error(100) == pytest.approx(2**order, rel=0.05)
 
@@ -54,4 +56,4 @@ def test_heun_equals_its_formula_on_uneven_steps():
         second = -1.5 * (expected + (end - start) * first) + 2 * end
         expected += (end - start) * (first + second) / 2
     steps = ((0.0, 0.1), (0.1, 0.4), (0.4, 1.0))
-    assert heun(lambda x, t: -1.5 * x + 2 * t, lambda t: t, x, steps).item() == pytest.approx(expected, rel=1e-5)
+    assert heun(lambda x, t: -1.5 * x + 2 * t, lambda t, end: t, x, steps).item() == pytest.approx(expected, rel=1e-5)

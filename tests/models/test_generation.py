@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lattejax.models import functional, generation, latte_flow, qwen2_vl
+from lattejax.models.conditioning import Step
 from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.latte_flow import ModelConfig
 from lattejax.models.qwen2_vl import Prompts, VLMConfig
@@ -165,7 +166,7 @@ def group_velocity(config: ModelConfig, params, prompts: Prompts, group: int, x_
         generation.group_layers(config.generation, of_all, group) for of_all in (pathway["experts"], context.layers)
     )
     own, context = pathway | {"experts": experts}, context._replace(layers=layers)
-    conditioning = generation.condition(config.generation, own, t)
+    conditioning = generation.condition(config.generation, own, Step(t, t))
     return generation.velocity(config.generation, own, context, x_t, conditioning)
 
 
@@ -256,7 +257,7 @@ def test_one_step_costs_a_kth_of_vanillas_and_takes_no_vlm_weights():
         x_t, t = jnp.ones((4, 4, 6, 3)), jnp.array([0.1])
 
         def step(own, context, x_t, t, g=config.generation):
-            return generation.velocity(g, own, context, x_t, generation.condition(g, own, t))
+            return generation.velocity(g, own, context, x_t, generation.condition(g, own, Step(t, t)))
 
         compiled = jax.jit(step).lower(own, context, x_t, t).compile()
         flops[groups] = compiled.cost_analysis()["flops"]

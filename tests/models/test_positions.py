@@ -9,6 +9,7 @@ import pytest
 
 from lattejax import configuration
 from lattejax.models import functional, generation, latte_flow, qwen2_vl
+from lattejax.models.conditioning import Step
 from lattejax.models.latte_flow import ModelConfig
 from lattejax.models.vision import VisionConfig
 from tests.helpers import config_file
@@ -59,7 +60,7 @@ def changes(started, variant: str, latent_position: str, dtype: str) -> dict[str
     def velocity(params, x_t):
         context = latte_flow.read_prompts(config, params["vlm"], prompts_of_lengths([16]))
         pathway = latte_flow.pathway(config, params)
-        conditioning = generation.condition(config.generation, pathway, jnp.array([0.5]))
+        conditioning = generation.condition(config.generation, pathway, Step(*[jnp.array([0.5])] * 2))
         rows = np.zeros(len(x_t), int)
         return generation.velocity(config.generation, pathway, generation.pick(context, rows), x_t, conditioning)
 

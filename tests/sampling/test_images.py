@@ -12,6 +12,7 @@ from lattejax.data import digits
 from lattejax.flow.schedule import Sampling, split_steps
 from lattejax.models import generation, latte_flow, qwen2_vl
 from lattejax.models.autoencoders import Autoencoder
+from lattejax.models.conditioning import Step
 from lattejax.models.pixels import PixelConfig
 from lattejax.sampling import images as sampling_module
 from lattejax.sampling.images import ImageSampler, draw_latents, sample_noise
@@ -91,14 +92,14 @@ def test_sampling_equals_a_plain_loop(case, variant):
     contexts = ours.read(PROMPTS[:1])
     noise = sample_noise(3, np.arange(2), model.generation.latent_shape)
     segments = split_steps(model.generation.intervals, sampling)
-    drawn = draw_latents(model, ours.pathway, contexts, rows, noise, sampling.guidance, segments=segments)
+    drawn = draw_latents(model, ours.pathway, contexts, rows, rows + 1, noise, sampling.guidance, segments=segments)
 
     @functools.partial(jax.jit, static_argnames="group")
     def velocity(x, t, group, prompt):
         own = model.generation.layers_of[group]
         context = generation.pick(contexts._replace(layers=contexts.layers[own]), rows + prompt)
         pathway = ours.pathway | {"experts": ours.pathway["experts"][own]}
-        conditioning = generation.condition(model.generation, pathway, t[None])
+        conditioning = generation.condition(model.generation, pathway, Step(t[None], t[None]))
         return generation.velocity(model.generation, pathway, context, x, conditioning)
 
     def guided(x, t, group, scale):
@@ -133,13 +134,26 @@ def test_prompts_with_images_draw_beside_prompts_without(variant):
         assert np.abs(alone - together[i]).max() <= 1
 
 
+def test_a_negative_prompt_takes_the_place_of_the_empty_one():
+    """Each prompt's own: as if it were the empty prompt; with the prompt itself guidance is without effect."""
+    empty = ENCODER.unconditional()
+    np.testing.assert_array_equal(draw(negative=[empty, empty]), draw())
+    other = draw(negative=[PROMPTS[1], empty])
+    assert np.any(other[:3] != draw()[:3])
+    np.testing.assert_array_equal(other[3:], draw()[3:])
+    away_from_itself = draw(negative=PROMPTS, sampling=Sampling(5, guidance=3.0)).astype(int)
+    assert np.abs(away_from_itself - draw(sampling=Sampling(5, guidance=1.0))).max() <= 1
+    with pytest.raises(ValueError, match="there are 1 negative prompts for 2 prompts"):
+        draw(negative=PROMPTS[:1])
+
+
 def test_the_loops_read_no_weights_of_the_time_conditioning():
     """Time embedding and modulations are computed for all steps ahead of the loops."""
     ours = sampler()
     contexts, segments = ours.read(PROMPTS[:1]), split_steps(ours.config.generation.intervals, Sampling(4))
     noise = np.zeros((1, *ours.config.generation.latent_shape), np.float32)
     drawing = functools.partial(draw_latents, ours.config, segments=segments)
-    (call,) = jax.make_jaxpr(drawing)(ours.pathway, contexts, np.zeros(1, np.int32), noise, 2.0).eqns
+    (call,) = jax.make_jaxpr(drawing)(ours.pathway, contexts, *np.eye(2, 1, dtype=np.int32), noise, 2.0).eqns
     loops = [eqn for eqn in call.params["jaxpr"].eqns if eqn.primitive.name == "scan"]
     layer = ours.pathway["experts"][0]
     conditioning = (ours.pathway["time"]["fc1"], layer["modulation"], ours.pathway["head"]["modulation"])

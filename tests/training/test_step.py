@@ -15,6 +15,7 @@ from lattejax.data.prompts import question_batch
 from lattejax.evaluation.held_out import HeldOutLoss
 from lattejax.flow.path import interpolate
 from lattejax.models import functional, generation, latte_flow, qwen2_vl
+from lattejax.models.conditioning import Step
 from lattejax.objectives.answers import AnswerLoss, answer_loss, weigh_answers
 from lattejax.objectives.flow import FlowLoss, Frozen, norms_per_group
 from lattejax.parallel.mesh import one_device
@@ -214,7 +215,7 @@ def velocity(config, group, caption, latents, noise, t):
     own = PARAMS | {"experts": generation.group_layers(model, PARAMS["experts"], group)}
     context = TABLE._replace(layers=generation.group_layers(model, TABLE.layers, group))
     x_t = interpolate(latents[None], noise[None], t[None])
-    conditioning = generation.condition(model, own, t[None])
+    conditioning = generation.condition(model, own, Step(t[None], t[None]))
     return generation.velocity(model, own, generation.pick(context, caption[None]), x_t, conditioning)[0]
 
 

@@ -1,0 +1,44 @@
+"""What a velocity is conditioned on, beside its prompt: from what the caller says of each row to one vector c.
+
+Flow time alone is the paper's. Another kind is a module here, or anywhere, and a line in `CONDITIONINGS`; it is chosen
+by `config.model.conditioning`. Samplers compute it ahead of their steps, for all of them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lattejax.models.linear import Linear
+
+TIME_CHANNELS = 256
+
+
+class Step(NamedTuple):
+    """For each row the flow time at which its velocity is asked for, and the one up to which it will be followed: in
+    sampling the step's end, in training the same time."""
+
+    start: Float[Array, "B"]
+    end: Float[Array, "B"]
+
+
+class TimeEmbedding(nnx.Module):
+    """Sinusoids of 1000·t through a two-layer SiLU network; in t's own precision, whatever that of the weights."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(TIME_CHANNELS, width, rngs=rngs)
+        self.fc2 = Linear(width, width, rngs=rngs)
+
+    def __call__(self, step: Step) -> Float[Array, "B D"]:
+        t, half = step.start, TIME_CHANNELS // 2
+        frequencies = 1000 * np.exp(-np.log(10_000) * np.arange(half) / half)
+        angles = t[:, None] * jnp.asarray(frequencies, t.dtype)  # bfloat16 could not tell 999 from 1000
+        sinusoids = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return self.fc2(jax.nn.silu(self.fc1(sinusoids)))
+
+
+# Modules that are made of the width D, and take a `Step` to c.
+CONDITIONINGS: dict[str, type[nnx.Module]] = {"time": TimeEmbedding}

@@ -1,0 +1,55 @@
+"""Another kind of conditioning is a module and a line of registration: nothing else is edited."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from lattejax.errors import UserError
+from lattejax.flow.schedule import Sampling
+from lattejax.models import latte_flow, qwen2_vl
+from lattejax.models.autoencoders import Autoencoder
+from lattejax.models.conditioning import CONDITIONINGS, TimeEmbedding
+from lattejax.models.pixels import PixelConfig
+from lattejax.sampling.images import ImageSampler
+from lattejax.training.generation_stage import flow_loss
+from tests.helpers import encoder_for, randomize, tiny_config
+
+
+class TimeAndLength(nnx.Module):
+    """Flow time, and the length of the step that is to be taken."""
+
+    def __init__(self, width, *, rngs):
+        self.start, self.length = TimeEmbedding(width, rngs=rngs), TimeEmbedding(width, rngs=rngs)
+
+    def __call__(self, step):
+        return self.start(step) + self.length(step._replace(start=step.end - step.start))
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(CONDITIONINGS, "time and length", TimeAndLength)
+
+
+def test_it_is_chosen_by_the_config_drawn_with_and_trained(registered):
+    config = tiny_config(model__conditioning="time and length")
+    model, encoder = config.model_config, encoder_for(config)
+    params = latte_flow.init(model, qwen2_vl.init(model.vlm, jax.random.key(0)), jax.random.key(1))
+    params = randomize(params, 2, 0.1)
+    assert set(params["time"]) == {"start", "length"}
+
+    def draw(params):
+        sampler = ImageSampler(model, Autoencoder(PixelConfig()), encoder, latte_flow.unstack(params), {})
+        settings = dict(images_per_prompt=2, batch_size=2)
+        return sampler([encoder.drawing("a handwritten two")], Sampling(4, solver="heun"), **settings)
+
+    time = params["time"]
+    other = params | {"time": time | {"length": jax.tree.map(lambda x: x + 0.3, time["length"])}}
+    assert np.any(draw(other) != draw(params)), "the length of a step matters"
+    trained, fixed = latte_flow.split_trained(model, params)
+    assert "length" in trained["time"] and flow_loss(config).config == model and set(fixed) == {"vlm"}
+
+
+def test_one_that_is_not_registered_is_refused():
+    with pytest.raises(UserError, match="conditioning='time and length' is unknown; use one of"):
+        tiny_config(model__conditioning="time and length")
