@@ -77,7 +77,7 @@ def changed(section: str, name: str, value: object):
         (changed("eval", "sample_steps", 0), r"config\.eval\.sample_steps=0 must be positive"),
         (changed("eval", "solver", "rk4"), r"config\.eval\.solver='rk4' must be one of"),
         (changed("eval", "guidance_interval", (0.9, 0.1)), r"config\.eval\.guidance_interval"),
-        (changed("eval", "final_images", 15), r"config\.eval\.final_images=15 must be a multiple"),
+        (changed("eval", "final_images", -10), r"config\.eval\.final_images=-10 must be at least 0"),
         (changed("data", "prompts", "pictures"), r"set train\.share_contexts=False"),
         (changed("model", "num_groups", 3), "num_groups=3 does not divide the 8 layers .* use one of"),
         (changed("model", "residual_attention", "yes"), "residual_attention='yes' is unknown; use one of"),

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import lattejax
 from lattejax.configuration.config import Config
-from lattejax.configuration.sections import BEFORE
+from lattejax.configuration.sections import BEFORE, Settings
 from lattejax.errors import UserError
 from lattejax.files import read_json, write_whole
 
@@ -29,7 +29,7 @@ def defaults() -> ConfigDict:
 def check_key(key: str) -> None:
     """Raises `UserError` for a key that no config has, and names those that are spelt most like it."""
     known = known_keys()
-    if key not in known:
+    if key not in known and not key.startswith(tuple(f"{name}." for name in free_keys())):
         close = difflib.get_close_matches(key, known, n=3, cutoff=0.3)
         raise UserError(f"unknown config key {key}; the nearest known are {', '.join(close or known)}")
 
@@ -48,7 +48,20 @@ def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+def free_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """The keys of a config whose own keys are not known here."""
+    keys = []
+    for name, kind in _fields(cls).items():
+        keys += [prefix + name] * (kind is Settings)
+        keys += free_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else []
+    return keys
+
+
 def _convert(kind: Any, value: Any, path: str) -> Any:
+    if kind is Settings:
+        if not isinstance(value, dict) or not all(isinstance(settings, dict) for settings in value.values()):
+            raise UserError(f"config.{path}={value!r} must have a section of settings for each name")
+        return Settings(value)
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path + ".")
     if isinstance(kind, types.GenericAlias):  # tuple[int, int, int] or tuple[str, ...]
@@ -70,11 +83,13 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     for name in values:
         if name not in fields:
             check_key(prefix + name)
-    missing = [prefix + name for name in fields if name not in values]
+    # A key that was added, and whose default is what the code did before, may be left out.
+    added = {f.name: f.metadata[BEFORE] for f in dataclasses.fields(cls) if BEFORE in f.metadata}
+    values = {f.name: f.default for f in dataclasses.fields(cls) if added.get(f.name, f) == f.default} | values
+    missing = [name for name in fields if name not in values]
     if missing:
-        added = keys_added()
-        before = [f"{key}={added[key]!r} is how it was before that key" for key in missing if key in added]
-        raise UserError("; ".join([f"the config lacks {', '.join(missing)}", *before]))
+        before = [f"{prefix}{key}={added[key]!r} is how it was before that key" for key in missing if key in added]
+        raise UserError("; ".join([f"the config lacks {', '.join(prefix + name for name in missing)}", *before]))
     arguments = {name: _convert(kind, values[name], prefix + name) for name, kind in fields.items()}
     try:
         return cls(**arguments)
@@ -102,7 +117,8 @@ def load(path: epath.Path) -> Config:
         section = functools.reduce(lambda values, part: values.get(part, {}), sections, values)
         if isinstance(section, dict):
             section.setdefault(name, before)
-    if unknown := sorted(set(_flat(values)) - set(known_keys())):
+    free = tuple(f"{name}." for name in free_keys())
+    if unknown := sorted(key for key in set(_flat(values)) - set(known_keys()) if not key.startswith(free)):
         raise UserError(
             f"{path} has {', '.join(unknown)}, unknown to lattejax {lattejax.__version__}; it was written by {version}"
         )
@@ -122,7 +138,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """Values by dotted key."""
 
     def items(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             for name, item in value.items():
                 yield from items(item, f"{path}.{name}".strip("."))
         else:
@@ -134,13 +150,13 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 def differences(ours: Config, theirs: Config) -> list[str]:
     """Lists the keys on which two configs differ, as `key: theirs -> ours`."""
     old, new = _flat(dataclasses.asdict(theirs)), _flat(dataclasses.asdict(ours))
-    return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if old[key] != new[key]]
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)]
 
 
 def describe(config: Config) -> str:
     """Every key with its value, a line each; those that are not at their default are marked, with the default."""
     usual = _flat(dataclasses.asdict(Config()))
     return "\n".join(
-        f"{key} = {value!r}" if value == usual[key] else f"{key} = {value!r}  # not {usual[key]!r}"
+        f"{key} = {value!r}" if value == usual.get(key) else f"{key} = {value!r}  # not {usual.get(key)!r}"
         for key, value in _flat(dataclasses.asdict(config)).items()
     )

@@ -5,6 +5,7 @@ DC-AE. What the paper does not state (learning rate, betas, clipping, average, d
 """
 
 import dataclasses
+import json
 import typing
 from typing import Any
 
@@ -26,6 +27,13 @@ BEFORE = "before"  # in the metadata of a key
 def added(default: Any, *, before: Any) -> Any:
     """A key that configs did not have from the start; without it, the code did what it does now with `before`."""
     return dataclasses.field(default=default, metadata={BEFORE: before})
+
+
+class Settings(dict):
+    """A part of a config whose keys are not known here: {name: {setting: value}}. Never changed."""
+
+    def __hash__(self):
+        return hash(json.dumps(self, sort_keys=True))
 
 
 def check(name: str, value: Any, good: bool, expected: str) -> None:
@@ -211,14 +219,15 @@ class Evaluation:
     batch_size: int = 64  # images that one sampling call draws
     scored_images: int = 0  # digits that each evaluation draws and scores, as many of each; 0: none
     final_images: int = 0  # digits that the final score draws at each guidance scale, as many of each; 0: none
+    # More scores: {name: settings}, see evaluation/registry.py. `every` in them: steps between two; 0: at the end.
+    evaluators: Settings = added(Settings(), before={})
 
     def __post_init__(self):
         check("every", self.every, self.every >= 0, "at least 0")
         check("examples", self.examples, self.examples >= 0, "at least 0")
         check("prompts", self.prompts, len(self.prompts) > 0 and all(map(str.strip, self.prompts)), "non-empty texts")
         for name in ("scored_images", "final_images"):
-            good = getattr(self, name) >= 0 and getattr(self, name) % 10 == 0
-            check(name, getattr(self, name), good, "a multiple of the 10 digits")
+            check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("images_per_prompt", "sample_steps", "batch_size"):
             check(name, getattr(self, name), getattr(self, name) > 0, "positive")
         _ = self.sampling  # checks of its own

@@ -89,6 +89,10 @@ class DigitSource:
     def questions(self, split: str, encoder: PromptEncoder) -> "Questions":
         return Questions(split, encoder)
 
+    def requests(self, encoder: PromptEncoder) -> list[tuple[str, EncodedPrompt]]:
+        labels = [f"{REQUEST} {word}" for word in WORDS]
+        return list(zip(labels, requests(encoder, self.prompts), strict=True))
+
     def texts(self) -> list[str]:
         kinds = range(QUESTIONS_PER_IMAGE)
         pairs = [question_and_answer(label, kind, index) for label in range(10) for kind in kinds for index in (0, 1)]

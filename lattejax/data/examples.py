@@ -66,6 +66,9 @@ class Source(Protocol):
 
     def questions(self, split: str, encoder: PromptEncoder) -> Questions | None: ...
 
+    def requests(self, encoder: PromptEncoder) -> list[tuple[str, EncodedPrompt]]:
+        """Prompts to draw samples of, each with a label, where prompts are more than a text of the config's."""
+
     def texts(self) -> Iterable[str]:
         """Everything that is said, to train a tokenizer on."""
 

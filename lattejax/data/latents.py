@@ -25,7 +25,7 @@ from lattejax.configuration import Config
 from lattejax.data.examples import Drawing
 from lattejax.data.identity import Identity
 from lattejax.data.pipeline import every
-from lattejax.data.prompts import PromptEncoder
+from lattejax.data.prompts import EncodedPrompt, PromptEncoder
 from lattejax.errors import UserError
 from lattejax.files import is_remote, located, read_json
 
@@ -212,6 +212,9 @@ class LatentSource:
 
     def questions(self, split: str, encoder: PromptEncoder) -> None:
         return None
+
+    def requests(self, encoder: PromptEncoder) -> list[tuple[str, EncodedPrompt]]:
+        return []  # prompts are texts
 
     def texts(self) -> Sequence[str]:
         return self.captions or [drawing.caption for split in SPLITS for drawing in every(self.drawings(split))]

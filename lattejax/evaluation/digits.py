@@ -1,54 +1,30 @@
-"""The score of the digits run: are answers right, and are generated digits read as what was asked for?"""
+"""The score of the digits: are drawn ones read as what was asked for?"""
+
+import dataclasses
+import functools
 
 import numpy as np
 from etils import epy
 
 from lattejax.configuration import Config
 from lattejax.data import digits
-from lattejax.data.examples import Questions
-from lattejax.data.prompts import PromptEncoder
+from lattejax.data.examples import Source
+from lattejax.data.prompts import EncodedPrompt, PromptEncoder
 from lattejax.errors import UserError
 from lattejax.evaluation.frechet import frechet_distance
-from lattejax.models.functional import Params
-from lattejax.models.qwen2_vl import VLMConfig
-from lattejax.sampling.answers import Answerer, Decoding
+from lattejax.evaluation.protocol import Report, Subject
+from lattejax.flow.schedule import Sampling
+from lattejax.sampling.images import ImageSampler
 
 with epy.lazy_imports():
     from sklearn import svm
 
-LONGEST_ANSWER = 6  # tokens
-
-
-def answer_accuracy(
-    config: VLMConfig, params: Params, encoder: PromptEncoder, questions: Questions, *, examples: int, batch_size: int
-) -> float:
-    """The share of held-out questions that greedy decoding answers word for word.
-
-    Args:
-      config: the VLM's geometry.
-      params: its weights, a tree for each layer.
-      encoder: of the prompts.
-      questions: held-out ones.
-      examples: how many of them, a fixed random choice; 0: all.
-      batch_size: questions answered at a time.
-    """
-    total = len(questions)
-    chosen = np.random.default_rng(0).permutation(total)[: examples or total].tolist()
-    prompts = [questions.unanswered(i) for i in chosen]
-    answers = Answerer(config, params, encoder).generate(prompts, Decoding(max_tokens=LONGEST_ANSWER), batch_size)
-    return float(np.mean([said == questions.text(i)[1] for said, i in zip(answers, chosen, strict=True)]))
+CLASSES = len(digits.WORDS)
 
 
 def _vectors(images: np.ndarray) -> np.ndarray:
     """Grey pixels in [0, 1], flattened [n, 64]."""
     return images[..., 0].reshape(len(images), -1) / 255.0
-
-
-def check_digits(config: Config) -> None:
-    """Raises `UserError` if digits are to be drawn and scored, and the data is something else."""
-    for key in ("scored_images", "final_images"):
-        if getattr(config.eval, key) and config.data.source != "digits":
-            raise UserError(f"config.eval.{key} scores digits; set it to 0 with data.source={config.data.source!r}")
 
 
 class DigitReader:
@@ -64,13 +40,77 @@ class DigitReader:
         Args:
           images: uint8 [10 · n, 8, 8, 3], zeros first. The distance is in pixels of [0, 1].
         """
-        drawn, asked = _vectors(images), np.repeat(np.arange(10), len(images) // 10)
+        drawn, asked = _vectors(images), np.repeat(np.arange(CLASSES), len(images) // CLASSES)
         return {
             "generated_accuracy": float(np.mean(self._machine.predict(drawn) == asked)),
             "frechet": frechet_distance(drawn, _vectors(digits.load("test").images)),
         }
 
 
+@functools.cache
+def digit_reader() -> DigitReader:
+    """Fitted once, however often digits are scored."""
+    return DigitReader()
+
+
 def frechet_train_test() -> float:
     """The training images' own distance to the test images: what a generator can hope to reach."""
     return frechet_distance(*(_vectors(digits.load(split).images) for split in ("train", "test")))
+
+
+def draw_digits(config: Config, sampler: ImageSampler, count: int, sampling: Sampling) -> np.ndarray:
+    """Draws `count` images, zeros first, as many of each digit."""
+    return sampler(
+        digits.requests(sampler.encoder, config.data.prompts),
+        sampling,
+        images_per_prompt=count // CLASSES,
+        batch_size=config.eval.batch_size,
+        seed=config.seed,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DigitScore:
+    """Of so many `images`, as many of each digit, drawn as config.eval says."""
+
+    config: Config
+    images: int
+
+    @classmethod
+    def open(cls, config: Config, source: Source, *, images: int) -> "DigitScore":
+        if config.data.source != "digits":
+            raise UserError(
+                "config.eval.scored_images and final_images are digits to draw and score; set them to 0 with "
+                f"data.source={config.data.source!r}"
+            )
+        if images % CLASSES:
+            raise UserError(f"{images} images to score must be a multiple of the {CLASSES} digits")
+        return cls(config, images)
+
+    num_prompts = CLASSES
+
+    def prompts(self, encoder: PromptEncoder) -> list[EncodedPrompt]:
+        """One for each digit, zero first."""
+        return digits.requests(encoder, self.config.data.prompts)
+
+    def score(self, images: np.ndarray) -> dict[str, float]:
+        """See `DigitReader.score`."""
+        return digit_reader().score(images)
+
+    def __call__(self, subject: Subject) -> Report:
+        return Report(self._at(subject, self.config.eval.sampling))
+
+    def _at(self, subject: Subject, sampling: Sampling) -> dict[str, float]:
+        return self.score(draw_digits(self.config, subject.sampler, self.images, sampling))
+
+
+class FinalDigitScore(DigitScore):
+    """At guidance 1 and at 2, beside the score of the training images themselves."""
+
+    def __call__(self, subject: Subject) -> Report:
+        figures = {}
+        for guidance in (1, 2):
+            sampling = dataclasses.replace(self.config.eval.sampling, guidance=float(guidance))
+            scores = self._at(subject, sampling)
+            figures |= {f"{name}_guidance_{guidance}": score for name, score in scores.items()}
+        return Report(figures | {"frechet_train_test": frechet_train_test()})

@@ -1,5 +1,6 @@
 """The loss on held-out rows, a batch at a time, however many there are."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,12 +9,28 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from lattejax.configuration import Config
-from lattejax.data.examples import Drawings
+from lattejax.data.examples import Drawings, Source
+from lattejax.evaluation.protocol import Report, Subject
 from lattejax.models.functional import Params
 from lattejax.objectives.flow import FlowLoss, Frozen
 from lattejax.parallel import hosts
 from lattejax.parallel.mesh import batches_of
 from lattejax.parallel.rows import Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutFlowLoss:
+    """The flow-matching loss on held-out drawings: over all of flow time, and in each group's interval."""
+
+    lengths: tuple[float, ...]
+
+    @classmethod
+    def open(cls, config: Config, source: Source) -> "HeldOutFlowLoss":
+        return cls(tuple(config.model_config.generation.intervals.lengths))
+
+    def __call__(self, subject: Subject) -> Report:
+        losses = subject.held_out_losses
+        return Report({"held_out_loss": np.sum(losses * np.asarray(self.lengths)), "held_out_loss_per_group": losses})
 
 
 class HeldOutLoss:

@@ -7,7 +7,7 @@ Figures are means over seeds, with the sample standard deviation where there are
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,16 +20,17 @@ from lattejax.runs.run import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What the table shows, and how it is written.
-COLUMNS = (
-    ("held_out_loss", "{:.4f}"),
-    ("generated_accuracy_guidance_1", "{:.3f}"),
-    ("generated_accuracy_guidance_2", "{:.3f}"),
-    ("frechet_guidance_1", "{:.3f}"),
-    ("frechet_guidance_2", "{:.3f}"),
-    ("answer_accuracy", "{:.3f}"),
-)
-TRAINING_SCORES = ("held_out_loss", "generated_accuracy", "frechet")
+NO_SCORES = ("stage", "step", "seconds", "variant", "steps", "seconds_per_image")  # of a record
+
+
+def common_scores(records: Iterable[dict[str, Any]]) -> list[str]:
+    """The names of the figures that all records have, in the first one's order; vectors are left out."""
+    first, *others = records
+    return [
+        name
+        for name, value in first.items()
+        if isinstance(value, int | float) and name not in NO_SCORES and all(name in other for other in others)
+    ]
 
 
 def write_comparison(directory: epath.Path, runs: dict[tuple[str, int], Run]) -> str:
@@ -37,16 +38,17 @@ def write_comparison(directory: epath.Path, runs: dict[tuple[str, int], Run]) ->
     variants = list(dict.fromkeys(name for name, _ in runs))
     evaluations = {key: _evaluations(run) for key, run in runs.items()}
     sampling = json.loads((directory / "sampling.json").read_text())["draws"]
-    rows = []
+    results = {key: json.loads(run.workdir.results.read_text()) for key, run in runs.items()}
+    columns, rows = common_scores(results.values()), []
     for variant in variants:
         own = [key for key in runs if key[0] == variant]
-        scores = [json.loads(runs[key].workdir.results.read_text()) for key in own]
+        scores = [results[key] for key in own]
         rows.append({"variant": variant, "seeds": len(own)})
-        for name, _ in COLUMNS:
+        for name in columns:
             values = [score[name] for score in scores]
             rows[-1] |= {name: np.mean(values), f"{name}_std": np.std(values, ddof=1) if len(values) > 1 else np.nan}
     write_whole(directory / "table.csv", _csv(rows).encode())
-    table = _markdown(rows)
+    table = _markdown(rows, columns)
     write_whole(directory / "table.md", table.encode())
     figures = {
         "score_by_training_steps": _by_training_steps(variants, evaluations),
@@ -71,16 +73,15 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     return file.getvalue()
 
 
-def _markdown(rows: Sequence[dict[str, Any]]) -> str:
-    def cell(row: dict[str, Any], name: str, form: str) -> str:
+def _markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    def cell(row: dict[str, Any], name: str) -> str:
         spread = row[f"{name}_std"]
-        return form.format(row[name]) + ("" if np.isnan(spread) else " ± " + form.format(spread))
+        return f"{row[name]:.4f}" + ("" if np.isnan(spread) else f" ± {spread:.4f}")
 
-    names = [name.replace("_", " ") for name, _ in COLUMNS]
-    lines = [f"| variant | seeds | {' | '.join(names)} |", "| --- " * (len(names) + 2) + "|"]
+    lines = [f"| variant | seeds | {' | '.join(name.replace('_', ' ') for name in columns)} |"]
+    lines.append("| --- " * (len(columns) + 2) + "|")
     for row in rows:
-        cells = [row["variant"], str(row["seeds"]), *(cell(row, *column) for column in COLUMNS)]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([row['variant'], str(row['seeds']), *(cell(row, name) for name in columns)])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -92,9 +93,8 @@ def new_figure(width: float, height: float) -> "Figure":
 
 def _by_training_steps(variants: Sequence[str], evaluations: dict) -> "Figure":
     """Scores while training, the mean over seeds and the range of them."""
-    figure = new_figure(13, 4)
-    # Runs that score no images while they train have the loss alone.
-    known = [name for name in TRAINING_SCORES if all(name in record for own in evaluations.values() for record in own)]
+    known = common_scores(record for own in evaluations.values() for record in own)
+    figure = new_figure(4.3 * len(known), 4)
     for axes, score in zip(figure.subplots(1, len(known), squeeze=False)[0], known, strict=True):
         for variant in variants:
             curves = [own for (name, _), own in evaluations.items() if name == variant]
@@ -109,8 +109,9 @@ def _by_training_steps(variants: Sequence[str], evaluations: dict) -> "Figure":
 
 def _by_sampling_time(variants: Sequence[str], sampling: Sequence[dict[str, Any]]) -> "Figure":
     """Scores of one run of each variant by what an image costs, a mark for each number of steps."""
-    figure = new_figure(9, 4)
-    for axes, score in zip(figure.subplots(1, 2), ("generated_accuracy", "frechet"), strict=True):
+    known = common_scores(sampling)
+    figure = new_figure(4.5 * len(known), 4)
+    for axes, score in zip(figure.subplots(1, len(known), squeeze=False)[0], known, strict=True):
         for variant in variants:
             own = sorted((r for r in sampling if r["variant"] == variant), key=lambda record: record["steps"])
             milliseconds = [1000 * record["seconds_per_image"] for record in own]

@@ -5,7 +5,7 @@ Its directory:
 vlm/                    the run that pretrains the VLM
 runs/<variant>_<seed>/  a run each
 sampling.json           scores and times by number of sampling steps, of each variant's run with the first seed
-table.csv, table.md     the comparison, see `evaluation.comparison`
+table.csv, table.md     the comparison, see `sweeps.comparison`
 *.png                   its plots
 """
 
@@ -23,10 +23,10 @@ from ml_collections import ConfigDict
 
 from lattejax import configuration
 from lattejax.configuration import Config
-from lattejax.data import digits
 from lattejax.data.prompts import prompt_encoder
 from lattejax.errors import UserError
-from lattejax.evaluation.digits import DigitReader
+from lattejax.evaluation.protocol import DrawingScore
+from lattejax.evaluation.registry import drawing_scores, open_evaluators
 from lattejax.files import write_whole
 from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
@@ -71,13 +71,22 @@ def resolve_sweep(config: ConfigDict) -> Sweep:
     for name, variant in variants.items():
         trees.check_shapes(vlm, abstract_params(variant)["vlm"], f"variant {name}: the base config's VLM weights")
         batch, images = variant.eval.batch_size, variant.eval.final_images
-        if variant.data.source != "digits" or not images:
-            raise UserError(f"variant {name}: a sweep scores digits; it needs data.source='digits', eval.final_images")
-        if batch % 10 or images % batch:
-            raise UserError(f"variant {name}: eval.batch_size={batch} must be a multiple of 10 that divides {images}")
+        count = drawing_score(variant, name).num_prompts
+        if batch % count or images % batch:
+            raise UserError(
+                f"variant {name}: eval.batch_size={batch} must be a multiple of {count} that divides {images}"
+            )
         if not variant.train.steps:
             raise UserError(f"variant {name}: train.steps=0 trains nothing that could be compared")
     return Sweep(base, variants, tuple(values["seeds"]), tuple(values["sample_steps"]))
+
+
+def drawing_score(config: Config, name: str) -> DrawingScore:
+    """What a variant's drawings are scored by; raises `UserError` where nothing does."""
+    score = next(drawing_scores(open_evaluators(config, open_data(config))), None)
+    if score is None:
+        raise UserError(f"variant {name}: a sweep compares drawings, and nothing scores them; set eval.final_images")
+    return score
 
 
 def _override(base: dict[str, Any], name: str, overrides: dict[str, Any]) -> Config:
@@ -163,21 +172,22 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
                 images[name, steps].append(drawn)
             if guard.signum is not None:
                 raise Interrupted(guard.signum)
-    reader, draws = DigitReader(), []
+    draws = []
     for name, steps in cells:
-        # Each batch has as many of each digit, zeros first: so must the whole have.
-        drawn = np.stack(images[name, steps])
-        by_digit = drawn.reshape(len(drawn), 10, -1, *drawn.shape[2:]).swapaxes(0, 1).reshape(-1, *drawn.shape[2:])
+        # Each batch has as many of each prompt, in order: so must the whole have.
+        drawn, score = np.stack(images[name, steps]), drawing_score(runs[name].config, name)
+        by_prompt = drawn.reshape(len(drawn), score.num_prompts, -1, *drawn.shape[2:])
+        by_prompt = by_prompt.swapaxes(0, 1).reshape(-1, *drawn.shape[2:])
         timed = {"variant": name, "steps": steps, "seconds_per_image": float(np.median(seconds[name, steps]))}
-        draws.append(timed | reader.score(by_digit))
+        draws.append(timed | score.score(by_prompt))
     write_whole(path, (json.dumps({"runs": results, "draws": draws}, indent=2) + "\n").encode())
 
 
 def _drawer(run: Run) -> Callable[[int, int], np.ndarray]:
-    """Returns what draws one batch of digits, zeros first, given the number of steps and a seed."""
+    """Returns what draws one batch, as many of each prompt, given the number of steps and a seed."""
     config = run.config
     sampler = ImageSampler.of(run, run.params())
-    prompts = digits.requests(run.encoder, config.data.prompts)
+    prompts = drawing_score(config, run.workdir.path.name).prompts(run.encoder)
     size = config.eval.batch_size
 
     def draw(steps: int, seed: int) -> np.ndarray:

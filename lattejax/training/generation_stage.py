@@ -1,20 +1,19 @@
 """The second stage: flow matching."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from lattejax.configuration import Config
 from lattejax.data.examples import image_batcher
 from lattejax.data.pipeline import Batches, Streams
 from lattejax.data.prompts import PromptEncoder
-from lattejax.evaluation.digits import DigitReader
-from lattejax.evaluation.drawn import draw_digits, held_out_answers, sample_grid
 from lattejax.evaluation.held_out import HeldOutLoss
+from lattejax.evaluation.protocol import Report, Subject
+from lattejax.evaluation.registry import open_evaluators, take_scores
 from lattejax.models import functional, latte_flow
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
@@ -26,11 +25,11 @@ from lattejax.runs.data import open_data
 from lattejax.runs.inference import inference_weights
 from lattejax.runs.run import Run
 from lattejax.runs.shapes import abstract_trained
+from lattejax.sampling.answers import Answerer
 from lattejax.sampling.images import ImageSampler, read_prompts
 from lattejax.training.costs import generation_flops
 from lattejax.training.layout import stage_rows
 from lattejax.training.loop import StageRecipe
-from lattejax.training.metrics import MetricsLog
 from lattejax.training.step import TrainState, make_train_step
 from lattejax.training.vlm_stage import question_batches
 
@@ -51,7 +50,7 @@ def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
     frozen = frozen_inputs(config, encoder, source.captions, read_fixed(), run.mesh)
     make_batch = image_batcher(config, encoder, source.captions)
     held_out = HeldOutLoss(config, loss, source.drawings("test", encoder), make_batch, run.mesh)
-    reader = DigitReader() if config.eval.scored_images else None
+    scheduled = open_evaluators(config, source)
     stored = run.open_autoencoder()
     # Read now, when nothing is lost if it cannot be; kept on the host until an evaluation draws.
     autoencoder, decoder = stored.autoencoder, jax.device_get(stored.weights("decoder"))
@@ -65,19 +64,21 @@ def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
 
         return jax.jit(fresh, out_shardings=rules.shardings(run.mesh, trained))(run.pretrained_vlm(), init_key)
 
-    def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:
-        losses = held_out(state.average, frozen)
-        lengths = np.asarray(model.generation.intervals.lengths)
-        metrics = {"held_out_loss": np.sum(losses * lengths), "held_out_loss_per_group": losses}
-        params = functional.merge(frozen.params or read_fixed(), state.average)
-        if config.trains_answers:
-            metrics["answer_accuracy"] = held_out_answers(run, params["vlm"], config.eval.examples)
-        weights = inference_weights(config, params, run.mesh)
-        sampler = ImageSampler(model, autoencoder, encoder, weights, decoder, run.mesh)
-        log.image(int(hosts.fetch(state.step)), "samples", sample_grid(config, sampler))
-        if reader is not None:
-            metrics |= reader.score(draw_digits(config, sampler, config.eval.scored_images, config.eval.sampling))
-        return metrics
+    def evaluate(state: TrainState) -> Report:
+        @functools.cache
+        def params() -> Params:
+            return functional.merge(frozen.params or read_fixed(), state.average)
+
+        def answerer() -> Answerer:
+            return Answerer(model.vlm, inference_weights(config, {"vlm": params()["vlm"]}, run.mesh)["vlm"], encoder)
+
+        def sampler() -> ImageSampler:
+            return ImageSampler(
+                model, autoencoder, encoder, inference_weights(config, params(), run.mesh), decoder, run.mesh
+            )
+
+        subject = Subject(config, source, answerer, sampler, lambda: held_out(state.average, frozen))
+        return take_scores(scheduled, "train", subject, int(hosts.fetch(state.step)))
 
     batches = {
         "images": Batches(

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lattejax.configuration import Config, Profile, Stage
 from lattejax.data.pipeline import Streams
 from lattejax.errors import UserError
+from lattejax.evaluation.protocol import Report
 from lattejax.models.functional import Params
 from lattejax.parallel import hosts, rules
 from lattejax.parallel.rows import Rows
@@ -40,7 +41,7 @@ class StageRecipe:
     key: jax.Array
     frozen: Any  # read by every step, trained by none
     batches: Streams
-    evaluate: Callable[[TrainState, MetricsLog], dict[str, Any]]
+    evaluate: Callable[[TrainState], Report]
     flops_per_example: float  # of a training step, in closed form
     profile: Profile = Profile(start=0, steps=0)
 
@@ -100,7 +101,10 @@ def run_stage(
         return step == settings.steps or bool(config.eval.every and step % config.eval.every == 0)
 
     def evaluate(step: int) -> None:
-        log.write(step, recipe.evaluate(state, log))
+        report = recipe.evaluate(state)
+        for name, picture in report.pictures.items():
+            log.image(step, name, picture)
+        log.write(step, report.figures)
 
     if first_step and is_evaluated(first_step) and not log.has_evaluation(first_step):
         evaluate(first_step)  # an earlier process was stopped at it

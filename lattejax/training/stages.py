@@ -1,23 +1,28 @@
 """The two stages of a run, one after the other: the VLM learns to read, then the generation pathway learns to draw."""
 
 import dataclasses
+import functools
 import json
 
 import jax
+import numpy as np
 from etils import epath
 
 from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import prompt_encoder
-from lattejax.evaluation.digits import DigitReader, check_digits, frechet_train_test
-from lattejax.evaluation.drawn import draw_digits, held_out_answers
+from lattejax.evaluation.protocol import Subject
+from lattejax.evaluation.registry import open_evaluators, take_scores
 from lattejax.files import write_whole
+from lattejax.models.functional import Params
 from lattejax.parallel import hosts
 from lattejax.runs.data import open_data
+from lattejax.runs.inference import inference_weights
 from lattejax.runs.records import read_records
 from lattejax.runs.run import Run, open_mesh, open_vlm
 from lattejax.runs.workdir import Workdir
+from lattejax.sampling.answers import Answerer
 from lattejax.sampling.images import ImageSampler
 from lattejax.training.checks import (
     check_fit,
@@ -102,7 +107,7 @@ def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]
     check_mesh(config, mesh)
     source = open_data(config)
     check_questions(config, source)
-    check_digits(config)
+    open_evaluators(config, source)
     encoder = prompt_encoder(config, find_tokenizer(config, workdir, source))
     autoencoder = StoredAutoencoder.open_for(config.data).identity
     check_fit(config, encoder, autoencoder)
@@ -125,21 +130,24 @@ def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]
 
 
 def final_scores(run: Run) -> dict[str, float]:
-    """The last held-out loss; of the digits also the share of right answers, and scores of digits drawn at guidance 1
-    and 2, see `evaluation.digits`."""
-    config = run.config
-    losses = [record["held_out_loss"] for record in read_records(run.workdir.metrics) if "held_out_loss" in record]
-    scores = {"held_out_loss": losses[-1]} if losses else {}
-    if not open_data(config).has_questions:
-        return scores
-    params = run.params()
-    scores["answer_accuracy"] = held_out_answers(run, params["vlm"], examples=0)
-    if config.eval.final_images:
-        reader, sampler = DigitReader(), ImageSampler.of(run, params)
-        for guidance in (1, 2):
-            sampling = dataclasses.replace(config.eval.sampling, guidance=float(guidance))
-            images = draw_digits(config, sampler, config.eval.final_images, sampling)
-            for name, score in reader.score(images).items():
-                scores[f"{name}_guidance_{guidance}"] = score
-        scores["frechet_train_test"] = frechet_train_test()
-    return scores
+    """The last held-out loss, and the scores that are taken at the end."""
+    config, source = run.config, open_data(run.config)
+    evaluated = [record for record in read_records(run.workdir.metrics) if "held_out_loss" in record]
+
+    @functools.cache
+    def params() -> Params:
+        return run.params()
+
+    def answerer() -> Answerer:
+        weights = inference_weights(config, {"vlm": params()["vlm"]}, run.mesh)
+        return Answerer(run.vlm_config, weights["vlm"], run.encoder)
+
+    subject = Subject(
+        config,
+        source,
+        answerer,
+        lambda: ImageSampler.of(run, params()),
+        lambda: np.asarray(evaluated[-1]["held_out_loss_per_group"]),
+    )
+    figures = take_scores(open_evaluators(config, source), "end", subject).figures
+    return {"held_out_loss": evaluated[-1]["held_out_loss"]} | figures if evaluated else figures

@@ -9,19 +9,22 @@ from jax.sharding import Mesh
 from lattejax.configuration import Config
 from lattejax.data.pipeline import Batches, Streams
 from lattejax.data.prompts import question_batch
-from lattejax.evaluation.drawn import held_out_answers
+from lattejax.errors import UserError
+from lattejax.evaluation.protocol import Report, Subject
+from lattejax.evaluation.registry import open_evaluators, take_scores
 from lattejax.models import qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.objectives.answers import AnswerLoss, weigh_answers
-from lattejax.parallel import rules
+from lattejax.parallel import hosts, rules
 from lattejax.parallel.rows import Rows
 from lattejax.runs.data import open_data
+from lattejax.runs.inference import inference_weights
 from lattejax.runs.run import Run, open_vlm
 from lattejax.runs.shapes import abstract_params
+from lattejax.sampling.answers import Answerer
 from lattejax.training.costs import TRAINING_PASSES, question_flops
 from lattejax.training.layout import stage_rows
 from lattejax.training.loop import StageRecipe
-from lattejax.training.metrics import MetricsLog
 from lattejax.training.step import TrainState, make_train_step
 
 
@@ -32,8 +35,16 @@ def vlm_recipe(run: Run, key: jax.Array) -> StageRecipe:
     rows = stage_rows(config)["pretrain"]
     loss = AnswerLoss(model, jnp.dtype(config.dtype), stage.remat, stage.unroll)
 
-    def evaluate(state: TrainState, log: MetricsLog) -> dict[str, Any]:
-        return {"answer_accuracy": held_out_answers(run, state.average, config.eval.examples)}
+    source = open_data(config)
+    scheduled = open_evaluators(config, source)
+
+    def evaluate(state: TrainState) -> Report:
+        def answerer() -> Answerer:
+            weights = inference_weights(config, {"vlm": state.average}, run.mesh)
+            return Answerer(model.vlm, weights["vlm"], run.encoder)
+
+        subject = Subject(config, source, answerer, draws_nothing_yet, draws_nothing_yet)
+        return take_scores(scheduled, "pretrain", subject, int(hosts.fetch(state.step)))
 
     return StageRecipe(
         name="pretrain",
@@ -49,6 +60,10 @@ def vlm_recipe(run: Run, key: jax.Array) -> StageRecipe:
         evaluate=evaluate,
         flops_per_example=TRAINING_PASSES * question_flops(config),
     )
+
+
+def draws_nothing_yet() -> Any:
+    raise UserError("the first stage trains nothing that draws")
 
 
 def first_vlm(config: Config, key: jax.Array, mesh: Mesh) -> Params:

@@ -1,0 +1,48 @@
+"""Are held-out questions answered right?"""
+
+import dataclasses
+
+import numpy as np
+
+from lattejax.configuration import Config
+from lattejax.data.examples import Questions, Source
+from lattejax.errors import UserError
+from lattejax.evaluation.protocol import Report, Subject
+from lattejax.sampling.answers import Answerer, Decoding
+
+LONGEST_ANSWER = 6  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerAccuracy:
+    """The share of `examples` held-out questions (0: all) that greedy decoding answers word for word."""
+
+    examples: int
+
+    @classmethod
+    def open(cls, config: Config, source: Source, *, examples: int = 0) -> "AnswerAccuracy":
+        if not source.has_questions:
+            raise UserError(f"config.data.source={config.data.source!r} has no questions whose answers could be scored")
+        return cls(examples)
+
+    def __call__(self, subject: Subject) -> Report:
+        answerer = subject.answerer
+        questions = subject.source.questions("test", answerer.encoder)
+        size = subject.config.eval.batch_size
+        return Report({"answer_accuracy": answer_accuracy(answerer, questions, self.examples, size)})
+
+
+def answer_accuracy(answerer: Answerer, questions: Questions, examples: int, batch_size: int) -> float:
+    """The share of held-out questions that are answered word for word.
+
+    Args:
+      answerer: the model.
+      questions: held-out ones.
+      examples: how many of them, a fixed random choice; 0: all.
+      batch_size: questions answered at a time.
+    """
+    total = len(questions)
+    chosen = np.random.default_rng(0).permutation(total)[: examples or total].tolist()
+    prompts = [questions.unanswered(i) for i in chosen]
+    answers = answerer.generate(prompts, Decoding(max_tokens=LONGEST_ANSWER), batch_size)
+    return float(np.mean([said == questions.text(i)[1] for said, i in zip(answers, chosen, strict=True)]))
