@@ -1,0 +1,94 @@
+"""Another data source is a file and a line of registration, chosen by the config."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from lattejax.data import sources
+from lattejax.data.examples import Drawing
+from lattejax.errors import UserError
+from lattejax.flow.schedule import Sampling
+from lattejax.runs.data import open_data
+from lattejax.runs.run import Run
+from lattejax.sampling.images import ImageSampler
+from lattejax.training import stages
+from lattejax.training.interrupt import InterruptGuard
+from tests.helpers import tiny_config
+
+
+class Stripes:
+    """Dark or light pictures of eight pixels a side; no questions."""
+
+    captions = ("dark", "light")
+    identities = ("stripes, first edition",)
+    has_questions = False
+
+    @classmethod
+    def open(cls, config, autoencoder):
+        if config.data.latent_shape != (8, 8, 1):
+            raise UserError("stripes have 8 x 8 pixels")
+        return cls()
+
+    def drawings(self, split, encoder):
+        return self
+
+    def questions(self, split, encoder):
+        return None
+
+    def requests(self, encoder):
+        return []
+
+    def texts(self):
+        return self.captions
+
+    def __len__(self):
+        return 20
+
+    def __getitems__(self, indices):
+        return [Drawing(np.full((8, 8, 1), i % 2 - 0.5, np.float32), self.captions[i % 2]) for i in indices]
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(sys.modules, "stripes", types.SimpleNamespace(Stripes=Stripes))
+    monkeypatch.setitem(sources.SOURCES, "stripes", "stripes:Stripes")
+
+
+SETTINGS = dict(data__source="stripes", pretrain__steps=0, eval__scored_images=0, eval__final_images=0)
+
+
+def test_it_is_trained_on_and_drawn_from(registered, tmp_path):
+    config = tiny_config(**SETTINGS, train__steps=2, eval__prompts=("dark",))
+    results = stages.train(config, tmp_path, InterruptGuard())
+    assert set(results) == {"held_out_loss", "seconds"}, "no score but those that it can have"
+    sampler = ImageSampler.of(Run.open(tmp_path), Run.open(tmp_path).params())
+    drawn = sampler([sampler.encoder.drawing("light")], Sampling(2), images_per_prompt=2, batch_size=2)
+    assert drawn.shape == (2, 8, 8, 3)
+    Stripes.identities = ("stripes, second edition",)
+    with pytest.raises(UserError, match="holds other latents than those"):
+        stages.train(config, tmp_path, InterruptGuard())
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"data__source": "dots"}, "config.data.source='dots' is unknown; use one of digits, latents, stripes"),
+        ({"pretrain__steps": 3}, "pretrain.steps trains on questions, and config.data.source='stripes' has none"),
+        (
+            {"model__variant": "blend"},
+            "model.variant='blend' trains on questions, and config.data.source='stripes' has none",
+        ),
+        ({"eval__final_images": 20}, "set them to 0 with data.source='stripes'"),
+    ],
+)
+def test_what_it_has_not_is_refused_before_any_work(changes, named, registered, tmp_path):
+    with pytest.raises(UserError, match=named):
+        stages.train(tiny_config(**SETTINGS | changes), tmp_path / "run", InterruptGuard())
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_digits_are_refused_at_another_size():
+    with pytest.raises(UserError, match=r"image_size=16 must be 'pixels' and 8 for the digits"):
+        open_data(tiny_config(data__image_size=16, data__latent_shape=(16, 16, 1)))
