@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 from PIL import Image
 
 from lattejax.configuration import Config
 from lattejax.data.examples import Source
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder
+from lattejax.models.autoencoders import Autoencoder
+from lattejax.models.functional import Params
 from lattejax.sampling.answers import Answerer
 from lattejax.sampling.images import ImageSampler
 
@@ -26,23 +29,32 @@ class Report:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
-    """A model under evaluation. What it is asked with is made when first asked for, and shared by all evaluators."""
+    """A model under evaluation, and what can be asked of it. Each is made when first asked for, and shared by all
+    evaluators; one copy of the weights serves drawing and answering."""
 
     config: Config
     source: Source
-    make_answerer: Callable[[], Answerer]
-    make_sampler: Callable[[], ImageSampler]
-    make_held_out_losses: Callable[[], Float[np.ndarray, "K"]]
+    encoder: PromptEncoder
+    mesh: Mesh
+    make_weights: Callable[[], Params]  # for inference, see `runs.inference`
+    make_held_out_losses: Callable[[], Float[np.ndarray, "K"]] | None = None
+    autoencoder: Autoencoder | None = None  # None: there is nothing yet that draws
+    decoder: Params | None = None
+
+    @functools.cached_property
+    def weights(self) -> Params:
+        return self.make_weights()
 
     @functools.cached_property
     def answerer(self) -> Answerer:
-        """Answers questions, after held-out pictures or others."""
-        return self.make_answerer()
+        """Answers questions."""
+        return Answerer(self.config.model_config.vlm, self.weights["vlm"], self.encoder)
 
     @functools.cached_property
     def sampler(self) -> ImageSampler:
         """Draws images."""
-        return self.make_sampler()
+        model = self.config.model_config
+        return ImageSampler(model, self.autoencoder, self.encoder, self.weights, self.decoder, self.mesh)
 
     @functools.cached_property
     def held_out_losses(self) -> Float[np.ndarray, "K"]:

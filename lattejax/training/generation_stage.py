@@ -1,11 +1,12 @@
 """The second stage: flow matching."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from lattejax.configuration import Config
 from lattejax.data.examples import image_batcher
@@ -25,8 +26,7 @@ from lattejax.runs.data import open_data
 from lattejax.runs.inference import inference_weights
 from lattejax.runs.run import Run
 from lattejax.runs.shapes import abstract_trained
-from lattejax.sampling.answers import Answerer
-from lattejax.sampling.images import ImageSampler, read_prompts
+from lattejax.sampling.images import read_prompts
 from lattejax.training.costs import generation_flops
 from lattejax.training.layout import stage_rows
 from lattejax.training.loop import StageRecipe
@@ -65,19 +65,14 @@ def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
         return jax.jit(fresh, out_shardings=rules.shardings(run.mesh, trained))(run.pretrained_vlm(), init_key)
 
     def evaluate(state: TrainState) -> Report:
-        @functools.cache
-        def params() -> Params:
-            return functional.merge(frozen.params or read_fixed(), state.average)
+        def weights() -> Params:
+            params = functional.merge(frozen.params or read_fixed(), state.average)
+            return inference_weights(config, params, run.mesh)
 
-        def answerer() -> Answerer:
-            return Answerer(model.vlm, inference_weights(config, {"vlm": params()["vlm"]}, run.mesh)["vlm"], encoder)
+        def losses() -> Float[np.ndarray, "K"]:
+            return held_out(state.average, frozen)
 
-        def sampler() -> ImageSampler:
-            return ImageSampler(
-                model, autoencoder, encoder, inference_weights(config, params(), run.mesh), decoder, run.mesh
-            )
-
-        subject = Subject(config, source, answerer, sampler, lambda: held_out(state.average, frozen))
+        subject = Subject(config, source, encoder, run.mesh, weights, losses, autoencoder, decoder)
         return take_scores(scheduled, "train", subject, int(hosts.fetch(state.step)))
 
     batches = {

@@ -1,12 +1,12 @@
 """The two stages of a run, one after the other: the VLM learns to read, then the generation pathway learns to draw."""
 
 import dataclasses
-import functools
 import json
 
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Float
 
 from lattejax import configuration
 from lattejax.configuration import Config
@@ -22,8 +22,6 @@ from lattejax.runs.inference import inference_weights
 from lattejax.runs.records import read_records
 from lattejax.runs.run import Run, open_mesh, open_vlm
 from lattejax.runs.workdir import Workdir
-from lattejax.sampling.answers import Answerer
-from lattejax.sampling.images import ImageSampler
 from lattejax.training.checks import (
     check_fit,
     check_lengths,
@@ -131,23 +129,16 @@ def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]
 
 def final_scores(run: Run) -> dict[str, float]:
     """The last held-out loss, and the scores that are taken at the end."""
-    config, source = run.config, open_data(run.config)
+    config, source, stored = run.config, open_data(run.config), run.open_autoencoder()
     evaluated = [record for record in read_records(run.workdir.metrics) if "held_out_loss" in record]
 
-    @functools.cache
-    def params() -> Params:
-        return run.params()
+    def weights() -> Params:
+        return inference_weights(config, run.params(), run.mesh)
 
-    def answerer() -> Answerer:
-        weights = inference_weights(config, {"vlm": params()["vlm"]}, run.mesh)
-        return Answerer(run.vlm_config, weights["vlm"], run.encoder)
+    def losses() -> Float[np.ndarray, "K"]:
+        return np.asarray(evaluated[-1]["held_out_loss_per_group"])
 
-    subject = Subject(
-        config,
-        source,
-        answerer,
-        lambda: ImageSampler.of(run, params()),
-        lambda: np.asarray(evaluated[-1]["held_out_loss_per_group"]),
-    )
+    decoder = stored.weights("decoder")
+    subject = Subject(config, source, run.encoder, run.mesh, weights, losses, stored.autoencoder, decoder)
     figures = take_scores(open_evaluators(config, source), "end", subject).figures
     return {"held_out_loss": evaluated[-1]["held_out_loss"]} | figures if evaluated else figures

@@ -1,7 +1,5 @@
 """The first stage: language modelling of answers."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -9,7 +7,6 @@ from jax.sharding import Mesh
 from lattejax.configuration import Config
 from lattejax.data.pipeline import Batches, Streams
 from lattejax.data.prompts import question_batch
-from lattejax.errors import UserError
 from lattejax.evaluation.protocol import Report, Subject
 from lattejax.evaluation.registry import open_evaluators, take_scores
 from lattejax.models import qwen2_vl
@@ -21,7 +18,6 @@ from lattejax.runs.data import open_data
 from lattejax.runs.inference import inference_weights
 from lattejax.runs.run import Run, open_vlm
 from lattejax.runs.shapes import abstract_params
-from lattejax.sampling.answers import Answerer
 from lattejax.training.costs import TRAINING_PASSES, question_flops
 from lattejax.training.layout import stage_rows
 from lattejax.training.loop import StageRecipe
@@ -39,11 +35,10 @@ def vlm_recipe(run: Run, key: jax.Array) -> StageRecipe:
     scheduled = open_evaluators(config, source)
 
     def evaluate(state: TrainState) -> Report:
-        def answerer() -> Answerer:
-            weights = inference_weights(config, {"vlm": state.average}, run.mesh)
-            return Answerer(model.vlm, weights["vlm"], run.encoder)
+        def weights() -> Params:
+            return inference_weights(config, {"vlm": state.average}, run.mesh)
 
-        subject = Subject(config, source, answerer, draws_nothing_yet, draws_nothing_yet)
+        subject = Subject(config, source, run.encoder, run.mesh, weights)
         return take_scores(scheduled, "pretrain", subject, int(hosts.fetch(state.step)))
 
     return StageRecipe(
@@ -60,10 +55,6 @@ def vlm_recipe(run: Run, key: jax.Array) -> StageRecipe:
         evaluate=evaluate,
         flops_per_example=TRAINING_PASSES * question_flops(config),
     )
-
-
-def draws_nothing_yet() -> Any:
-    raise UserError("the first stage trains nothing that draws")
 
 
 def first_vlm(config: Config, key: jax.Array, mesh: Mesh) -> Params:
