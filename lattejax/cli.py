@@ -1,4 +1,4 @@
-"""What the doors have in common: flags in, exit code out."""
+"""What the commands have in common: flags in, exit code out."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def run(
     check: Callable[[list[str]], None] = lambda arguments: None,
     commands: tuple[str, ...] = (),
 ) -> None:
-    """Parses the flags and runs a door's `main`. Bad input is one line on standard error and exit code 2.
+    """Parses the flags and runs a command's `main`. Bad input is one line on standard error and exit code 2.
 
     Args:
       main: takes nothing, or the command; reads its flags.

@@ -1,4 +1,4 @@
-"""Runs a door as several processes on this machine, as a cluster runs it on several machines:
+"""Runs a command as several processes on this machine, as a cluster runs it on several machines:
 
 python launch/local.py --processes=2 lattejax.train --config=configs/digits.py --workdir=runs/digits
 
@@ -22,23 +22,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="how many")
     parser.add_argument("--retries", type=int, default=0, help="how often to start again after exit code 75")
-    parser.add_argument("door", help="lattejax.train or lattejax.sample")
+    parser.add_argument("command", help="lattejax.train or lattejax.sample")
     arguments, flags = parser.parse_known_args()
     asked = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, frame: asked.append(signum))
     for _ in range(arguments.retries + 1):
-        code = run(arguments.door, flags, arguments.processes, asked)
+        code = run(arguments.command, flags, arguments.processes, asked)
         if code != TRY_AGAIN or asked:
             break
     return code
 
 
-def run(door: str, flags: list[str], count: int, asked: list[int]) -> int:
+def run(module: str, flags: list[str], count: int, asked: list[int]) -> int:
     """Runs all processes to their end; returns the first exit code that is not 0. What this process is asked by signal
     it passes on."""
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", door, *flags, "--cluster=explicit", coordinator, f"--processes={count}"]
+    command = [sys.executable, "-m", module, *flags, "--cluster=explicit", coordinator, f"--processes={count}"]
     # In sessions of their own, so that Ctrl-C on a terminal reaches them through this process alone, and once: a second
     # signal would stop them before they have saved.
     processes = [subprocess.Popen([*command, f"--process={number}"], start_new_session=True) for number in range(count)]

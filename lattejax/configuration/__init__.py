@@ -2,7 +2,8 @@
 
 `sections` has the keys. An experiment under configs/ takes `defaults()`, a plain `ml_collections.ConfigDict` with all
 of them, and states what differs; `resolve` turns it into the frozen dataclasses that the rest of the code reads. An
-unknown key, a missing one, or a value of the wrong type is an error before any work starts.
+unknown key, a missing one, or a value of the wrong type is an error before any work starts; a key that configs did not
+have from the start may be missing where its default is what the code did before.
 """
 
 from lattejax.configuration.config import DTYPES, Config

@@ -61,7 +61,10 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if kind is Settings:
         if not isinstance(value, dict) or not all(isinstance(settings, dict) for settings in value.values()):
             raise UserError(f"config.{path}={value!r} must have a section of settings for each name")
-        return Settings(value)
+        try:
+            return Settings(json.loads(json.dumps(value)))  # as it comes back from a run's config.json
+        except TypeError as error:
+            raise UserError(f"config.{path}={value!r} has what JSON cannot hold: {error}") from error
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path + ".")
     if isinstance(kind, types.GenericAlias):  # tuple[int, int, int] or tuple[str, ...]

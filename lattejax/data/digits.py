@@ -5,7 +5,7 @@ A fixed split: a fifth of the pictures, the same share of each digit, is held ou
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epy
@@ -74,7 +74,7 @@ class DigitSource:
         self.prompts = prompts
 
     @classmethod
-    def open(cls, config: Config, autoencoder: Identity) -> "DigitSource":
+    def open(cls, config: Config, autoencoder: Callable[[], Identity]) -> "DigitSource":
         data = config.data
         if (data.autoencoder, data.image_size) != (PIXELS, SIDE):
             raise UserError(

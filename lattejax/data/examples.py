@@ -55,8 +55,8 @@ class Source(Protocol):
     has_questions: bool
 
     @classmethod
-    def open(cls, config: Config, autoencoder: Identity) -> "Source":
-        """Opens the config's data set, whose latents are to be those of an autoencoder.
+    def open(cls, config: Config, autoencoder: Callable[[], Identity]) -> "Source":
+        """Opens the config's data set, whose latents are to be those of an autoencoder; `autoencoder` tells which.
 
         Raises:
           UserError: it is not there or not complete, or does not go with the rest of the config.
@@ -67,7 +67,7 @@ class Source(Protocol):
     def questions(self, split: str, encoder: PromptEncoder) -> Questions | None: ...
 
     def requests(self, encoder: PromptEncoder) -> list[tuple[str, EncodedPrompt]]:
-        """Prompts to draw samples of, each with a label, where prompts are more than a text of the config's."""
+        """Prompts to draw samples of, each with a label, where `config.data.prompts` is not "captions"."""
 
     def texts(self) -> Iterable[str]:
         """Everything that is said, to train a tokenizer on."""

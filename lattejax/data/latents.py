@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,7 +173,7 @@ class LatentSource:
     has_questions = False
 
     @classmethod
-    def open(cls, config: Config, autoencoder: Identity) -> "LatentSource":
+    def open(cls, config: Config, autoencoder: Callable[[], Identity]) -> "LatentSource":
         """Opens the config's latents.
 
         Raises:
@@ -199,7 +199,7 @@ class LatentSource:
             captions = tuple(manifest["captions"] or ())
         except (KeyError, TypeError) as error:
             raise UserError(f"{directory / MANIFEST} is none of lattejax.encode: {error!r}") from error
-        made_by.check(autoencoder, data.latents, data.autoencoder)
+        made_by.check(autoencoder(), data.latents, data.autoencoder)
         for key, value in made.items():
             if getattr(data, key) != value:
                 raise UserError(f"config.data.{key}={getattr(data, key)!r}, but {data.latents} was made with {value!r}")

@@ -1,6 +1,7 @@
 """The data sets that `config.data.source` can name; see `examples.Source` for what one has to do."""
 
 import importlib
+from collections.abc import Callable
 
 from lattejax.configuration import Config
 from lattejax.data.examples import Source
@@ -14,7 +15,7 @@ SOURCES = {
 }
 
 
-def open_source(config: Config, autoencoder: Identity) -> Source:
+def open_source(config: Config, autoencoder: Callable[[], Identity]) -> Source:
     """Opens the config's data set; see `Source.open`."""
     name = config.data.source
     if name not in SOURCES:

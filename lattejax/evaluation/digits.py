@@ -78,13 +78,11 @@ class DigitScore:
 
     @classmethod
     def open(cls, config: Config, source: Source, *, images: int) -> "DigitScore":
+        asked = "eval.scored_images, eval.final_images or eval.evaluators"
         if config.data.source != "digits":
-            raise UserError(
-                "config.eval.scored_images and final_images are digits to draw and score; set them to 0 with "
-                f"data.source={config.data.source!r}"
-            )
-        if images % CLASSES:
-            raise UserError(f"{images} images to score must be a multiple of the {CLASSES} digits")
+            raise UserError(f"config.data.source={config.data.source!r} has no digits to score; ask none of {asked}")
+        if type(images) is not int or images < 1 or images % CLASSES:
+            raise UserError(f"{asked} ask for {images!r} digits; it must be a positive multiple of {CLASSES}")
         return cls(config, images)
 
     num_prompts = CLASSES

@@ -38,8 +38,7 @@ class Subject:
     mesh: Mesh
     make_weights: Callable[[], Params]  # for inference, see `runs.inference`
     make_held_out_losses: Callable[[], Float[np.ndarray, "K"]] | None = None
-    autoencoder: Autoencoder | None = None  # None: there is nothing yet that draws
-    decoder: Params | None = None
+    open_decoder: Callable[[], tuple[Autoencoder, Params]] | None = None  # None: there is nothing yet that draws
 
     @functools.cached_property
     def weights(self) -> Params:
@@ -53,8 +52,8 @@ class Subject:
     @functools.cached_property
     def sampler(self) -> ImageSampler:
         """Draws images."""
-        model = self.config.model_config
-        return ImageSampler(model, self.autoencoder, self.encoder, self.weights, self.decoder, self.mesh)
+        autoencoder, decoder = self.open_decoder()
+        return ImageSampler(self.config.model_config, autoencoder, self.encoder, self.weights, decoder, self.mesh)
 
     @functools.cached_property
     def held_out_losses(self) -> Float[np.ndarray, "K"]:
@@ -86,6 +85,7 @@ class DrawingScore(Protocol):
     """A score of drawings alone, which can also be had of images that somebody else draws: a sweep does, at several
     numbers of steps."""
 
+    images: int  # that it is taken of, as many of each prompt
     num_prompts: int
 
     def prompts(self, encoder: PromptEncoder) -> list[EncodedPrompt]: ...

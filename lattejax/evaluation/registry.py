@@ -49,7 +49,12 @@ def open_evaluators(config: Config, source: Source) -> list[Scheduled]:
         scheduled.append(Scheduled(_open("digits", config, source, images=config.eval.scored_images), ["train"]))
     if config.eval.final_images:
         scheduled.append(Scheduled(_open("final_digits", config, source, images=config.eval.final_images), ["end"]))
-    return scheduled + [_extra(name, config, source) for name in config.eval.evaluators]
+    for name in config.eval.evaluators:
+        extra = _extra(name, config, source)
+        if any(type(one.evaluator) is type(extra.evaluator) and {*one.moments} & {*extra.moments} for one in scheduled):
+            raise UserError(f"config.eval.evaluators.{name} is taken then without being listed")
+        scheduled.append(extra)
+    return scheduled
 
 
 def _open(name: str, config: Config, source: Source, **settings: Any) -> Evaluator:

@@ -108,7 +108,7 @@ def decode_images(
 
 
 class ImageSampler:
-    """Draws images from prompts: the one sampler, for the doors, for evaluation and during training.
+    """Draws images from prompts: the one sampler, for commands, for evaluation and during training.
 
     Args:
       config: the model's geometry.

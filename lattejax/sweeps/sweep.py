@@ -70,11 +70,11 @@ def resolve_sweep(config: ConfigDict) -> Sweep:
     vlm = abstract_params(base)["vlm"]
     for name, variant in variants.items():
         trees.check_shapes(vlm, abstract_params(variant)["vlm"], f"variant {name}: the base config's VLM weights")
-        batch, images = variant.eval.batch_size, variant.eval.final_images
-        count = drawing_score(variant, name).num_prompts
-        if batch % count or images % batch:
+        score, batch = drawing_score(variant, name), variant.eval.batch_size
+        if batch % score.num_prompts or score.images % batch:
             raise UserError(
-                f"variant {name}: eval.batch_size={batch} must be a multiple of {count} that divides {images}"
+                f"variant {name}: eval.batch_size={batch} must be a multiple of {score.num_prompts}, the prompts that "
+                f"are scored, and divide their {score.images} images"
             )
         if not variant.train.steps:
             raise UserError(f"variant {name}: train.steps=0 trains nothing that could be compared")
@@ -158,8 +158,9 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
     done = json.loads(path.read_text()) if path.exists() else {"runs": {}, "draws": []}
     if done["runs"] == results and [(draw["variant"], draw["steps"]) for draw in done["draws"]] == cells:
         return
-    drawers = {name: _drawer(run) for name, run in runs.items()}
-    batches = {name: run.config.eval.final_images // run.config.eval.batch_size for name, run in runs.items()}
+    scores = {name: drawing_score(run.config, name) for name, run in runs.items()}
+    drawers = {name: _drawer(run, scores[name]) for name, run in runs.items()}
+    batches = {name: scores[name].images // run.config.eval.batch_size for name, run in runs.items()}
     images, seconds = ({cell: [] for cell in cells} for _ in range(2))
     for batch in range(-1, max(batches.values())):  # the first one compiles
         for name, steps in cells:
@@ -175,7 +176,7 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
     draws = []
     for name, steps in cells:
         # Each batch has as many of each prompt, in order: so must the whole have.
-        drawn, score = np.stack(images[name, steps]), drawing_score(runs[name].config, name)
+        drawn, score = np.stack(images[name, steps]), scores[name]
         by_prompt = drawn.reshape(len(drawn), score.num_prompts, -1, *drawn.shape[2:])
         by_prompt = by_prompt.swapaxes(0, 1).reshape(-1, *drawn.shape[2:])
         timed = {"variant": name, "steps": steps, "seconds_per_image": float(np.median(seconds[name, steps]))}
@@ -183,11 +184,11 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
     write_whole(path, (json.dumps({"runs": results, "draws": draws}, indent=2) + "\n").encode())
 
 
-def _drawer(run: Run) -> Callable[[int, int], np.ndarray]:
+def _drawer(run: Run, score: DrawingScore) -> Callable[[int, int], np.ndarray]:
     """Returns what draws one batch, as many of each prompt, given the number of steps and a seed."""
     config = run.config
     sampler = ImageSampler.of(run, run.params())
-    prompts = drawing_score(config, run.workdir.path.name).prompts(run.encoder)
+    prompts = score.prompts(run.encoder)
     size = config.eval.batch_size
 
     def draw(steps: int, seed: int) -> np.ndarray:

@@ -85,7 +85,7 @@ def check_questions(config: Config, source: Source) -> None:
     asked = {"pretrain.steps": bool(config.pretrain.steps), "model.variant='blend'": config.trains_answers}
     if wanted := [key for key, is_asked in asked.items() if is_asked and not source.has_questions]:
         raise UserError(
-            f"{', '.join(wanted)} trains on questions, and config.data.source={config.data.source!r} has none"
+            f"{' and '.join(wanted)} would train on questions, and config.data.source={config.data.source!r} has none"
         )
 
 

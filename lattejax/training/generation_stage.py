@@ -72,7 +72,7 @@ def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
         def losses() -> Float[np.ndarray, "K"]:
             return held_out(state.average, frozen)
 
-        subject = Subject(config, source, encoder, run.mesh, weights, losses, autoencoder, decoder)
+        subject = Subject(config, source, encoder, run.mesh, weights, losses, lambda: (autoencoder, decoder))
         return take_scores(scheduled, "train", subject, int(hosts.fetch(state.step)))
 
     batches = {

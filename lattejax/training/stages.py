@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,9 +13,11 @@ from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import prompt_encoder
+from lattejax.errors import UserError
 from lattejax.evaluation.protocol import Subject
 from lattejax.evaluation.registry import open_evaluators, take_scores
-from lattejax.files import write_whole
+from lattejax.files import write_whole, write_with
+from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.functional import Params
 from lattejax.parallel import hosts
 from lattejax.runs.data import open_data
@@ -41,7 +44,7 @@ from lattejax.weights.autoencoders import StoredAutoencoder
 from lattejax.weights.pretrained import Pretrained
 
 
-def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict[str, float]:
+def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict[str, Any]:
     """Trains both stages and scores the result; goes on where an interrupted run with the same config was.
 
     Returns the final scores, which are also in the workdir's `results.json`.
@@ -127,18 +130,28 @@ def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]
 # ---- The end
 
 
-def final_scores(run: Run) -> dict[str, float]:
-    """The last held-out loss, and the scores that are taken at the end."""
-    config, source, stored = run.config, open_data(run.config), run.open_autoencoder()
+def final_scores(run: Run) -> dict[str, Any]:
+    """The last held-out loss, and the scores that are taken at the end; writes their pictures."""
+    config, source = run.config, open_data(run.config)
     evaluated = [record for record in read_records(run.workdir.metrics) if "held_out_loss" in record]
 
     def weights() -> Params:
         return inference_weights(config, run.params(), run.mesh)
 
     def losses() -> Float[np.ndarray, "K"]:
+        if not evaluated:
+            raise UserError(f"{run.workdir.metrics} has no held-out losses: nothing was trained")
         return np.asarray(evaluated[-1]["held_out_loss_per_group"])
 
-    decoder = stored.weights("decoder")
-    subject = Subject(config, source, run.encoder, run.mesh, weights, losses, stored.autoencoder, decoder)
-    figures = take_scores(open_evaluators(config, source), "end", subject).figures
+    def decoder() -> tuple[Autoencoder, Params]:
+        stored = run.open_autoencoder()
+        return stored.autoencoder, stored.weights("decoder")
+
+    subject = Subject(config, source, run.encoder, run.mesh, weights, losses, decoder)
+    report = take_scores(open_evaluators(config, source), "end", subject)
+    if hosts.is_first():
+        for name, picture in report.pictures.items():
+            path = run.workdir.image(name, "end", config.train.steps)
+            write_with(path, lambda file, picture=picture: picture.save(file, format="PNG"))
+    figures = {name: np.asarray(value).tolist() for name, value in report.figures.items()}
     return {"held_out_loss": evaluated[-1]["held_out_loss"]} | figures if evaluated else figures

@@ -1,12 +1,12 @@
 """How arrays stand in files: with the axes that they have here, or as they stood before heads had an axis of their own.
 
 Attention's projections of queries, keys and values are [heads, head dimension, inputs] here. Hugging Face's checkpoints
-have heads and head dimension on one axis, and so had runs, exports and converted weights up to commit e5b919b. Both
+have heads and head dimension on one axis, and so had earlier runs, exports and converted weights of ours. Both
 are the same numbers in the same order, so that reading is a change of shape alone, and so is a checkpoint's
 fingerprint the same.
 """
 
-import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,8 +36,7 @@ def merge_axes(path: str, shape: Sequence[int]) -> tuple[int, ...]:
     axes = merged_axes(path, len(shape))
     if axes.start == axes.stop:
         return tuple(shape)
-    size = functools.reduce(int.__mul__, shape[axes])
-    return (*shape[: axes.start], size, *shape[axes.stop :])
+    return (*shape[: axes.start], math.prod(shape[axes]), *shape[axes.stop :])
 
 
 def as_stored(target: Any, stored: Mapping[str, Sequence[int]]) -> Any:

@@ -75,12 +75,12 @@ def test_it_is_trained_on_and_drawn_from(registered, tmp_path):
     "changes, named",
     [
         ({"data__source": "dots"}, "config.data.source='dots' is unknown; use one of digits, latents, stripes"),
-        ({"pretrain__steps": 3}, "pretrain.steps trains on questions, and config.data.source='stripes' has none"),
+        ({"pretrain__steps": 3}, "pretrain.steps would train on questions, and config.data.source='stripes' has none"),
         (
             {"model__variant": "blend"},
-            "model.variant='blend' trains on questions, and config.data.source='stripes' has none",
+            "model.variant='blend' would train on questions, and config.data.source='stripes' has none",
         ),
-        ({"eval__final_images": 20}, "set them to 0 with data.source='stripes'"),
+        ({"eval__final_images": 20}, "data.source='stripes' has no digits to score"),
     ],
 )
 def test_what_it_has_not_is_refused_before_any_work(changes, named, registered, tmp_path):

@@ -76,6 +76,8 @@ def test_a_score_is_taken_when_the_config_says(every, steps, registered, tmp_pat
         ({"brightness": {"every": 3, "images": 1}}, r"every=3 must be a multiple of eval\.every=2"),
         ({"brightness": {"images": 0}}, "images=0 must be positive"),
         ({"brightness": {"count": 1}}, "unexpected keyword argument 'count'"),
+        ({"answers": {}}, "evaluators.answers is taken then without being listed"),
+        ({"brightness": {"images": np.float32(1)}}, "has what JSON cannot hold"),
         ({"brightness": 3}, "must have a section of settings for each name"),
     ],
 )
@@ -87,7 +89,7 @@ def test_what_does_not_fit_is_refused(asked, named, registered):
 
 def test_scores_that_the_data_cannot_have_are_refused():
     digits = tiny_config(eval__final_images=15)
-    with pytest.raises(UserError, match="15 images to score must be a multiple of the 10 digits"):
+    with pytest.raises(UserError, match="ask for 15 digits; it must be a positive multiple of 10"):
         registry.open_evaluators(digits, open_data(digits))
 
 

@@ -64,9 +64,9 @@ def finished(tmp_path_factory):
     seen = {"compiled": []}
 
     def watched(plan, config, workdir, clock, guard):
-        def evaluate(state, log):
+        def evaluate(state):
             with compilations() as count:
-                found = plan.evaluate(state, log)
+                found = plan.evaluate(state)
             seen["compiled"].append(count())
             return found
 

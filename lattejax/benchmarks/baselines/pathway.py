@@ -140,10 +140,10 @@ class Trainer:
         ]
         self.positions = Positions(self.config, contexts.mask.shape[1])
         self.leaves, self.clip_norm = jax.tree.leaves(self.params), stage.clip_norm
-        decays = {True: stage.weight_decay, False: 0.0}  # by whether it is a matrix
+        by_path = jax.tree.leaves_with_path(self.params)
         groups = [
-            {"params": [leaf for leaf in self.leaves if (leaf.ndim > 1) == matrix], "weight_decay": decay}
-            for matrix, decay in decays.items()
+            {"params": [leaf for path, leaf in by_path if (path[-1].key == "weight") == matrix], "weight_decay": decay}
+            for matrix, decay in ((True, stage.weight_decay), (False, 0.0))
         ]
         betas = (stage.adam_b1, stage.adam_b2)
         self.optimizer = torch.optim.AdamW(groups, stage.learning_rate, betas=betas, fused=True)
