@@ -3,13 +3,11 @@
 `configs/ablations.py` is the paper's comparison: number of groups, and residual attention on and off.
 `configs/ablations.py:compute` gives the ends of that comparison each the other's training compute.
 `configs/ablations.py:depth` asks of twice as many layers what the number of groups costs.
-`configs/ablations.py:switches` has every other switch, and both of the paper's variants.
 """
 
-import importlib.util
-import pathlib
-
 from ml_collections import ConfigDict
+
+from lattejax.experiments import digits
 
 PAPER = {
     "k4": {"model.num_groups": 4},
@@ -30,40 +28,19 @@ COMPUTE = {
 # Of 16 layers, longer, one seed; with --config.base.model.text.num_layers=8 of 8, for comparison.
 DEPTH = {name: PAPER[name] for name in ("k4", "k2", "k1")}
 
-SWITCHES = {
-    "base": {},
-    "blend": {"model.variant": "blend"},
-    "residual_on_logits": {"model.residual_attention": "logits"},
-    "gate_per_layer": {"model.residual_gate": "layer"},
-    "random_replicas": {"model.replica_init": "random"},
-    "no_latent_position": {"model.latent_position": "none"},  # M-RoPE alone
-    "more_layers_late": {"model.group_sizes": (1, 1, 3, 3)},
-    "short_first_interval": {"model.interval_edges": (0.0, 0.1, 0.4, 0.7, 1.0)},
-    "logit_normal": {"train.density": "logit_normal"},
-    "shift_to_noise": {"train.density": "shifted", "train.density_shift": 0.5, "eval.shift": 0.5},
-    "not_stratified": {"train.stratified": False},
-    "guidance_interval": {"eval.guidance_interval": (0.2, 0.9)},
-    "heun": {"eval.solver": "heun", "eval.sample_steps": 10},  # two velocities a step
-}
+LISTS = {"paper": PAPER, "compute": COMPUTE, "depth": DEPTH}
 
 
 def get_config(variants: str = "paper") -> ConfigDict:
+    if variants not in LISTS:
+        raise ValueError(f"configs/ablations.py:{variants} is unknown; use one of {', '.join(LISTS)}")
     config = ConfigDict()
     config.seeds = (0, 1, 2)
-    lists = {"paper": PAPER, "compute": COMPUTE, "depth": DEPTH, "switches": SWITCHES}
-    if variants not in lists:
-        raise ValueError(f"configs/ablations.py:{variants} is unknown; use one of {', '.join(lists)}")
-    named = lists[variants]
-    config.variants = tuple(named.items())  # pairs of a name and its overrides
+    config.variants = tuple(LISTS[variants].items())  # pairs of a name and its overrides
     config.sample_steps = (5, 10, 20, 40)  # a run of each variant is scored and timed at each
-
-    config.base = _digits()
+    config.base = digits.get_config()
     config.base.train.steps = 480
-    config.base.eval.every = 120
-    config.base.eval.scored_images = 300
-    config.base.eval.images_per_prompt = 4
-    config.base.eval.sample_steps = 20
-    config.base.eval.final_images = 500
+    config.base.eval.update(every=120, images_per_prompt=4, sample_steps=20, scored_images=300, final_images=500)
     config.base.checkpoint.every = 240
     if variants == "depth":
         config.seeds = (0,)
@@ -71,10 +48,3 @@ def get_config(variants: str = "paper") -> ConfigDict:
         config.base.train.steps = 800
         config.base.eval.every = 200
     return config
-
-
-def _digits() -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("digits", pathlib.Path(__file__).with_name("digits.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()

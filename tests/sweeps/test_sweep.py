@@ -99,11 +99,12 @@ def test_a_sweep_that_cannot_be_is_refused_as_a_whole(overrides, message):
         resolve_sweep(sweep_config(**overrides))
 
 
-@pytest.mark.parametrize("variants", ["paper", "compute", "switches"])
-def test_the_ablations_config_holds_together(variants):
-    plan = resolve_sweep(config_file("ablations", variants))
-    assert len(plan.seeds) == 3
-    if variants == "paper":
+@pytest.mark.parametrize("experiment", ["ablations", "ablations:compute", "ablations:depth", "switches"])
+def test_the_ablations_hold_together(experiment):
+    name, *variants = experiment.split(":")
+    plan = resolve_sweep(config_file(name, *variants))
+    assert len(plan.seeds) == (1 if variants == ["depth"] else 3)
+    if experiment == "ablations":
         axes = {(run.model.num_groups, run.model.residual_attention) for run in plan.variants.values()}
         assert axes == {(k, residual) for k in (1, 2, 4) for residual in ("none", "probabilities")}
 
