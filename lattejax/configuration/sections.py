@@ -47,7 +47,7 @@ def check_one_of(name: str, value: str, known: typing.Iterable[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """How many devices stand on each axis; one may be -1: all that are left. A run may go on with another mesh."""
+    """How many devices stand on each axis; one may be -1: all that are left. A run may resume on another mesh."""
 
     expert: int = 1  # the groups' layers, their optimizer state and their share of a batch; divides model.num_groups
     data: int = -1  # a batch's rows
@@ -91,7 +91,7 @@ class Images:
     caption_key: str = ""  # and which is to be its prompt: texts, or class labels
     flip: bool = False  # store each picture a second time, mirrored
     batch_size: int = 256  # pictures encoded at a time by each process
-    shard_pictures: int = 10_000  # pictures in a file, and between two places to go on from
+    shard_pictures: int = 10_000  # pictures in a file, and between two places to resume from
     most_unreadable: int = 100  # pictures that may be left out because they cannot be read
     threads: int = 16  # that read and crop
 

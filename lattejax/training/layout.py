@@ -22,7 +22,7 @@ def stage_rows(config: Config) -> dict[str, dict[str, Rows]]:
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
-    """Raises `UserError` unless weights and batches can be cut over the mesh."""
+    """Raises `UserError` unless weights and batches can be sharded over the mesh."""
     names = {"questions": "answer_batch_size", "images": "batch_size"}
     try:
         if mesh.shape["expert"] != config.mesh.expert:  # which was -1, and so has not been checked
