@@ -40,7 +40,9 @@ def get_config(variants: str = "paper") -> ConfigDict:
     config.sample_steps = (5, 10, 20, 40)  # a run of each variant is scored and timed at each
     config.base = digits.get_config()
     config.base.train.steps = 480
-    config.base.eval.update(every=120, images_per_prompt=4, sample_steps=20, scored_images=300, final_images=500)
+    config.base.eval.update(every=120, images_per_prompt=4, sample_steps=20)
+    config.base.eval.evaluators.digits.images = 300
+    config.base.eval.evaluators.final_digits.images = 500
     config.base.checkpoint.every = 240
     if variants == "depth":
         config.seeds = (0,)

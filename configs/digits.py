@@ -40,6 +40,11 @@ def get_config() -> ConfigDict:
 
     config.eval.prompts = tuple(f"a handwritten {digit}" for digit in DIGITS)
     config.eval.update(every=800, examples=360, batch_size=100, images_per_prompt=10, guidance=2.0)
-    config.eval.update(scored_images=100, final_images=1000)
+    config.eval.evaluators.update(
+        answers={"at": "training"},
+        final_answers={"type": "answers", "at": "end", "examples": 0},  # all of them
+        digits={"at": "training", "images": 100},
+        final_digits={"type": "digits", "at": "end", "images": 1000, "guidance": (1, 2)},
+    )
     config.checkpoint.update(every=200, keep=2, keep_every=0)
     return config

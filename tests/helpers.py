@@ -59,10 +59,13 @@ TINY = {
     "eval.images_per_prompt": 2,
     "eval.sample_steps": 3,
     "eval.batch_size": 100,
-    "eval.scored_images": 20,
-    "eval.final_images": 20,
+    "eval.evaluators.digits.images": 20,
+    "eval.evaluators.final_digits.images": 20,
     "checkpoint.every": 4,
 }
+# Overrides that leave out the digits' scores, or all that only the digits can have.
+NO_DIGITS = {f"eval__evaluators__{name}__at": "never" for name in ("digits", "final_digits")}
+NO_SCORES = NO_DIGITS | {f"eval__evaluators__{name}__at": "never" for name in ("answers", "final_answers")}
 
 
 def shared_data(name: str) -> pathlib.Path:

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from lattejax.configuration import Config
-from tests.helpers import tiny_config
+from tests.helpers import NO_SCORES, tiny_config
 
 SIZE = 16  # of what is encoded; the tiny autoencoder makes 2×2 latents of 8 channels of it
 SUBJECTS = {"china.jpg": "a temple in China", "flower.jpg": "a flower"}
@@ -59,11 +59,10 @@ def settings(pictures: Path, autoencoder: Path, **overrides: Any) -> dict[str, A
             data__latent_shape=(2, 2, 8),
             data__prompt_length=40,
             pretrain__steps=0,
-            eval__scored_images=0,
-            eval__final_images=0,
             eval__prompts=("a flower", "a temple"),
             model__patch_size=1,
         )
+        | NO_SCORES
         | overrides
     )
 

@@ -25,7 +25,7 @@ from lattejax.sampling.images import ImageSampler
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from tests import checkpoints
-from tests.helpers import ENVIRONMENT, ROOT, encoder_for, run_command, tiny_config, tiny_flags
+from tests.helpers import ENVIRONMENT, NO_DIGITS, NO_SCORES, ROOT, encoder_for, run_command, tiny_config, tiny_flags
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     # A rate so high that two steps make a pathway whose velocities are far from its zero start.
     settings = dict(pretrain__steps=1, train__steps=2, train__learning_rate=0.05, train__ema_decay=0.0)
-    config = tiny_config(**settings, eval__scored_images=0, eval__final_images=0)
+    config = tiny_config(**settings | NO_DIGITS)
     stages.train(config, path, InterruptGuard())
     return path
 
@@ -192,6 +192,19 @@ def test_help_lists_the_flags_and_the_package_its_commands(forked_command):
     assert files == {*COMMANDS, "__main__"}
 
 
+def test_evaluate_takes_scores_of_a_run_and_writes_them_with_their_pictures(workdir, tmp_path):
+    out = tmp_path / "new" / "scores.json"
+    done = run_command("evaluate", f"--workdir={workdir}", "--scores=held_out_loss,samples", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())
+    assert figures == json.loads(done.stdout) and set(figures) == {"held_out_loss", "held_out_loss_per_group"}
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    recorded = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    assert figures["held_out_loss"] == pytest.approx(recorded[-1], rel=1e-6)
+    drawn, kept = (Image.open(path) for path in (out.with_name("scores_samples.png"), *workdir.glob("samples/*.png")))
+    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(kept)).max() <= 1
+
+
 def test_experiments_that_come_along_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = cli.find_config("--config=ablations:compute")
@@ -206,8 +219,7 @@ TRAIN = ["train", "--workdir={tmp}/new"]
 SAMPLE = ["sample", "--workdir={workdir}"]
 CHAT = ["chat", "--workdir={workdir}", "--question=What is this?"]
 
-LATENTS = dict(data__source="latents", data__latents="{tmp}")
-LATENTS |= dict(pretrain__steps=0, eval__scored_images=0, eval__final_images=0)
+LATENTS = NO_SCORES | dict(data__source="latents", data__latents="{tmp}", pretrain__steps=0)
 
 # The arguments, and what the error names.
 BAD_INPUT = {

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lattejax import configuration
+from lattejax.configuration.sections import Settings
 from lattejax.data.pipeline import every
 from lattejax.errors import UserError
 from lattejax.flow.schedule import Sampling
@@ -24,7 +25,7 @@ from lattejax.sweeps import sweep
 from lattejax.sweeps.sweep import resolve_sweep, run_sweep
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
-from tests.helpers import ROOT, assert_same_bits, tiny_config
+from tests.helpers import NO_SCORES, ROOT, assert_same_bits, tiny_config
 
 PICTURES = {"run": "run", "export": "export", "couple": "sweep/runs/couple_0", "blend": "sweep/runs/blend_0"}
 
@@ -86,7 +87,7 @@ def test_a_run_is_started_from_and_a_changed_function_is_named(earlier, tmp_path
         model=dataclasses.replace(config.model, latent_position="sincos"),
         pretrain=dataclasses.replace(config.pretrain, **start),
         train=dataclasses.replace(config.train, **start),
-        eval=dataclasses.replace(config.eval, final_images=0, scored_images=0),
+        eval=dataclasses.replace(config.eval, evaluators=Settings()),
     )
     stages.train(config, tmp_path, InterruptGuard())
     assert_same_bits(Run.open(tmp_path).trained(), Run.open(earlier / "run").trained())
@@ -103,13 +104,8 @@ def test_a_sweep_has_nothing_left_to_train_wherever_it_stands_now(earlier, monke
 
 
 def test_latents_are_read(earlier):
-    config = tiny_config(
-        data__source="latents",
-        data__latents=str(earlier / "latents"),
-        pretrain__steps=0,
-        eval__scored_images=0,
-        eval__final_images=0,
-    )
+    settings = dict(data__source="latents", data__latents=str(earlier / "latents"), pretrain__steps=0)
+    config = tiny_config(**settings | NO_SCORES)
     source = open_data(config)
     drawings = [drawing for split in ("train", "test") for drawing in every(source.drawings(split))]
     kept = np.load(earlier / "records.npz")

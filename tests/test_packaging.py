@@ -10,7 +10,7 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 
-from tests.helpers import ENVIRONMENT, ROOT, tiny_flags
+from tests.helpers import ENVIRONMENT, NO_DIGITS, ROOT, tiny_flags
 
 
 def requirements(python: str) -> list[Requirement]:
@@ -38,7 +38,7 @@ def test_the_wheel_trains_in_an_empty_directory(tmp_path):
     pip = [sys.executable, "-m", "pip", "-q"]
     subprocess.run([*pip, "wheel", "--no-deps", f"--wheel-dir={wheel}", str(ROOT)], check=True)
     subprocess.run([*pip, "install", "--no-deps", f"--target={installed}", *map(str, wheel.iterdir())], check=True)
-    _, *tiny = tiny_flags(pretrain__steps=0, train__steps=2, eval__every=0, eval__scored_images=0, eval__final_images=0)
+    _, *tiny = tiny_flags(**NO_DIGITS, pretrain__steps=0, train__steps=2, eval__every=0)
     command = [sys.executable, "-P", "-m", "lattejax.train", "--config=digits", *tiny, "--workdir=run"]
     environment = ENVIRONMENT | {"PYTHONPATH": str(installed)}
     done = subprocess.run(command, cwd=here, env=environment, text=True, capture_output=True)

@@ -10,7 +10,7 @@ from tests.helpers import ROOT
 
 # From the top. What stands in one line does not import each other.
 LAYERS = """
-    __main__ train sample chat convert encode plan sweep benchmark
+    __main__ train sample chat evaluate convert encode plan sweep benchmark
     cli
     sweeps benchmarks pods encoding
     training

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 import lattejax
 from lattejax.configuration.config import Config
+from lattejax.configuration.earlier import RETIRED, bring_along
 from lattejax.configuration.sections import BEFORE, Settings
 from lattejax.errors import UserError
 from lattejax.files import read_json, write_whole
@@ -29,6 +30,8 @@ def defaults() -> ConfigDict:
 def check_key(key: str) -> None:
     """Raises `UserError` for a key that no config has, and names those that are spelt most like it."""
     known = known_keys()
+    if key in RETIRED:
+        raise UserError(f"config key {key} is gone: use {RETIRED[key]}")
     if key not in known and not key.startswith(tuple(f"{name}." for name in free_keys())):
         close = difflib.get_close_matches(key, known, n=3, cutoff=0.3)
         raise UserError(f"unknown config key {key}; the nearest known are {', '.join(close or known)}")
@@ -102,7 +105,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 def resolve(config: ConfigDict | dict[str, Any]) -> Config:
     """Checks a config file's dict and returns it typed; raises `UserError` for what is unknown or misshapen."""
-    return _build(Config, config.to_dict() if isinstance(config, ConfigDict) else config, "")
+    return _build(Config, bring_along(config.to_dict() if isinstance(config, ConfigDict) else config), "")
 
 
 def save(config: Config, path: epath.Path) -> None:
@@ -113,7 +116,7 @@ def save(config: Config, path: epath.Path) -> None:
 def load(path: epath.Path) -> Config:
     """Reads the config of a run or an export. A key that it was made without means what the code did then; raises
     `UserError` for one that is unknown here, as in a run of a later version."""
-    values = read_json(path)
+    values = bring_along(read_json(path))
     version = values.pop(VERSION, "0.1.0")  # which was not written from the start
     for key, before in keys_added().items():
         *sections, name = key.split(".")

@@ -217,17 +217,13 @@ class Evaluation:
     solver: str = "euler"  # or "heun"
     shift: float = 1.0  # of the step times; 1: none, below 1: more steps near the noise
     batch_size: int = 64  # images that one sampling call draws
-    scored_images: int = 0  # digits that each evaluation draws and scores, as many of each; 0: none
-    final_images: int = 0  # digits that the final score draws at each guidance scale, as many of each; 0: none
-    # More scores: {name: settings}, see evaluation/registry.py. `every` in them: steps between two; 0: at the end.
-    evaluators: Settings = added(Settings(), before={})
+    # The scores that are taken: {name: settings}, see evaluation/registry.py.
+    evaluators: Settings = Settings(held_out_loss={"at": "training"}, samples={"at": "training"})
 
     def __post_init__(self):
         check("every", self.every, self.every >= 0, "at least 0")
         check("examples", self.examples, self.examples >= 0, "at least 0")
         check("prompts", self.prompts, len(self.prompts) > 0 and all(map(str.strip, self.prompts)), "non-empty texts")
-        for name in ("scored_images", "final_images"):
-            check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("images_per_prompt", "sample_steps", "batch_size"):
             check(name, getattr(self, name), getattr(self, name) > 0, "positive")
         _ = self.sampling  # checks of its own

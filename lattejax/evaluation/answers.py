@@ -18,12 +18,16 @@ class AnswerAccuracy:
     """The share of `examples` held-out questions (0: all) that greedy decoding answers word for word."""
 
     examples: int
+    judges = "vlm"
 
     @classmethod
-    def open(cls, config: Config, source: Source, *, examples: int = 0) -> "AnswerAccuracy":
+    def open(cls, config: Config, source: Source, *, examples: int | None = None) -> "AnswerAccuracy":
+        """Takes `config.eval.examples` where `examples` is not given."""
         if not source.has_questions:
             raise UserError(f"config.data.source={config.data.source!r} has no questions whose answers could be scored")
-        return cls(examples)
+        if examples is not None and (type(examples) is not int or examples < 0):
+            raise UserError(f"examples={examples!r} must be a whole number, 0 for all of them")
+        return cls(config.eval.examples if examples is None else examples)
 
     def __call__(self, subject: Subject) -> Report:
         answerer = subject.answerer

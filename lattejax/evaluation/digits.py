@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epy
@@ -14,7 +15,6 @@ from lattejax.errors import UserError
 from lattejax.evaluation.frechet import frechet_distance
 from lattejax.evaluation.protocol import Report, Subject
 from lattejax.flow.schedule import Sampling
-from lattejax.sampling.images import ImageSampler
 
 with epy.lazy_imports():
     from sklearn import svm
@@ -58,34 +58,26 @@ def frechet_train_test() -> float:
     return frechet_distance(*(_vectors(digits.load(split).images) for split in ("train", "test")))
 
 
-def draw_digits(config: Config, sampler: ImageSampler, count: int, sampling: Sampling) -> np.ndarray:
-    """Draws `count` images, zeros first, as many of each digit."""
-    return sampler(
-        digits.requests(sampler.encoder, config.data.prompts),
-        sampling,
-        images_per_prompt=count // CLASSES,
-        batch_size=config.eval.batch_size,
-        seed=config.seed,
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class DigitScore:
-    """Of so many `images`, as many of each digit, drawn as config.eval says."""
+    """Of so many `images`, as many of each digit: drawn as config.eval says, or at each of some guidance scales, and
+    then beside the score of the training images themselves."""
 
     config: Config
     images: int
+    guidance: tuple[float, ...] = ()
+    judges = "pathway"
+    num_prompts = CLASSES
 
     @classmethod
-    def open(cls, config: Config, source: Source, *, images: int) -> "DigitScore":
-        asked = "eval.scored_images, eval.final_images or eval.evaluators"
+    def open(cls, config: Config, source: Source, *, images: int, guidance: Sequence[float] = ()) -> "DigitScore":
         if config.data.source != "digits":
-            raise UserError(f"config.data.source={config.data.source!r} has no digits to score; ask none of {asked}")
+            raise UserError(f"config.data.source={config.data.source!r} has no digits to score")
         if type(images) is not int or images < 1 or images % CLASSES:
-            raise UserError(f"{asked} ask for {images!r} digits; it must be a positive multiple of {CLASSES}")
-        return cls(config, images)
-
-    num_prompts = CLASSES
+            raise UserError(f"images={images!r} must be a positive multiple of {CLASSES}")
+        for scale in guidance:
+            _with_guidance(config, scale)  # raises for what cannot be drawn at
+        return cls(config, images, tuple(guidance))
 
     def prompts(self, encoder: PromptEncoder) -> list[EncodedPrompt]:
         """One for each digit, zero first."""
@@ -96,19 +88,27 @@ class DigitScore:
         return digit_reader().score(images)
 
     def __call__(self, subject: Subject) -> Report:
-        return Report(self._at(subject, self.config.eval.sampling))
-
-    def _at(self, subject: Subject, sampling: Sampling) -> dict[str, float]:
-        return self.score(draw_digits(self.config, subject.sampler, self.images, sampling))
-
-
-class FinalDigitScore(DigitScore):
-    """At guidance 1 and at 2, beside the score of the training images themselves."""
-
-    def __call__(self, subject: Subject) -> Report:
+        if not self.guidance:
+            return Report(self._drawn(subject, self.config.eval.sampling))
         figures = {}
-        for guidance in (1, 2):
-            sampling = dataclasses.replace(self.config.eval.sampling, guidance=float(guidance))
-            scores = self._at(subject, sampling)
-            figures |= {f"{name}_guidance_{guidance}": score for name, score in scores.items()}
+        for scale in self.guidance:
+            scores = self._drawn(subject, _with_guidance(self.config, scale))
+            figures |= {f"{name}_guidance_{scale:g}": score for name, score in scores.items()}
         return Report(figures | {"frechet_train_test": frechet_train_test()})
+
+    def _drawn(self, subject: Subject, sampling: Sampling) -> dict[str, float]:
+        images = subject.sampler(
+            self.prompts(subject.encoder),
+            sampling,
+            images_per_prompt=self.images // CLASSES,
+            batch_size=self.config.eval.batch_size,
+            seed=self.config.seed,
+        )
+        return self.score(images)
+
+
+def _with_guidance(config: Config, scale: float) -> Sampling:
+    try:
+        return dataclasses.replace(config.eval.sampling, guidance=float(scale))
+    except ValueError as error:
+        raise UserError(f"guidance={scale!r}: {error}") from error

@@ -23,6 +23,7 @@ class HeldOutFlowLoss:
     """The flow-matching loss on held-out drawings: over all of flow time, and in each group's interval."""
 
     lengths: tuple[float, ...]
+    judges = "pathway"
 
     @classmethod
     def open(cls, config: Config, source: Source) -> "HeldOutFlowLoss":

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -62,7 +62,13 @@ class Subject:
 
 
 class Evaluator(Protocol):
-    """A score. `registry` lists them."""
+    """A score. `registry` lists them.
+
+    `judges` is the part of the model that it is about. Those of the "vlm" are taken while a stage trains the VLM, those
+    of the "pathway" in the second stage.
+    """
+
+    judges: Literal["vlm", "pathway"]
 
     @classmethod
     def open(cls, config: Config, source: Source, **settings: Any) -> "Evaluator":
@@ -71,7 +77,7 @@ class Evaluator(Protocol):
         Args:
           config: the run's.
           source: its data.
-          settings: of config.eval.evaluators.<name>.
+          settings: of config.eval.evaluators.<name>, those that are not about when it is taken.
 
         Raises:
           UserError: settings or data do not fit.

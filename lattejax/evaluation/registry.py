@@ -1,14 +1,11 @@
-"""The scores there are, and when each is taken.
+"""The scores there are, and when each is taken: `config.eval.evaluators` has a name and settings for each.
 
-Which are taken follows from the config: the held-out loss and a grid of samples at every evaluation of the pathway,
-answers where questions are trained on, digits where `eval.scored_images` and `eval.final_images` ask for them. Others
-are listed in `config.eval.evaluators`, by name with their settings. To add one, write a file with a class that does
-what `protocol.Evaluator` says, and name it in `EVALUATORS`.
+To add one, write a file with a class that does what `protocol.Evaluator` says, and name it in `EVALUATORS`.
 """
 
 import dataclasses
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from lattejax.configuration import Config
@@ -22,83 +19,93 @@ EVALUATORS = {
     "answers": "lattejax.evaluation.answers:AnswerAccuracy",
     "samples": "lattejax.evaluation.samples:SampleGrid",
     "digits": "lattejax.evaluation.digits:DigitScore",
-    "final_digits": "lattejax.evaluation.digits:FinalDigitScore",
 }
-# In which evaluations: of the first stage, of the second, or when a run ends.
-Moment = Literal["pretrain", "train", "end"]
+TIMES = ("training", "end", "demand", "never")  # `at` of an evaluator
+# An evaluation of the first stage, of the second, when a run ends, or when a user asks.
+Moment = Literal["pretrain", "train", "end", "demand"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
+    name: str
     evaluator: Evaluator
     moments: Sequence[Moment]
-    every: int = 1  # at evaluations whose step this divides
+    every: int = 0  # only at steps that this divides; 0: at every evaluation
+
+    def is_due(self, moment: Moment, step: int) -> bool:
+        return moment in self.moments and not (self.every and step % self.every)
 
 
 def open_evaluators(config: Config, source: Source) -> list[Scheduled]:
-    """Makes a run's evaluators; raises `UserError` for what is unknown, or does not fit config or data."""
-    scheduled = [
-        Scheduled(_open("held_out_loss", config, source), ["train"]),
-        Scheduled(_open("samples", config, source), ["train"]),
-    ]
-    if source.has_questions:
-        moments = ["pretrain", "train"] if config.trains_answers else ["pretrain"]
-        scheduled.append(Scheduled(_open("answers", config, source, examples=config.eval.examples), moments))
-        scheduled.append(Scheduled(_open("answers", config, source), ["end"]))
-    if config.eval.scored_images:
-        scheduled.append(Scheduled(_open("digits", config, source, images=config.eval.scored_images), ["train"]))
-    if config.eval.final_images:
-        scheduled.append(Scheduled(_open("final_digits", config, source, images=config.eval.final_images), ["end"]))
-    for name in config.eval.evaluators:
-        extra = _extra(name, config, source)
-        if any(type(one.evaluator) is type(extra.evaluator) and {*one.moments} & {*extra.moments} for one in scheduled):
-            raise UserError(f"config.eval.evaluators.{name} is taken then without being listed")
-        scheduled.append(extra)
-    return scheduled
+    """Makes a run's evaluators, but those that are never taken; raises `UserError` for what is unknown, or does not fit
+    config or data."""
+    wanted = {name: each for name, each in config.eval.evaluators.items() if each.get("at") != "never"}
+    return [open_evaluator(name, settings, config, source) for name, settings in wanted.items()]
 
 
-def _open(name: str, config: Config, source: Source, **settings: Any) -> Evaluator:
-    module, _, cls = EVALUATORS[name].partition(":")
-    try:
-        return getattr(importlib.import_module(module), cls).open(config, source, **settings)
-    except TypeError as error:  # an unknown setting, or one of another type
-        raise UserError(f"config.eval.evaluators.{name}={settings!r}: {error}") from error
+def open_evaluator(name: str, settings: dict[str, Any], config: Config, source: Source) -> Scheduled:
+    """Makes one evaluator.
 
-
-def _extra(name: str, config: Config, source: Source) -> Scheduled:
-    """One of config.eval.evaluators: taken every so many steps (`every`) of the second stage, or at the run's end."""
-    settings = dict(config.eval.evaluators[name])
-    every = settings.pop("every", 0)
-    if name not in EVALUATORS:
-        raise UserError(f"config.eval.evaluators.{name} is unknown; use some of {', '.join(EVALUATORS)}")
+    Args:
+      name: its own in the config.
+      settings: `type`, which of `EVALUATORS` it is, by default that of its name; `at`, "training" (by default), "end",
+        "demand" or "never"; `every`, in training, the steps between two, by default those between evaluations; and what
+        the evaluator itself takes.
+      config, source: of the run.
+    """
+    settings = dict(settings)
+    kind, at, every = settings.pop("type", name), settings.pop("at", "training"), settings.pop("every", 0)
+    key = f"config.eval.evaluators.{name}"
+    if kind not in EVALUATORS:
+        told = f"{key} is unknown" if kind == name else f"{key}.type={kind!r} is unknown"
+        raise UserError(f"{told}; use some of {', '.join(EVALUATORS)}")
+    if at not in TIMES:
+        raise UserError(f"{key}.at={at!r} must be one of {', '.join(TIMES)}")
     if type(every) is not int or every < 0 or (every and (not config.eval.every or every % config.eval.every)):
         raise UserError(
-            f"config.eval.evaluators.{name}.every={every!r} must be a multiple of eval.every={config.eval.every}, or 0 "
-            "for the end of the run"
+            f"{key}.every={every!r} must be a multiple of eval.every={config.eval.every}, or 0 for each evaluation"
         )
-    return Scheduled(_open(name, config, source, **settings), ["train"] if every else ["end"], every or 1)
+    if every and at != "training":
+        raise UserError(f"{key}.every={every} goes with at='training', not with {at!r}")
+    module, _, cls = EVALUATORS[kind].partition(":")
+    try:
+        evaluator = getattr(importlib.import_module(module), cls).open(config, source, **settings)
+    except TypeError as error:  # an unknown setting, or one of another type
+        raise UserError(f"{key}={settings!r}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    return Scheduled(name, evaluator, _in_training(evaluator, config) if at == "training" else [at], every)
 
 
-def take_scores(scheduled: Sequence[Scheduled], moment: Moment, subject: Subject, step: int = 0) -> Report:
-    """The scores that are due.
+def _in_training(evaluator: Evaluator, config: Config) -> list[Moment]:
+    """The stages that train what it judges."""
+    if evaluator.judges == "pathway":
+        return ["train"]
+    return ["pretrain", "train"] if config.trains_answers else ["pretrain"]
+
+
+def due(scheduled: Iterable[Scheduled], moment: Moment, step: int = 0) -> list[Evaluator]:
+    return [one.evaluator for one in scheduled if one.is_due(moment, step)]
+
+
+def take_scores(evaluators: Iterable[Evaluator], subject: Subject) -> Report:
+    """All of these scores.
 
     Raises:
       UserError: two of them have a figure or a picture of the same name.
     """
-    whole = Report()
-    for one in scheduled:
-        if moment not in one.moments or step % one.every:
-            continue
-        report = one.evaluator(subject)
-        for kept, found in ((whole.figures, report.figures), (whole.pictures, report.pictures)):
+    complete = Report()
+    for evaluator in evaluators:
+        report = evaluator(subject)
+        for kept, found in ((complete.figures, report.figures), (complete.pictures, report.pictures)):
             if twice := kept.keys() & found.keys():
                 raise UserError(f"two evaluators return {', '.join(sorted(twice))}")
             kept.update(found)
-    return whole
+    return complete
 
 
-def drawing_scores(scheduled: Sequence[Scheduled]) -> Iterator[DrawingScore]:
+def drawing_scores(scheduled: Iterable[Scheduled]) -> Iterator[DrawingScore]:
     """Those at the end of a run that score drawings alone."""
-    for one in scheduled:
-        if "end" in one.moments and hasattr(one.evaluator, "score"):
-            yield one.evaluator
+    for evaluator in due(scheduled, "end"):
+        if hasattr(evaluator, "score"):
+            yield evaluator

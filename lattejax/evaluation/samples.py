@@ -12,6 +12,8 @@ from lattejax.sampling.grid import labelled_grid
 class SampleGrid:
     """Images of the config's prompts; where prompts are pictures to look at, of those that the data set suggests."""
 
+    judges = "pathway"
+
     @classmethod
     def open(cls, config: Config, source: Source) -> "SampleGrid":
         return cls()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lattejax.flow.intervals import Intervals
 from lattejax.flow.solvers import SOLVERS, Steps
 
+MOST_GUIDANCE = 1000.0  # of no use to anyone: here for what is not finite, or a slip
 LEAST_SHIFT = 0.001  # and the inverse is the largest: beyond, float32 cannot tell the first or the last steps apart
 
 
@@ -28,6 +29,7 @@ class Sampling:
         low, high = self.guidance_interval
         for name, good, expected in (
             ("num_steps", self.num_steps > 0, "positive"),
+            ("guidance", 0 <= self.guidance <= MOST_GUIDANCE, f"from 0 to {MOST_GUIDANCE:.0f}"),
             ("guidance_interval", 0 <= low <= high <= 1, "two rising flow times from 0 to 1"),
             ("solver", self.solver in SOLVERS, f"one of {list(SOLVERS)}"),
             ("shift", LEAST_SHIFT <= self.shift <= 1 / LEAST_SHIFT, f"from {LEAST_SHIFT} to {1 / LEAST_SHIFT:.0f}"),

@@ -82,10 +82,15 @@ def resolve_sweep(config: ConfigDict) -> Sweep:
 
 
 def drawing_score(config: Config, name: str) -> DrawingScore:
-    """What a variant's drawings are scored by; raises `UserError` where nothing does."""
+    """What a variant's drawings are scored by; raises `UserError` where nothing does, or no held-out loss is taken."""
+    if config.eval.evaluators.get("held_out_loss", {"at": "never"}).get("at", "training") != "training":
+        raise UserError(f"variant {name}: a sweep compares held-out losses; list held_out_loss in eval.evaluators")
     score = next(drawing_scores(open_evaluators(config, open_data(config))), None)
     if score is None:
-        raise UserError(f"variant {name}: a sweep compares drawings, and nothing scores them; set eval.final_images")
+        raise UserError(
+            f"variant {name}: a sweep compares drawings, and nothing scores them; list what does in eval.evaluators, "
+            "with at='end'"
+        )
     return score
 
 

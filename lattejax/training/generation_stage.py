@@ -14,7 +14,7 @@ from lattejax.data.pipeline import Batches, Streams
 from lattejax.data.prompts import PromptEncoder
 from lattejax.evaluation.held_out import HeldOutLoss
 from lattejax.evaluation.protocol import Report, Subject
-from lattejax.evaluation.registry import open_evaluators, take_scores
+from lattejax.evaluation.registry import due, open_evaluators, take_scores
 from lattejax.models import functional, latte_flow
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
@@ -73,7 +73,7 @@ def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
             return held_out(state.average, frozen)
 
         subject = Subject(config, source, encoder, run.mesh, weights, losses, lambda: (autoencoder, decoder))
-        return take_scores(scheduled, "train", subject, int(hosts.fetch(state.step)))
+        return take_scores(due(scheduled, "train", int(hosts.fetch(state.step))), subject)
 
     batches = {
         "images": Batches(

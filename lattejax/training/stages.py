@@ -5,24 +5,16 @@ import json
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jaxtyping import Float
 
 from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import prompt_encoder
-from lattejax.errors import UserError
-from lattejax.evaluation.protocol import Subject
-from lattejax.evaluation.registry import open_evaluators, take_scores
-from lattejax.files import write_whole, write_with
-from lattejax.models.autoencoders import Autoencoder
-from lattejax.models.functional import Params
+from lattejax.evaluation.registry import open_evaluators
+from lattejax.files import write_whole
 from lattejax.parallel import hosts
 from lattejax.runs.data import open_data
-from lattejax.runs.inference import inference_weights
-from lattejax.runs.records import read_records
 from lattejax.runs.run import Run, open_mesh, open_vlm
 from lattejax.runs.workdir import Workdir
 from lattejax.training.checks import (
@@ -38,6 +30,7 @@ from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.layout import check_mesh
 from lattejax.training.loop import run_stage
 from lattejax.training.metrics import RunClock
+from lattejax.training.scores import final_scores
 from lattejax.training.vlm_stage import first_vlm, vlm_recipe
 from lattejax.weights import trees
 from lattejax.weights.autoencoders import StoredAutoencoder
@@ -125,33 +118,3 @@ def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]
         configuration.save(config, workdir.config)
     hosts.wait_for_all("the workdir is a run's")
     return dataclasses.replace(Run.open(workdir.path, mesh), config=config), RunClock(workdir)
-
-
-# ---- The end
-
-
-def final_scores(run: Run) -> dict[str, Any]:
-    """The last held-out loss, and the scores that are taken at the end; writes their pictures."""
-    config, source = run.config, open_data(run.config)
-    evaluated = [record for record in read_records(run.workdir.metrics) if "held_out_loss" in record]
-
-    def weights() -> Params:
-        return inference_weights(config, run.params(), run.mesh)
-
-    def losses() -> Float[np.ndarray, "K"]:
-        if not evaluated:
-            raise UserError(f"{run.workdir.metrics} has no held-out losses: nothing was trained")
-        return np.asarray(evaluated[-1]["held_out_loss_per_group"])
-
-    def decoder() -> tuple[Autoencoder, Params]:
-        stored = run.open_autoencoder()
-        return stored.autoencoder, stored.weights("decoder")
-
-    subject = Subject(config, source, run.encoder, run.mesh, weights, losses, decoder)
-    report = take_scores(open_evaluators(config, source), "end", subject)
-    if hosts.is_first():
-        for name, picture in report.pictures.items():
-            path = run.workdir.image(name, "end", config.train.steps)
-            write_with(path, lambda file, picture=picture: picture.save(file, format="PNG"))
-    figures = {name: np.asarray(value).tolist() for name, value in report.figures.items()}
-    return {"held_out_loss": evaluated[-1]["held_out_loss"]} | figures if evaluated else figures

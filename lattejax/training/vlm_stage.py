@@ -8,7 +8,7 @@ from lattejax.configuration import Config
 from lattejax.data.pipeline import Batches, Streams
 from lattejax.data.prompts import question_batch
 from lattejax.evaluation.protocol import Report, Subject
-from lattejax.evaluation.registry import open_evaluators, take_scores
+from lattejax.evaluation.registry import due, open_evaluators, take_scores
 from lattejax.models import qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.objectives.answers import AnswerLoss, weigh_answers
@@ -39,7 +39,7 @@ def vlm_recipe(run: Run, key: jax.Array) -> StageRecipe:
             return inference_weights(config, {"vlm": state.average}, run.mesh)
 
         subject = Subject(config, source, run.encoder, run.mesh, weights)
-        return take_scores(scheduled, "pretrain", subject, int(hosts.fetch(state.step)))
+        return take_scores(due(scheduled, "pretrain", int(hosts.fetch(state.step))), subject)
 
     return StageRecipe(
         name="pretrain",

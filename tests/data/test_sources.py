@@ -15,7 +15,7 @@ from lattejax.runs.run import Run
 from lattejax.sampling.images import ImageSampler
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
-from tests.helpers import tiny_config
+from tests.helpers import NO_SCORES, tiny_config
 
 
 class Stripes:
@@ -56,7 +56,7 @@ def registered(monkeypatch):
     monkeypatch.setitem(sources.SOURCES, "stripes", "stripes:Stripes")
 
 
-SETTINGS = dict(data__source="stripes", pretrain__steps=0, eval__scored_images=0, eval__final_images=0)
+SETTINGS = NO_SCORES | dict(data__source="stripes", pretrain__steps=0)
 
 
 def test_it_is_trained_on_and_drawn_from(registered, tmp_path):
@@ -80,7 +80,10 @@ def test_it_is_trained_on_and_drawn_from(registered, tmp_path):
             {"model__variant": "blend"},
             "model.variant='blend' would train on questions, and config.data.source='stripes' has none",
         ),
-        ({"eval__final_images": 20}, "data.source='stripes' has no digits to score"),
+        (
+            {"eval__evaluators__digits__at": "end"},
+            "evaluators.digits: config.data.source='stripes' has no digits to score",
+        ),
     ],
 )
 def test_what_it_has_not_is_refused_before_any_work(changes, named, registered, tmp_path):

@@ -22,7 +22,7 @@ from lattejax.errors import UserError
 from lattejax.runs.data import open_data
 from lattejax.weights.autoencoders import StoredAutoencoder
 from tests import checkpoints, pictures
-from tests.helpers import assert_same_bits, encoder_for, tiny_config
+from tests.helpers import NO_SCORES, assert_same_bits, encoder_for, tiny_config
 
 COUNT = 21  # pieces: shards of 6, 6 and 5 to train on, one of 4 held out
 
@@ -82,7 +82,7 @@ def test_cached_digits_are_the_digits(tmp_path):
             np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-6)
 
 
-WITHOUT_SCORES = dict(pretrain__steps=0, eval__scored_images=0, eval__final_images=0)
+WITHOUT_SCORES = NO_SCORES | dict(pretrain__steps=0)
 
 
 def test_the_manifest_has_every_file_and_what_made_it(config):

@@ -12,8 +12,10 @@ from lattejax.errors import UserError
 from lattejax.evaluation import registry
 from lattejax.evaluation.protocol import Report
 from lattejax.runs.data import open_data
+from lattejax.runs.run import Run
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
+from lattejax.training.scores import scores_on_demand
 from tests.helpers import tiny_config
 
 
@@ -22,6 +24,7 @@ class Brightness:
     """How bright the drawings of one prompt are, and the worst group's loss."""
 
     images: int
+    judges = "pathway"
 
     @classmethod
     def open(cls, config, source, *, images):
@@ -36,22 +39,24 @@ class Brightness:
         return Report({"brightness": float(drawn.mean()), "worst_loss": float(subject.held_out_losses.max())})
 
 
-class LastBrightness(Brightness):
-    """The same under another name."""
-
-
 @pytest.fixture
 def registered(monkeypatch):
-    module = types.SimpleNamespace(Brightness=Brightness, LastBrightness=LastBrightness)
-    monkeypatch.setitem(sys.modules, "brightness", module)
-    for name in ("Brightness", "LastBrightness"):
-        monkeypatch.setitem(registry.EVALUATORS, name.lower(), f"brightness:{name}")
+    monkeypatch.setitem(sys.modules, "brightness", types.SimpleNamespace(Brightness=Brightness))
+    monkeypatch.setitem(registry.EVALUATORS, "brightness", "brightness:Brightness")
 
 
 def test_scores_are_taken_when_the_config_says(registered, tmp_path):
-    """One every four steps, and one at the end alone, with the last held-out losses."""
-    evaluators = {"brightness": {"every": 4, "images": 3}, "lastbrightness": {"images": 2}}
-    settings = dict(pretrain__steps=0, train__steps=8, eval__every=2, eval__scored_images=0, eval__final_images=0)
+    """One every four steps; one of its kind at the end alone, with the last held-out losses; others on demand, where
+    these losses are measured again; and none that the config does not list."""
+    evaluators = {
+        "held_out_loss": {},
+        "brightness": {"every": 4, "images": 3},
+        "last": {"type": "brightness", "at": "end", "images": 2},
+        "asked": {"type": "brightness", "at": "demand", "images": 1},
+        "unused": {"type": "brightness", "at": "never"},
+        "answers": {"at": "end", "examples": 0},
+    }
+    settings = dict(pretrain__steps=0, train__steps=8, eval__every=2)
     results = stages.train(tiny_config(**settings, eval__evaluators=evaluators), tmp_path, InterruptGuard())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     taken = {line["step"]: line for line in lines if "brightness" in line}
@@ -60,7 +65,13 @@ def test_scores_are_taken_when_the_config_says(registered, tmp_path):
     for found in (taken[8], results):
         assert 0 < found["brightness"] < 255
         assert found["worst_loss"] == pytest.approx(np.max(last["held_out_loss_per_group"]))
-    assert {"answer_accuracy", "held_out_loss"} <= set(results), "the run's own scores stay"
+    assert {"answer_accuracy", "held_out_loss"} <= set(results) and not list(tmp_path.glob("samples/*"))
+    run = Run.open(tmp_path)
+    asked = scores_on_demand(run, ["asked", "held_out_loss"]).figures
+    assert set(asked) == {"brightness", "worst_loss", "held_out_loss", "held_out_loss_per_group"}
+    np.testing.assert_allclose(asked["held_out_loss_per_group"], last["held_out_loss_per_group"], rtol=1e-6)
+    with pytest.raises(UserError, match="two evaluators return brightness"):  # `last` and `asked`
+        scores_on_demand(run, [])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +81,12 @@ def test_scores_are_taken_when_the_config_says(registered, tmp_path):
         ({"brightness": {"every": 3, "images": 1}}, r"every=3 must be a multiple of eval\.every=2"),
         ({"brightness": {"images": 0}}, "images=0 must be positive"),
         ({"brightness": {"count": 1}}, "unexpected keyword argument 'count'"),
-        ({"answers": {}}, "evaluators.answers is taken then without being listed"),
+        ({"mine": {"type": "fid"}}, "config.eval.evaluators.mine.type='fid' is unknown; use some of held_out_loss"),
+        ({"brightness": {"at": "noon", "images": 1}}, "at='noon' must be one of training, end, demand, never"),
+        ({"brightness": {"at": "end", "every": 2, "images": 1}}, "every=2 goes with at='training'"),
+        ({"answers": {"examples": -1}}, "evaluators.answers: examples=-1 must be a whole number"),
+        ({"digits": {"images": 15}}, "evaluators.digits: images=15 must be a positive multiple of 10"),
+        ({"digits": {"images": 10, "guidance": (-1,)}}, "evaluators.digits: guidance=-1: guidance=-1.0 must be from 0"),
         ({"brightness": {"images": np.float32(1)}}, "has what JSON cannot hold"),
         ({"brightness": 3}, "must have a section of settings for each name"),
     ],
@@ -81,13 +97,7 @@ def test_what_does_not_fit_is_refused(asked, named, registered):
         registry.open_evaluators(asked_for, open_data(asked_for))
 
 
-def test_scores_that_the_data_cannot_have_are_refused():
-    digits = tiny_config(eval__final_images=15)
-    with pytest.raises(UserError, match="ask for 15 digits; it must be a positive multiple of 10"):
-        registry.open_evaluators(digits, open_data(digits))
-
-
 def test_two_figures_of_one_name_are_refused(registered):
-    twice = [registry.Scheduled(lambda subject: Report({"brightness": 1.0}), ["train"])] * 2
+    twice = [lambda subject: Report({"brightness": 1.0})] * 2
     with pytest.raises(UserError, match="two evaluators return brightness"):
-        registry.take_scores(twice, "train", None)
+        registry.take_scores(twice, None)

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from lattejax.runs.run import Run
-from tests.helpers import ENVIRONMENT, ROOT, Fork, Forks, tiny_flags
+from tests.helpers import ENVIRONMENT, NO_DIGITS, ROOT, Fork, Forks, tiny_flags
 from tests.training.test_run import assert_equal_runs, final_arrays
 
-SETTINGS = dict(pretrain__steps=0, eval__every=0, eval__final_images=0, eval__scored_images=0)
-SETTINGS |= dict(train__steps=200, log_every=20, checkpoint__every=1000)
+SETTINGS = NO_DIGITS | dict(pretrain__steps=0, eval__every=0, train__steps=200, log_every=20, checkpoint__every=1000)
 FLAGS = [*tiny_flags(**SETTINGS), "--config.mesh.expert=2"]
 TWO_DEVICES = {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
 

@@ -21,7 +21,7 @@ TWO = (("base", {}), ("no_residual", {"model.residual_attention": "none", "model
 
 def sweep_config(**overrides) -> ConfigDict:
     settings = dict(train__steps=2, pretrain__steps=1, eval__every=1, eval__batch_size=20, checkpoint__every=1)
-    settings |= dict(eval__scored_images=0)  # sweeps that score while they train: tests/test_earlier.py
+    settings |= dict(eval__evaluators__digits__at="never")  # sweeps that score while they train: tests/test_earlier.py
     base = tiny_dict(model__variant="blend", **settings)
     values = dict(base=base, seeds=(0, 1), variants=TWO, sample_steps=(2,)) | overrides
     return ConfigDict(values)
@@ -87,6 +87,8 @@ def test_a_killed_sweep_trains_no_finished_run_again_and_ends_with_the_compariso
         (dict(variants=(("a", {"seed": 3}),)), "seed is the same for all runs"),
         (dict(variants=(("a", {"pretrain.steps": 3}),)), r"pretrain\.steps is the same for all runs"),
         (dict(variants=(("a", {"train.steps": 0}),)), r"train\.steps=0 trains nothing"),
+        (dict(variants=(("a", {"eval.evaluators": {}}),)), "variant a: a sweep compares held-out losses"),
+        (dict(variants=(("a", {"eval.evaluators.final_digits.at": "demand"}),)), "variant a: .* nothing scores them"),
         (dict(variants=(("a", {"eval.batch_size": 16}),)), r"eval\.batch_size=16 must be a multiple of 10"),
         (dict(sample_steps=(0,)), r"config\.sample_steps=\(0,\)"),
         (dict(seeds=(0, 0)), r"config\.seeds=\(0, 0\) must be different whole numbers"),

@@ -13,13 +13,13 @@ from lattejax.training.interrupt import InterruptGuard
 from lattejax.weights import shards
 from lattejax.weights.pretrained import Pretrained
 from tests import checkpoints
-from tests.helpers import assert_same_bits, tiny_config
+from tests.helpers import NO_DIGITS, assert_same_bits, tiny_config
 
 
 def config(converted, **overrides):
     settings = dict(model__text__vocab_size=checkpoints.VOCABULARY, pretrain__init_from=str(converted))
     settings |= dict(pretrain__steps=0, train__steps=2, train__ema_decay=0.0, train__learning_rate=0.05)
-    settings |= dict(eval__every=0, eval__scored_images=0, eval__final_images=0)  # no score is looked at
+    settings |= dict(eval__every=0) | NO_DIGITS  # no score is looked at
     return tiny_config(**settings | overrides)
 
 

@@ -26,8 +26,8 @@ def trained(path, latent_position: str) -> dict[str, float]:
         eval__every=0,
         eval__examples=200,
         eval__sample_steps=10,
-        eval__scored_images=100,
-        eval__final_images=0,
+        eval__evaluators__digits__images=100,
+        eval__evaluators__final_digits__at="never",
         log_every=100,
         checkpoint__every=200,
     )

@@ -201,7 +201,7 @@ def test_soak(tmp_path_factory, forked_command):
     """Twenty kills at random instants of a run's life, imports and compilation left out, SIGKILL and SIGTERM: it ends
     bit for bit where an uninterrupted run ends."""
     settings = dict(pretrain__steps=60, train__steps=400, checkpoint__every=10, log_every=10, eval__every=40)
-    flags, rng = tiny_flags(**settings, eval__scored_images=0), np.random.default_rng(0)
+    flags, rng = tiny_flags(**settings, eval__evaluators__digits__at="never"), np.random.default_rng(0)
     whole, killed = (tmp_path_factory.mktemp(name) for name in ("whole", "killed"))
     assert Attempts(forked_command, whole, flags).finish() == 0
     attempt, kills = Attempts(forked_command, killed, flags), 0
@@ -333,7 +333,7 @@ def test_blend_trains_what_answers_and_goes_on_after_a_signal(finished, tmp_path
     """From the first run's VLM: both losses and the answers are in the metrics, the layers that answer move with their
     average, the rest of the VLM does not, and an interrupted run ends where the whole one ends."""
     settings = dict(model__variant="blend", pretrain__init_from=str(finished[0]), pretrain__steps=0)
-    settings |= dict(eval__final_images=0)  # the next test scores drawings
+    settings |= dict(eval__evaluators__final_digits__at="never")  # the next test scores drawings
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     results = stages.train(tiny_config(**settings), whole, InterruptGuard())
     of_drawn = {name for name in finished[1] if "guidance" in name or "frechet" in name}  # of which there are none

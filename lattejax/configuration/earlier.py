@@ -1,0 +1,41 @@
+"""Keys that configs had in earlier versions, and what says the same today."""
+
+from typing import Any
+
+from absl import logging
+
+from lattejax.errors import UserError
+
+RETIRED = {
+    "eval.scored_images": "eval.evaluators.digits.images",
+    "eval.final_images": "eval.evaluators.final_digits.images",
+}
+
+
+def bring_along(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config's values, as `ConfigDict` or JSON have them, without retired keys.
+
+    Raises:
+      UserError: a retired key stands beside what has replaced it.
+    """
+    evaluation = values.get("eval")
+    if not isinstance(evaluation, dict) or not (old := [key for key in RETIRED if key[5:] in evaluation]):
+        return values
+    extra = evaluation.get("evaluators", {})
+    if "held_out_loss" in extra:
+        raise UserError("; ".join(f"config.{key} is gone: use config.{RETIRED[key]}" for key in old))
+    logging.warning(
+        "the config is of an earlier version; config.eval.evaluators has replaced config.%s", ", ".join(old)
+    )
+    evaluators = {"held_out_loss": {"at": "training"}, "samples": {"at": "training"}}
+    if values.get("data", {}).get("source") == "digits":
+        evaluators["answers"] = {"at": "training"}
+        evaluators["final_answers"] = {"type": "answers", "at": "end", "examples": 0}
+    if images := evaluation.get("scored_images"):
+        evaluators["digits"] = {"at": "training", "images": images}
+    if images := evaluation.get("final_images"):
+        evaluators["final_digits"] = {"type": "digits", "at": "end", "images": images, "guidance": [1, 2]}
+    for name, settings in extra.items():
+        evaluators[name] = {"at": "training" if settings.get("every") else "end"} | settings
+    kept = {key: value for key, value in evaluation.items() if f"eval.{key}" not in RETIRED}
+    return values | {"eval": kept | {"evaluators": evaluators}}

@@ -1,0 +1,47 @@
+"""Takes scores of a run that has been trained, or of an export:
+
+python -m lattejax.evaluate --workdir=runs/digits --scores=final_digits,held_out_loss --out=scores.json
+
+Without --scores, all that the run's config has for its end or on demand. The figures are printed as JSON. With --out
+they are written there, and pictures beside it.
+"""
+
+import json
+
+from absl import flags
+from etils import epath
+
+from lattejax import cli
+from lattejax.errors import UserError
+from lattejax.files import write_whole, write_with
+from lattejax.parallel import hosts
+from lattejax.runs.run import Run
+from lattejax.training.scores import as_json, scores_on_demand
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory, or an export.")
+SCORES = flags.DEFINE_list("scores", [], "Which: names in the run's config.eval.evaluators, or of a kind of score.")
+OUT = flags.DEFINE_string("out", "", "Where the figures go: a .json file. Pictures go beside it.")
+MESH = flags.DEFINE_list("mesh", ["data=-1"], "How the devices are arranged.")
+connect = cli.define_cluster_flags()
+flags.mark_flag_as_required("workdir")
+
+
+def main() -> None:
+    out = epath.Path(OUT.value) if OUT.value else None
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"--out={out} must end in .json")
+    connect()
+    report = scores_on_demand(Run.open(WORKDIR.value, cli.read_mesh(MESH.value)), SCORES.value)
+    if not hosts.is_first():
+        return
+    text = json.dumps(as_json(report.figures), indent=2)
+    if out is not None:
+        write_whole(out, (text + "\n").encode())
+        for name, picture in report.pictures.items():
+            path = out.with_name(f"{out.stem}_{name}.png")
+            write_with(path, lambda file, picture=picture: picture.save(file, format="PNG"))
+    print(text)
+
+
+if __name__ == "__main__":
+    cli.run(main)

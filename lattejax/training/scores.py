@@ -1,0 +1,89 @@
+"""The scores of a run as it ends, and those that are asked for later."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lattejax.data.examples import Source, image_batcher
+from lattejax.errors import UserError
+from lattejax.evaluation.held_out import HeldOutLoss
+from lattejax.evaluation.protocol import Report, Subject
+from lattejax.evaluation.registry import due, open_evaluator, open_evaluators, take_scores
+from lattejax.files import write_with
+from lattejax.models import functional, latte_flow
+from lattejax.models.autoencoders import Autoencoder
+from lattejax.models.functional import Params
+from lattejax.parallel import hosts
+from lattejax.runs.data import open_data
+from lattejax.runs.inference import inference_weights
+from lattejax.runs.records import read_records
+from lattejax.runs.run import Run
+from lattejax.training.generation_stage import flow_loss, frozen_inputs
+
+
+def final_scores(run: Run) -> dict[str, Any]:
+    """The last held-out loss, and the scores that are taken at the end; writes their pictures."""
+    source = open_data(run.config)
+    evaluated = [record for record in read_records(run.workdir.metrics) if "held_out_loss" in record]
+
+    def losses() -> Float[np.ndarray, "K"]:
+        return np.asarray(evaluated[-1]["held_out_loss_per_group"]) if evaluated else measure_losses(run, source)
+
+    scheduled = open_evaluators(run.config, source)
+    report = take_scores(due(scheduled, "end"), _subject(run, source, losses))
+    if hosts.is_first():
+        for name, picture in report.pictures.items():
+            path = run.workdir.image(name, "end", run.config.train.steps)
+            write_with(path, lambda file, picture=picture: picture.save(file, format="PNG"))
+    figures = as_json(report.figures)
+    return {"held_out_loss": evaluated[-1]["held_out_loss"]} | figures if evaluated else figures
+
+
+def scores_on_demand(run: Run, names: Sequence[str]) -> Report:
+    """Takes scores of a run, or of an export.
+
+    Args:
+      run: opened on the mesh that is to compute them.
+      names: of config.eval.evaluators, or of the registry, which are then taken with their default settings; none: all
+        that the config has for the end of a run or for when they are asked for.
+
+    Raises:
+      UserError: one is unknown, or does not go with config or data.
+    """
+    source, listed = open_data(run.config), run.config.eval.evaluators
+    if names:
+        evaluators = [open_evaluator(name, listed.get(name, {}), run.config, source).evaluator for name in names]
+    else:
+        scheduled = open_evaluators(run.config, source)
+        evaluators = due(scheduled, "end") + due(scheduled, "demand")
+    if not evaluators:
+        raise UserError(f"the config of {run.workdir.path} has no scores for the end or on demand; name some")
+    return take_scores(evaluators, _subject(run, source, lambda: measure_losses(run, source)))
+
+
+def measure_losses(run: Run, source: Source) -> Float[np.ndarray, "K"]:
+    """Each group's loss on held-out drawings, of the weights that the run draws with."""
+    config = run.config
+    trained, fixed = latte_flow.split_trained(config.model_config, run.params())
+    fixed = functional.cast_floats(fixed, config.dtype)
+    frozen = frozen_inputs(config, run.encoder, source.captions, fixed, run.mesh)
+    make_batch = image_batcher(config, run.encoder, source.captions)
+    held_out = HeldOutLoss(config, flow_loss(config), source.drawings("test", run.encoder), make_batch, run.mesh)
+    return held_out(trained, frozen)
+
+
+def as_json(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: np.asarray(value).tolist() for name, value in figures.items()}
+
+
+def _subject(run: Run, source: Source, losses: Callable[[], Float[np.ndarray, "K"]]) -> Subject:
+    def weights() -> Params:
+        return inference_weights(run.config, run.params(), run.mesh)
+
+    def decoder() -> tuple[Autoencoder, Params]:
+        stored = run.open_autoencoder()
+        return stored.autoencoder, stored.weights("decoder")
+
+    return Subject(run.config, source, run.encoder, run.mesh, weights, losses, decoder)
