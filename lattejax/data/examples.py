@@ -9,6 +9,7 @@ import numpy as np
 from lattejax.configuration import Config
 from lattejax.data.identity import Identity
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage
+from lattejax.models.qwen2_vl import Prompts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,9 +88,24 @@ def image_batcher(
     numbers = {caption: number for number, caption in enumerate(captions)}
 
     def batch(drawings: Sequence[Drawing]) -> dict[str, Any]:
-        images = {"latents": np.stack([drawing.latents for drawing in drawings])}
-        if config.train.share_contexts:
-            return images | {"caption": np.array([numbers[drawing.caption] for drawing in drawings], np.int32)}
-        return images | {"prompts": encoder.batch(encode_prompts(encoder, drawings), config.data.prompt_length)}
+        def prompts() -> Prompts:
+            return encoder.batch(encode_prompts(encoder, drawings), config.data.prompt_length)
+
+        images = image_arrays(config, len(drawings), prompts)
+        np.stack([drawing.latents for drawing in drawings], out=images["latents"])
+        if "caption" in images:
+            images["caption"][:] = [numbers[drawing.caption] for drawing in drawings]
+        return images
 
     return batch
+
+
+def image_arrays(
+    config: Config, rows: int, prompts: Callable[[], Prompts], make: Callable[..., Any] = np.zeros
+) -> dict[str, Any]:
+    """A batch of drawings still to be filled, but for its `prompts`, which it has where captions are not read once for
+    all; `make` makes or describes an array of a shape and a dtype."""
+    images = {"latents": make((rows, *config.data.latent_shape), np.float32)}
+    if config.train.share_contexts:
+        return images | {"caption": make((rows,), np.int32)}
+    return images | {"prompts": prompts()}

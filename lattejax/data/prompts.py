@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epy
@@ -171,29 +172,23 @@ class PromptEncoder:
         """
         length = length or max(len(prompt.input_ids) for prompt in prompts)
         self.check_length(prompts, length)
-        rows = len(prompts)
-        input_ids = np.full((rows, length), self.pad_token, np.int32)
-        mask = np.zeros((rows, length), bool)
-        position_ids = np.zeros((rows, 3, length), np.int32)
+        num_images = num_images or max(len(prompt.images) for prompt in prompts)
+        num_patches = num_patches or largest_image(prompts)
+        batch = prompt_arrays(len(prompts), length, (num_images, num_patches, self.patch_dim))
+        batch.input_ids[:] = self.pad_token
         for row, prompt in enumerate(prompts):
             ids, grids = prompt.input_ids, [image.grid for image in prompt.images]
-            input_ids[row, : len(ids)] = ids
-            mask[row, : len(ids)] = True
-            position_ids[row, :, : len(ids)] = token_positions(ids, grids, self.image_token, self.merge)
-        return Prompts(input_ids, mask, position_ids, self._batch_images(prompts, input_ids, num_images, num_patches))
+            batch.input_ids[row, : len(ids)] = ids
+            batch.mask[row, : len(ids)] = True
+            batch.position_ids[row, :, : len(ids)] = token_positions(ids, grids, self.image_token, self.merge)
+        if batch.images is not None:
+            self._fill_images(prompts, batch.input_ids, batch.images)
+        return batch
 
-    def _batch_images(
-        self, prompts: Sequence[EncodedPrompt], input_ids: np.ndarray, num_images: int | None, num_patches: int | None
-    ) -> Images | None:
-        most_images = num_images or max(len(prompt.images) for prompt in prompts)
-        if not most_images:
-            return None
-        most_patches = num_patches or largest_image(prompts)
-        shape = (len(prompts), most_images, most_patches)
-        patches = np.zeros((*shape, self.patch_dim), np.float32)
-        positions = np.zeros((*shape, 2), np.int32)
-        mask = np.zeros(shape, bool)
-        index = np.full(input_ids.shape, -1, np.int32)
+    def _fill_images(self, prompts: Sequence[EncodedPrompt], input_ids: np.ndarray, images: Images) -> None:
+        patches, positions, mask, index = images
+        most_patches = patches.shape[2]
+        index[:] = -1
         for row, prompt in enumerate(prompts):
             places = []
             for i, image in enumerate(prompt.images):
@@ -204,7 +199,30 @@ class PromptEncoder:
                 places.append((i * most_patches + np.arange(0, count, self.merge**2)) // self.merge**2)
             if places:
                 index[row, input_ids[row] == self.image_token] = np.concatenate(places)
-        return Images(patches, positions, mask, index)
+
+
+def prompt_arrays(
+    rows: int, length: int, images: tuple[int, int, int] = (0, 0, 0), make: Callable[..., Any] = np.zeros
+) -> Prompts:
+    """A batch of prompts still to be filled.
+
+    Args:
+      rows: of the batch.
+      length: of each, in tokens.
+      images: of each how many, patches of each of these, and values of each patch.
+      make: what makes an array of a shape and a dtype, or describes one.
+    """
+    *shape, patch_dim = (rows, *images)
+    pictures = None
+    if images[0]:
+        pictures = Images(
+            make((*shape, patch_dim), np.float32),
+            make((*shape, 2), np.int32),
+            make(tuple(shape), bool),
+            make((rows, length), np.int32),
+        )
+    prompts = make((rows, length), np.int32), make((rows, length), bool), make((rows, 3, length), np.int32)
+    return Prompts(*prompts, pictures)
 
 
 def largest_image(prompts: Iterable[EncodedPrompt]) -> int:
@@ -212,16 +230,21 @@ def largest_image(prompts: Iterable[EncodedPrompt]) -> int:
     return max((len(image.patches) for prompt in prompts for image in prompt.images), default=0)
 
 
-def question_batch(encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], length: int) -> dict[str, object]:
+def question_batch(encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], length: int) -> dict[str, Any]:
     """A training batch of questions with answers.
 
     `target_weights` [B, T] are 1 at the tokens to be predicted, the answers' alone. `objectives.weigh_answers` scales
     them, when the rows of all processes are together.
     """
-    weights = np.zeros((len(prompts), length), np.float32)
+    batch = question_arrays(encoder.batch(prompts, length))
     for row, prompt in enumerate(prompts):
-        weights[row, : len(prompt.input_ids)] = prompt.is_answer
-    return {"prompts": encoder.batch(prompts, length), "target_weights": weights}
+        batch["target_weights"][row, : len(prompt.input_ids)] = prompt.is_answer
+    return batch
+
+
+def question_arrays(prompts: Prompts, make: Callable[..., Any] = np.zeros) -> dict[str, Any]:
+    """A batch of questions whose weights are still to be filled; `make` as in `prompt_arrays`."""
+    return {"prompts": prompts, "target_weights": make(prompts.input_ids.shape, np.float32)}
 
 
 def prompt_encoder(config: Config, tokenizer: Tokenizer) -> PromptEncoder:

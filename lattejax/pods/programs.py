@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lattejax.configuration import Config
+from lattejax.data.examples import image_arrays
+from lattejax.data.prompts import prompt_arrays, question_arrays
 from lattejax.flow.schedule import split_steps
 from lattejax.models import functional, latte_flow
 from lattejax.models.functional import Params
-from lattejax.models.generation import Context
 from lattejax.models.qwen2_vl import Prompts
-from lattejax.models.vision import Images
 from lattejax.objectives.flow import Frozen
 from lattejax.parallel import rules
 from lattejax.parallel.mesh import row_shares
@@ -23,7 +23,7 @@ from lattejax.runs.inference import sampling_axes
 from lattejax.runs.shapes import abstract_params, abstract_trained
 from lattejax.sampling.images import draw_latents
 from lattejax.sampling.padding import bucket, padded_length
-from lattejax.training.generation_stage import flow_loss, flow_step
+from lattejax.training.generation_stage import flow_loss, flow_step, make_frozen
 from lattejax.training.layout import stage_rows
 from lattejax.training.step import abstract_state, compile_for
 
@@ -32,58 +32,30 @@ from lattejax.training.step import abstract_state, compile_for
 
 def abstract_prompts(config: Config, rows: int, length: int, pictures: int = 0) -> Prompts:
     """Describes a batch of prompts, each with so many pictures of the largest size."""
-    images = None
-    if pictures:
-        vision = config.model.vision
-        merged = config.data.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
-        shape = (rows, pictures, merged * vision.spatial_merge_size**2)
-        images = Images(
-            jax.ShapeDtypeStruct((*shape, vision.patch_dim), jnp.float32),
-            jax.ShapeDtypeStruct((*shape, 2), jnp.int32),
-            jax.ShapeDtypeStruct(shape, bool),
-            jax.ShapeDtypeStruct((rows, length), jnp.int32),
-        )
-    return Prompts(
-        jax.ShapeDtypeStruct((rows, length), jnp.int32),
-        jax.ShapeDtypeStruct((rows, length), bool),
-        jax.ShapeDtypeStruct((rows, 3, length), jnp.int32),
-        images,
-    )
+    vision = config.model.vision
+    merged = config.data.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
+    images = (pictures, merged * vision.spatial_merge_size**2, vision.patch_dim)
+    return prompt_arrays(rows, length, images, jax.ShapeDtypeStruct)
 
 
-def abstract_contexts(config: Config, prompts: int) -> Context:
-    """Describes the contexts of so many prompts, stacked, in the dtype of the computation."""
-    vlm = _cast(config, abstract_params(config)["vlm"])
-    described = abstract_prompts(config, prompts, config.data.prompt_length)
-    return jax.eval_shape(functools.partial(latte_flow.read_prompts, config.model_config), vlm, described)
-
-
-def abstract_frozen(config: Config, captions: int) -> Frozen:
-    """Describes what `generation_stage.frozen_inputs` makes."""
-    length, model = config.data.prompt_length, config.model_config
-    fixed = latte_flow.split_trained(model, {"vlm": abstract_params(config)["vlm"]})[1]
-    fixed = _cast(config, fixed)
-    if not config.train.share_contexts:
-        return Frozen(fixed, unconditional=abstract_prompts(config, 1, length))
-    if config.trains_answers:
-        return Frozen(fixed, captions=abstract_prompts(config, captions + 1, length))
-    return Frozen({}, contexts=abstract_contexts(config, captions + 1))
+def abstract_frozen(config: Config, mesh: Mesh, captions: int) -> Frozen:
+    """Describes what the loss reads besides what it trains; where captions are read once for all, of so many."""
+    fixed = _cast(config, latte_flow.split_trained(config.model_config, {"vlm": abstract_params(config)["vlm"]})[1])
+    prompts = abstract_prompts(config, 1 + captions * config.train.share_contexts, config.data.prompt_length)
+    return jax.eval_shape(functools.partial(make_frozen, config, mesh), fixed, prompts)
 
 
 def abstract_batch(config: Config) -> dict[str, Any]:
-    """Describes a whole batch of the second stage, its rows still on one axis."""
-    stage, data = config.train, config.data
-    images = {"latents": jax.ShapeDtypeStruct((stage.batch_size, *data.latent_shape), jnp.float32)}
-    if stage.share_contexts:
-        images["caption"] = jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32)
-    else:
-        pictures = int(data.prompts == "pictures")
-        images["prompts"] = abstract_prompts(config, stage.batch_size, data.prompt_length, pictures)
-    batch = {"images": images}
+    """Describes a complete batch of the second stage, its rows still on one axis."""
+    stage, data, make = config.train, config.data, jax.ShapeDtypeStruct
+
+    def prompts() -> Prompts:
+        return abstract_prompts(config, stage.batch_size, data.prompt_length, int(data.prompts == "pictures"))
+
+    batch = {"images": image_arrays(config, stage.batch_size, prompts, make)}
     if config.trains_answers:
-        rows, length = stage.answer_batch_size, data.answer_length
-        weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)
-        batch["questions"] = {"prompts": abstract_prompts(config, rows, length, 1), "target_weights": weights}
+        questions = abstract_prompts(config, stage.answer_batch_size, data.answer_length, pictures=1)
+        batch["questions"] = question_arrays(questions, make)
     return batch
 
 
@@ -111,7 +83,7 @@ def train_step(config: Config, mesh: Mesh, captions: int) -> Program:
     """The second stage's train step."""
     rows, stage = stage_rows(config)["train"], config.train
     state = abstract_state(stage, abstract_trained(config), mesh)
-    frozen = rules.abstract(mesh, abstract_frozen(config, captions))
+    frozen = rules.abstract(mesh, abstract_frozen(config, mesh, captions))
     batch = {name: rows[name].abstract(mesh, stream) for name, stream in abstract_batch(config).items()}
     key = rules.abstract(mesh, jax.eval_shape(lambda: jax.random.key(0)))
     step = compile_for(mesh, flow_step(config, flow_loss(config)), state, frozen, rows)

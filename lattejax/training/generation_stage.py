@@ -131,10 +131,22 @@ def flow_step(config: Config, loss: FlowLoss) -> Callable:
 
 
 def frozen_inputs(config: Config, encoder: PromptEncoder, captions: Sequence[str], fixed: Params, mesh: Mesh) -> Frozen:
-    """What the loss reads besides what it trains. Prompts that repeat are read once: in Couple here and now."""
-    model, stage = config.model_config, config.train
-    prompts = caption_prompts(config, encoder, captions if stage.share_contexts else ())
-    if not stage.share_contexts:
+    """What the loss reads besides what it trains, see `make_frozen`."""
+    shared = captions if config.train.share_contexts else ()
+    return make_frozen(config, mesh, fixed, caption_prompts(config, encoder, shared))
+
+
+def make_frozen(config: Config, mesh: Mesh, fixed: Params, prompts: Prompts) -> Frozen:
+    """What the loss reads besides what it trains. Prompts that repeat are read once: in Couple here and now.
+
+    Args:
+      config: the run's.
+      mesh: where it is to stand.
+      fixed: the VLM's weights that the second stage does not train, in the dtype of the computation.
+      prompts: of the captions that are read once for all, and last the empty one.
+    """
+    model = config.model_config
+    if not config.train.share_contexts:
         return rules.place(mesh, Frozen(fixed, unconditional=prompts))
     if config.trains_answers:
         return rules.place(mesh, Frozen(fixed, captions=prompts))

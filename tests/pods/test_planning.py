@@ -46,7 +46,7 @@ def test_descriptions_are_those_of_what_training_makes(settings):
     vlm = qwen2_vl.init(config.model_config.vlm, jax.random.key(0))
     fixed = latte_flow.split_trained(config.model_config, {"vlm": vlm})[1]
     frozen = frozen_inputs(config, encoder, source.captions, fixed, one_device())
-    ours = programs.abstract_frozen(config, len(source.captions))
+    ours = programs.abstract_frozen(config, one_device(), len(source.captions))
     if config.train.share_contexts:  # padded to the longest caption, of which the config knows the bound alone
         ours, frozen = (
             jax.tree.map(lambda x: jnp.zeros(x.shape[:2] if x.ndim > 1 else x.shape), t) for t in (ours, frozen)
