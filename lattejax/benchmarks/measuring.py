@@ -17,7 +17,7 @@ import numpy as np
 
 from lattejax.benchmarks.speed import Calls, Product, alternate, best_rate, product_calls
 from lattejax.configuration import Config
-from lattejax.errors import UserError
+from lattejax.errors import UserError, need
 from lattejax.models import latte_flow
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import Prompts
@@ -133,10 +133,8 @@ def random_prompts(config: Config, count: int, length: int) -> Prompts:
 
 def load_baseline(name: str) -> ModuleType:
     """Imports one of `benchmarks.baselines`; raises `UserError` where PyTorch is not installed."""
-    try:
-        return importlib.import_module(f"lattejax.benchmarks.baselines.{name}")
-    except ModuleNotFoundError as error:
-        raise UserError(f"there is no {error.name}, which --against needs: pip install 'lattejax[test]'") from error
+    need("torch", "test", "--against")
+    return importlib.import_module(f"lattejax.benchmarks.baselines.{name}")
 
 
 def must_agree(ours: Any, theirs: np.ndarray) -> None:

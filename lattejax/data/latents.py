@@ -26,7 +26,7 @@ from lattejax.data.examples import Drawing
 from lattejax.data.identity import Identity
 from lattejax.data.pipeline import every
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder
-from lattejax.errors import UserError
+from lattejax.errors import UserError, need
 from lattejax.files import is_remote, located, read_json
 
 with epy.lazy_imports():
@@ -191,6 +191,7 @@ class LatentSource:
             )
         if not (directory / MANIFEST).is_file():
             raise UserError(f"config.data.latents={data.latents!r} has no {MANIFEST}; let lattejax.encode end there")
+        need("tensorflow_datasets", "data", "training on latents")
         manifest = read_json(directory / MANIFEST)
         try:
             encoding, shards = manifest["encoding"], [Shard(**shard) for shard in manifest["shards"]]

