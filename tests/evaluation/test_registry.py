@@ -50,9 +50,9 @@ def test_scores_are_taken_when_the_config_says(registered, tmp_path):
     these losses are measured again; and none that the config does not list."""
     evaluators = {
         "held_out_loss": {},
-        "brightness": {"every": 4, "images": 3},
+        "brightness": {"every": 4, "images": 2},
         "last": {"type": "brightness", "at": "end", "images": 2},
-        "asked": {"type": "brightness", "at": "demand", "images": 1},
+        "asked": {"type": "brightness", "at": "demand", "images": 2},
         "unused": {"type": "brightness", "at": "never"},
         "answers": {"at": "end", "examples": 0},
     }

@@ -21,7 +21,8 @@ TWO = (("base", {}), ("no_residual", {"model.residual_attention": "none", "model
 
 def sweep_config(**overrides) -> ConfigDict:
     settings = dict(train__steps=2, pretrain__steps=1, eval__every=1, eval__batch_size=20, checkpoint__every=1)
-    settings |= dict(eval__evaluators__digits__at="never")  # sweeps that score while they train: tests/test_earlier.py
+    # A sweep that scores while it trains: tests/test_earlier.py.
+    settings |= {f"eval__evaluators__{name}__at": "never" for name in ("samples", "digits")}
     base = tiny_dict(model__variant="blend", **settings)
     values = dict(base=base, seeds=(0, 1), variants=TWO, sample_steps=(2,)) | overrides
     return ConfigDict(values)
