@@ -161,14 +161,16 @@ def start_command(command: str, *arguments: str, **kwargs: Any) -> subprocess.Po
 class Forks:
     """Runs commands as `run_command` and `start_command` do, without waiting for their imports."""
 
-    def __init__(self):
+    def __init__(self, cwd: os.PathLike = ROOT, env: dict[str, str] | None = None):
+        path = os.pathsep.join([*PYTHONPATH, str(ROOT)])
+        self._settings = dict(cwd=cwd, env=ENVIRONMENT | (env or {}) | {"PYTHONPATH": path})
         self._server: subprocess.Popen | None = None
 
     def ask(self, *request: Any) -> Any:
         if self._server is None:
             command = [sys.executable, "-m", "tests.forked_commands"]
             pipe = subprocess.PIPE
-            self._server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stdin=pipe, stdout=pipe)
+            self._server = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, **self._settings)
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())

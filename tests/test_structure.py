@@ -1,7 +1,10 @@
-"""Imports point downwards only: no package imports one above it or the tests, and no two modules each other."""
+"""Imports point downwards only: no package imports one above it or the tests, and no two modules each other. A file is
+one idea, and ruff has nothing to say."""
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -70,3 +73,9 @@ def test_no_modules_import_each_other():
 def test_a_file_is_one_idea():
     long = {name: lines for name, source in SOURCES.items() if (lines := len(source.splitlines())) > 320}
     assert not long
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff_has_nothing_to_say(arguments):
+    done = subprocess.run([sys.executable, "-m", "ruff", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
