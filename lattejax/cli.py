@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from lattejax import configuration
+from lattejax.configuration.earlier import RETIRED
 from lattejax.errors import UserError
 from lattejax.parallel import hosts
 from lattejax.parallel.mesh import make_mesh
@@ -34,7 +36,8 @@ def run(
     """
 
     def parse(argv: list[str]) -> list[str]:
-        argv = [argv[0], *map(find_config, argv[1:])]
+        argv = [argv[0], *map(find_config, map(rename_key, argv[1:]))]
+        sys.argv[:] = argv  # where config_flags looks for overrides
         if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
             app.usage(writeto_stdout=True)
             sys.exit(0)
@@ -47,6 +50,9 @@ def run(
                 raise UserError(f"unexpected argument {unexpected[0]!r}; every argument is a --flag=value")
         except (flags.Error, UserError, ValueError) as error:  # a config file's own complaint is a ValueError
             fail(error)
+        except Exception as error:  # a config file is a user's program; and an override may not fit what it returns
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            fail(UserError(f"--config: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"))
         return rest
 
     def guarded(argv: list[str]) -> None:
@@ -58,6 +64,19 @@ def run(
     logging.set_verbosity(logging.WARNING)
     keep_compiled()
     app.run(guarded, flags_parser=parse)
+
+
+def rename_key(argument: str) -> str:
+    """Takes the old name of a config key for the new one, for one version, and warns."""
+    flag, equals, value = argument.partition("=")
+    for old, new in RETIRED.items():
+        if flag.lstrip("-") in (f"config.{old}", f"config.base.{old}"):
+            renamed = flag.removesuffix(old) + new
+            if value == "0":  # none
+                renamed, value = renamed.removesuffix("images") + "at", "never"
+            print(f"warning: {flag} is an old name; use {renamed}={value}", file=sys.stderr)
+            return f"{renamed}{equals}{value}"
+    return argument
 
 
 def find_config(argument: str) -> str:

@@ -215,6 +215,13 @@ def test_experiments_that_come_along_are_found_by_name(tmp_path, monkeypatch):
     assert cli.find_config("--config=digits") == "--config=digits"
 
 
+def test_an_old_name_of_a_key_is_taken_with_a_warning(forked_command):
+    old = ["--config.eval.scored_images=30", "--config.eval.final_images=0"]
+    done = forked_command("train", "--config=configs/digits.py", *old, "--print_config")
+    assert done.returncode == 0 and done.stderr.count("is an old name; use --config.eval.evaluators.") == 2
+    assert "evaluators.digits.images = 30" in done.stdout and "final_digits.at = 'never'" in done.stdout
+
+
 TRAIN = ["train", "--workdir={tmp}/new"]
 SAMPLE = ["sample", "--workdir={workdir}"]
 CHAT = ["chat", "--workdir={workdir}", "--question=What is this?"]
@@ -229,6 +236,10 @@ BAD_INPUT = {
     "K does not divide L": ([*TRAIN, *tiny_flags(model__num_groups=3)], "does not divide the 4 layers"),
     "batch that K does not divide": ([*TRAIN, *tiny_flags(train__batch_size=9)], "equal share"),
     "no such config file": ([*TRAIN, "--config=configs/nothing.py"], "configs/nothing.py"),
+    "a score that the config does not have": (
+        ["train", "--config=configs/captions256.py", "--config.eval.evaluators.digits.at=end"],
+        "KeyError: \"'digits'",
+    ),
     "no workdir": (["train", *tiny_flags()], "--workdir"),
     "unknown flag": ([*SAMPLE, "--prompt=a", "--stepz=5"], "stepz"),
     "stray argument": ([*SAMPLE, "--prompt=a", "five"], "five"),
