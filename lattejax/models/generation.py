@@ -110,6 +110,33 @@ def velocity(
         inside the group's interval.
       remat: what a layer keeps for the backward pass, see `layers.Layers.scan`.
     """
+    h, _ = _run_layers(config, params, context, x_t, conditioning, remat)
+    return functional.bind(Head, config, params=params["head"])(h, conditioning.head).astype(x_t.dtype)
+
+
+def attention_maps(
+    config: GenerationConfig, params: Params, context: Context, x_t: Float[Array, "B h w C"], conditioning: Conditioning
+) -> Float[Array, "M B H N N"]:
+    """What each layer of one group hands on: its image-to-image map, or that map's logits, with what it has taken up.
+
+    Arguments are as in `velocity`. Without residual attention nothing is handed on: a ValueError.
+    """
+    if config.residual_attention == "none":
+        raise ValueError("residual_attention='none' hands no maps on")
+    _, maps = _run_layers(config, params, context, x_t, conditioning, keep_maps=True)
+    return jnp.stack(maps)
+
+
+def _run_layers(
+    config: GenerationConfig,
+    params: Params,
+    context: Context,
+    x_t: Float[Array, "B h w C"],
+    conditioning: Conditioning,
+    remat: str = "none",
+    keep_maps: bool = False,
+) -> tuple[Float[Array, "B N D"], Float[Array, "M B H N N"] | list[Float[Array, "B H N N"]] | None]:
+    """Returns one group's hidden states after its last layer and, if they are kept, what its layers hand on."""
     embed = functional.bind(LatentEmbedding, config, params=params["embedding"])
     h = embed(x_t.astype(embed.proj.weight.dtype))
     text = config.text
@@ -120,14 +147,15 @@ def velocity(
         h, previous_map = carry
         params, modulation, keys_values = inputs
         layer = functional.bind(GenerationLayer, config.layer, params=params)
-        return layer(h, modulation, rotary, keys_values, context.mask, previous_map), None
+        h, own_map = layer(h, modulation, rotary, keys_values, context.mask, previous_map)
+        return (h, own_map), own_map if keep_maps else None
 
     # The first layer has no map to take up. In a scan it adds one of zeros, which is the same.
     shape = (h.shape[0], text.num_heads, h.shape[1], h.shape[1])
     no_map = None if config.residual_attention == "none" else jnp.zeros(shape, h.dtype)
     layers = Layers(params["experts"]).zip(conditioning.layers, context.layers)
-    (h, _), _ = layers.scan(body, (h, no_map), remat, unrolled=lambda carry: (carry[0], None))
-    return functional.bind(Head, config, params=params["head"])(h, conditioning.head).astype(x_t.dtype)
+    (h, _), maps = layers.scan(body, (h, no_map), remat, unrolled=lambda carry: (carry[0], None))
+    return h, maps
 
 
 def group_velocities(

@@ -9,6 +9,7 @@ from lattejax.models import functional, generation, latte_flow, qwen2_vl
 from lattejax.models.conditioning import Step
 from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.latte_flow import ModelConfig
+from lattejax.models.layers import Layers
 from lattejax.models.qwen2_vl import Prompts, VLMConfig
 from lattejax.models.rotary import token_positions
 from lattejax.models.text import TextConfig
@@ -183,6 +184,42 @@ def test_sampling_form_equals_training_form(config):
     for group in range(2):
         ours = group_velocity(config, params, prompts, group, x_t, t)
         np.testing.assert_allclose(ours, expected[group], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("residual", ["probabilities", "logits"])
+@pytest.mark.parametrize("form", ["stacked", "a list"])
+def test_attention_maps_are_what_the_plain_renderings_layers_hand_on(residual, form, monkeypatch):
+    config = model(2, residual)
+    g, group, length = config.generation, 1, 5
+    handed_on, plain_layer = [], rendering.layer
+
+    def recording(*args):
+        h, carried = plain_layer(*args)
+        handed_on.append(carried)
+        return h, carried
+
+    monkeypatch.setattr(rendering, "layer", recording)
+    with jax.enable_x64(True):
+        params = float64(weights(config))
+        context = read_prompts(config, params["vlm"], prompts_of_lengths([length]))
+        own = context._replace(layers=generation.group_layers(g, context.layers, group))
+        pathway = latte_flow.pathway(config, params)
+        pathway = pathway | {"experts": generation.group_layers(g, pathway["experts"], group)}
+        x_t, t = np.random.default_rng(3).standard_normal((1, *g.latent_shape)), np.array([0.6])
+        if form == "a list":
+            pathway, own = latte_flow.unstack(pathway), own._replace(layers=Layers(own.layers).unstack())
+        maps = generation.attention_maps(g, pathway, own, x_t, generation.condition(g, pathway, Step(t, t)))
+
+    layers = range(*g.layers_of[group].indices(config.vlm.text.num_layers))
+    experts = [rendering.take(params["experts"], i) for i in layers]
+    contexts = [tuple(np.asarray(x[i, 0]) for x in context.layers) for i in layers]
+    rendering.velocity(params, g, experts, [one["decoder"] for one in experts], x_t[0], t[0], contexts, length)
+    np.testing.assert_allclose(maps[:, 0], handed_on, rtol=1e-9, atol=1e-9)
+
+
+def test_attention_maps_need_residual_attention():
+    with pytest.raises(ValueError, match="hands no maps on"):
+        generation.attention_maps(model(2, "none").generation, None, None, None, None)
 
 
 def test_padding_does_not_change_a_velocity():
