@@ -81,7 +81,7 @@ def decode(config: Config, work: Work, against: str) -> Result:
 
 
 def weight_bytes(text: Params) -> int:
-    """The bytes that decoding one token reads: all layers and the head. Of a separate embedding it reads only a row."""
+    """The bytes that decoding one token reads: all layers and the head. Of a separate embedding it reads one row."""
     ends = text["vocabulary"]
     head = ends.get("lm_head", ends["embedding"])
     return sum(leaf.nbytes for leaf in jax.tree.leaves((text["layers"], head)))

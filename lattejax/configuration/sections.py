@@ -112,7 +112,7 @@ class Data:
     latent_shape: tuple[int, int, int] = (8, 8, 32)  # rows, columns and channels of the autoencoder's latents
     prompt_length: int = 128  # tokens that image prompts are padded to
     answer_length: int = 512  # tokens that a question with its answer is padded to
-    min_pixels: int = 56 * 56  # the VLM's image processor resizes its inputs to between these bounds
+    min_pixels: int = 56 * 56  # bounds on the area to which the VLM's image processor resizes its inputs
     max_pixels: int = 512 * 512
     threads: int = 1  # reader threads besides the training loop
 

@@ -1,4 +1,4 @@
-"""Deterministic batches: row j of batch n is record π(n·B + j), where π shuffles each epoch, seeded."""
+"""Deterministic batches: row j of batch n is record π(n·B + j), where π shuffles each epoch, from the seed."""
 
 import itertools
 import sys

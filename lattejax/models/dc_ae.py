@@ -26,7 +26,7 @@ NORMS = ("rms_norm", "batch_norm")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Blocks at one resolution; `depth` 0 leaves the stage out, which only the first may."""
+    """Blocks at one resolution; `depth` 0 omits the stage, which is allowed only for the first."""
 
     width: int
     depth: int
@@ -60,7 +60,7 @@ class DCAEConfig:
         if len(self.encoder) != len(self.decoder):
             raise ValueError(f"the encoder has {len(self.encoder)} stages, the decoder {len(self.decoder)}")
         if any(stage.depth == 0 for stage in (*self.encoder[1:], *self.decoder[1:])):
-            raise ValueError("only a first stage may be left out (depth 0)")
+            raise ValueError("only the first stage may be omitted (depth 0)")
 
     @property
     def compression(self) -> int:

@@ -19,7 +19,7 @@ from lattejax.models.linear import Linear, zeros
 def sincos(positions: Float[np.ndarray, "n"], channels: int) -> Float[np.ndarray, "n channels"]:
     """The sine-cosine embedding of positions along one axis: sines, then cosines, of amplitude 1.
 
-    Frequencies fall from 1 towards 10⁻⁴ rad a position. `channels` is even. Computed on the host, in float64.
+    Frequencies fall from 1 towards 10⁻⁴ rad per position. `channels` is even. Computed on the host, in float64.
     """
     half = channels // 2
     angles = np.asarray(positions)[:, None] * 10_000.0 ** (-np.arange(half) / half)

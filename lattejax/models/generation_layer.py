@@ -8,7 +8,7 @@ and c the time embedding,
 
 Queries come from the image. Keys and values are the VLM's at the same depth (the context) and the image's own,
 under one softmax; image tokens attend to the entire context and to all image tokens. Before the image-to-image block A
-of the attention map multiplies the values, it adds the previous layer's:
+of the attention map multiplies the values, the previous layer's block is added to it:
 
     A_l <- A_l + gate_l(c) * A_{l-1}
 

@@ -1,9 +1,9 @@
 """Stopping on request without losing work.
 
 On SIGTERM, SIGINT or a preemption notice, training saves after the current step and exits. Python runs signal handlers
-only between its own instructions, so not while XLA compiles or a device computes. Therefore a thread watches for
-signals; if nothing is unsaved, it ends the process at once. Processes of a multi-process run instead stop together,
-after a step that they agree on (`loop.Stop`).
+only between its own instructions, so not while XLA compiles or the process waits for a device. Therefore a thread
+watches for signals; if nothing is unsaved, it ends the process at once. Several processes instead stop together, after
+a step that they agree on (`loop.Stop`).
 """
 
 import http.client
