@@ -1,8 +1,8 @@
 """Ablations on the digits: variants of one base config, each a few config lines, trained from one pretrained VLM.
 
-`configs/ablations.py` is the paper's comparison: number of groups, and residual attention on and off.
-`configs/ablations.py:compute` gives the ends of that comparison each the other's training compute.
-`configs/ablations.py:depth` asks of twice as many layers what the number of groups costs.
+`configs/ablations.py` is the paper's comparison: number of groups, with and without residual attention.
+`configs/ablations.py:compute` trains each end of that comparison with the training compute of the other.
+`configs/ablations.py:depth` measures the cost of the number of groups with twice as many layers.
 """
 
 from ml_collections import ConfigDict
@@ -18,14 +18,14 @@ PAPER = {
     "k1_no_residual": {"model.num_groups": 1, "model.residual_attention": "none"},
 }
 
-# Why larger groups win here at equal steps: the two ends of the comparison at the other's training compute.
+# Why larger groups win here at equal steps: each end of the comparison with the training compute of the other.
 COMPUTE = {
-    "k4_batch_x4": {"model.num_groups": 4, "train.batch_size": 480, "train.accumulation": 8},  # that of k1
-    "k1_batch_quarter": {"model.num_groups": 1, "train.batch_size": 30},  # that of k4
-    "k1_steps_quarter": {"model.num_groups": 1, "train.steps": 120, "train.warmup_steps": 25},  # that of k4
+    "k4_batch_x4": {"model.num_groups": 4, "train.batch_size": 480, "train.accumulation": 8},  # compute of k1
+    "k1_batch_quarter": {"model.num_groups": 1, "train.batch_size": 30},  # compute of k4
+    "k1_steps_quarter": {"model.num_groups": 1, "train.steps": 120, "train.warmup_steps": 25},  # compute of k4
 }
 
-# Of 16 layers, longer, one seed; with --config.base.model.text.num_layers=8 of 8, for comparison.
+# 16 layers, more steps, one seed; for comparison with 8 layers, --config.base.model.text.num_layers=8.
 DEPTH = {name: PAPER[name] for name in ("k4", "k2", "k1")}
 
 LISTS = {"paper": PAPER, "compute": COMPUTE, "depth": DEPTH}
@@ -37,7 +37,7 @@ def get_config(variants: str = "paper") -> ConfigDict:
     config = ConfigDict()
     config.seeds = (0, 1, 2)
     config.variants = tuple(LISTS[variants].items())  # pairs of a name and its overrides
-    config.sample_steps = (5, 10, 20, 40)  # a run of each variant is scored and timed at each
+    config.sample_steps = (5, 10, 20, 40)  # a run of each variant is scored and timed with each
     config.base = digits.get_config()
     config.base.train.steps = 480
     config.base.eval.update(every=120, images_per_prompt=4, sample_steps=20)

@@ -7,7 +7,7 @@ COMMANDS = ("train", "sample", "chat", "evaluate", "convert", "encode", "plan", 
 
 
 def summary(command: str) -> str:
-    """What a command's file says first, without running it."""
+    """The first sentence of a command's docstring, without running the command."""
     text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{command}.py").read_text()))
     return text.split("\n\n")[0].split(": python -m")[0].replace("\n", " ").rstrip(":.")
 
@@ -16,4 +16,4 @@ if __name__ == "__main__":
     print("LaTtE-Flow, a vision-language model that also draws. The commands, each with --help:\n")
     for command in COMMANDS:
         print(f"  python -m lattejax.{command:10} {summary(command)}")
-    print("\nThe first thing to run: python -m lattejax.train --config=digits --workdir=runs/digits")
+    print("\nStart with: python -m lattejax.train --config=digits --workdir=runs/digits")

@@ -1,18 +1,18 @@
-"""Measures speed, beside the limit that the machine sets, and what else could be used instead:
+"""Measures speed, next to the machine's roofline and to baselines:
 
 python -m lattejax.benchmark sample --config=configs/imagenet256.py --config.dtype=float32 --against=vanilla
 
-sample: images of a batch, from their prompts' tokens to latents, the context pass included. Against vanilla, the same
-    weights as one group; against janus, Janus-Pro's language model with its KV cache (21 GiB, and on two cores many
-    minutes an image); against torch, steps of one group, contexts given, in eager PyTorch.
-train: forward, backward and AdamW of one group, contexts given.
-context: prompts read by the language model. decode: greedy answers. Against torch, both by transformers.
-data: latents a second from the loader alone, random ones in the real format.
-plot: time per image by group count; --results are lines of JSON from sample --against=torch.
+sample: a batch of images, from prompt tokens to latents, including the context pass. --against=vanilla: the same
+    weights as one group. --against=janus: Janus-Pro's language model with its KV cache (21 GiB; on two cores many
+    minutes per image). --against=torch: steps of one group on given contexts, in eager PyTorch.
+train: forward, backward and AdamW of one group on given contexts.
+context: prompts read by the language model. decode: greedy answers. --against=torch: both with transformers.
+data: latents per second from the data loader alone; random latents in the real format.
+plot: time per image by group count; --results holds lines of JSON from sample --against=torch.
 
-Weights are random, at the config's geometry. Figures are medians over repeats in turn, seconds and FLOP/s. `limit` is
-the seconds that matrix products (decode: reading the weights; data: reading the bytes) would take at the best rate that
-this machine reached between the repeats.
+Weights are random, with the config's geometry. Figures are medians over alternating repeats, in seconds and FLOP/s.
+`limit` is the roofline: the seconds that matrix products (decode: reading the weights; data: reading the bytes) would
+take at the best rate that this machine reached between the repeats.
 """
 
 import dataclasses
@@ -41,24 +41,26 @@ BASELINES = {"sample": ("vanilla", "torch", "janus"), "train": ("torch",), "cont
 BATCH_SIZES = {"sample": 1, "train": 16, "context": 1, "decode": 1}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
-AGAINST = flags.DEFINE_enum("against", "", ["", *BASELINES["sample"]], "What else is timed, in turn with ours.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images, prompts or answers; 0: 16 of train, else 1.", lower_bound=0)
-PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 16, "Tokens of every prompt.", lower_bound=2)
-STEPS = flags.DEFINE_integer("steps", 40, "Of sample: steps of a call.", lower_bound=1)
-GUIDANCE = flags.DEFINE_float("guidance", 5.0, "Of sample: its scale; 1 leaves out the unconditional pass.")
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Of decode: tokens of an answer.", lower_bound=2)
-RECORDS = flags.DEFINE_integer("records", 20_000, "Of data: records to write and read.", lower_bound=1000)
-REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds that are timed, after one that is not.", lower_bound=1)
+AGAINST = flags.DEFINE_enum("against", "", ["", *BASELINES["sample"]], "The baseline, timed in alternation with ours.")
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "Images, prompts or answers; 0: 16 for train, else 1.", lower_bound=0
+)
+PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 16, "Tokens in each prompt.", lower_bound=2)
+STEPS = flags.DEFINE_integer("steps", 40, "For sample: steps per call.", lower_bound=1)
+GUIDANCE = flags.DEFINE_float("guidance", 5.0, "For sample: guidance scale; 1 omits the unconditional pass.")
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "For decode: tokens per answer.", lower_bound=2)
+RECORDS = flags.DEFINE_integer("records", 20_000, "For data: records to write and read.", lower_bound=1000)
+REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds, after one untimed warm-up.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
-RESULTS = flags.DEFINE_string("results", "", "Of plot: a file of JSON lines.")
-OUT = flags.DEFINE_string("out", "speed.png", "Of plot: the picture.")
+RESULTS = flags.DEFINE_string("results", "", "For plot: a file of JSON lines.")
+OUT = flags.DEFINE_string("out", "speed.png", "For plot: the image file to write.")
 
 
 def main(what: str) -> None:
     if what == "plot":
         return plot(RESULTS.value, OUT.value)
     if CONFIG.value is None:
-        raise UserError(f"--config is missing: whose geometry is {what} to have?")
+        raise UserError(f"--config is missing: it defines the geometry that {what} uses")
     config = configuration.resolve(CONFIG.value)
     result = data(config) if what == "data" else model(what, config)
     for name, value in result.items():
@@ -93,18 +95,18 @@ def plot(results: str, out: str) -> None:
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"--results={results}: {error}") from error
     if not found or any((one.get("benchmark"), one.get("against")) != ("sample", "torch") for one in found):
-        raise UserError(f"--results={results} must have objects of sample --against=torch --json, one a line")
+        raise UserError(f"--results={results} must hold one JSON object per line, from sample --against=torch --json")
     speed.plot_by_groups(found).savefig(out, dpi=120)
 
 
 def check_baseline(what: str, config: Config) -> None:
     baselines = BASELINES.get(what, ())
     if AGAINST.value and AGAINST.value not in baselines:
-        raise UserError(f"--against={AGAINST.value}: {what} knows {', '.join(baselines) or 'no baseline'}")
+        raise UserError(f"--against={AGAINST.value}: the baselines of {what} are: {', '.join(baselines) or 'none'}")
     if AGAINST.value in ("torch", "janus") and (config.dtype != "float32" or jax.default_backend() != "cpu"):
-        raise UserError(f"--against={AGAINST.value} compares on a CPU, in float32: add --config.dtype=float32")
+        raise UserError(f"--against={AGAINST.value} runs only on a CPU, in float32: add --config.dtype=float32")
     if AGAINST.value == "torch" and what in ("sample", "train") and config.model.patch_size != 1:
-        raise UserError("PyTorch's rendering knows patches of one latent: add --config.model.patch_size=1")
+        raise UserError("the PyTorch version supports only patches of one latent: add --config.model.patch_size=1")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python -m lattejax.chat --weights=weights/qwen2_vl_2b --image=photo.jpg --question="What is in the picture?"
 python -m lattejax.chat --workdir=runs/digits --image=digit.png --question="Which digit is this?"
 
---weights names what lattejax.convert has made of a checkpoint, --workdir a run. Without --question, a chat of many
-turns begins on a terminal, and otherwise the question is read from standard input.
+--weights is a directory that lattejax.convert wrote, --workdir a run's directory. Without --question, a terminal starts
+a chat of several turns; otherwise the question is read from standard input.
 """
 
 import dataclasses
@@ -22,20 +22,22 @@ from lattejax.runs.inference import inference_weights
 from lattejax.runs.run import Run
 from lattejax.sampling.answers import Answerer, Decoding
 
-WEIGHTS = flags.DEFINE_string("weights", None, "Converted weights: a directory that lattejax.convert has made.")
+WEIGHTS = flags.DEFINE_string("weights", None, "Converted weights: a directory written by lattejax.convert.")
 WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.")
-IMAGE = flags.DEFINE_multi_string("image", [], "An image file to look at; may be given several times, or not at all.")
-QUESTION = flags.DEFINE_string("question", None, "What to ask.")
-SYSTEM = flags.DEFINE_string("system", None, "The system prompt, in place of the chat template's own.")
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "The longest answer, in tokens.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the draw of tokens; 0 takes the likeliest.")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws only among the likeliest tokens that together have this probability.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the draw of tokens.")
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of --weights and the computation; a run's config has its own.")
-MESH = flags.DEFINE_list("mesh", None, "Cuts --weights over all devices, as in fsdp=2,tensor=-1; without, one is used.")
+IMAGE = flags.DEFINE_multi_string("image", [], "An image file to ask about; repeatable and optional.")
+QUESTION = flags.DEFINE_string("question", None, "The question.")
+SYSTEM = flags.DEFINE_string("system", None, "The system prompt; default: the chat template's.")
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Maximum length of an answer, in tokens.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 is greedy decoding.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus sampling: the total probability of the tokens to sample from.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of token sampling.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "bfloat16", DTYPES, "Dtype of --weights and the computation; a run uses its config's."
+)
+MESH = flags.DEFINE_list("mesh", None, "Shards --weights over all devices, e.g. fsdp=2,tensor=-1; default: one device.")
 
-HELP = "Ask away. /image FILE shows a picture with the next question, /new starts again, Ctrl-C stops an answer, \
-Ctrl-D ends."
+HELP = "Type a question. /image FILE adds an image to the next question, /new starts a new chat, Ctrl-C stops an \
+answer, Ctrl-D quits."
 
 
 def main() -> None:
@@ -76,7 +78,7 @@ def load_answerer() -> Answerer:
     if MESH.value:
         raise UserError("--mesh is for --weights; a run is read on one device")
     run = Run.open(WORKDIR.value)
-    encoder = run.encoder  # complains before the weights are read
+    encoder = run.encoder  # raises before the weights are read
     vlm = inference_weights(run.config, {"vlm": run.vlm()}, run.mesh)["vlm"]
     converted = run.converted_vlm()
     penalty = 1.0 if converted is None else converted.generation.repetition_penalty
@@ -88,7 +90,7 @@ def opening() -> list[Turn]:
 
 
 def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]) -> None:
-    """A chat of many turns: each question is answered after all that was said before. Bad input does not end it."""
+    """Runs a chat: each answer is conditioned on all earlier turns. Bad input does not end the chat."""
     print(HELP)
     turns, asked = opening(), 0
     while True:
@@ -107,24 +109,24 @@ def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]
                 print(HELP)
             elif command:
                 question = [*turns, Turn("user", line, tuple(images))]
-                drawn = dataclasses.replace(decoding, seed=decoding.seed + asked)  # each answer by draws of its own
-                answer = say(answerer.stream(answerer.encoder.chat(question), drawn))
+                drawn = dataclasses.replace(decoding, seed=decoding.seed + asked)  # a different seed for each answer
+                answer = print_stream(answerer.stream(answerer.encoder.chat(question), drawn))
                 turns, images, asked = [*question, Turn("assistant", answer)], [], asked + 1
         except UserError as error:
             print(f"error: {error}")
 
 
-def say(pieces: Iterator[str]) -> str:
-    """Prints an answer as it comes, until its end or Ctrl-C; returns what was said."""
-    said = ""
+def print_stream(pieces: Iterator[str]) -> str:
+    """Prints an answer as it is decoded, until it ends or Ctrl-C; returns the text printed."""
+    text = ""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
-            said += piece
+            text += piece
     except KeyboardInterrupt:
         pass
     print()
-    return said
+    return text
 
 
 if __name__ == "__main__":

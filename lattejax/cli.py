@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-# Before transformers is imported: that PyTorch is not there is how it should be.
+# Set before transformers is imported, which would warn that PyTorch is missing; it is not needed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import jax
@@ -31,8 +31,8 @@ def run(
 
     Args:
       main: takes nothing, or the command; reads its flags.
-      check: looks at the raw arguments first; raises `UserError`.
-      commands: words of which one has to stand among the flags.
+      check: checks the raw arguments first; raises `UserError`.
+      commands: one of these words must be given beside the flags.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -45,10 +45,10 @@ def run(
             check(argv[1:])
             rest = flags.FLAGS(argv)
             if commands and (not rest[1:] or rest[1] not in commands):
-                raise UserError(f"say what: {', '.join(commands)}; found {' '.join(rest[1:]) or 'nothing'}")
+                raise UserError(f"name one of {', '.join(commands)}; found {' '.join(rest[1:]) or 'nothing'}")
             if unexpected := rest[2:] if commands else rest[1:]:
                 raise UserError(f"unexpected argument {unexpected[0]!r}; every argument is a --flag=value")
-        except (flags.Error, UserError, ValueError) as error:  # a config file's own complaint is a ValueError
+        except (flags.Error, UserError, ValueError) as error:  # a config file reports errors as ValueError
             fail(error)
         except Exception as error:  # a config file is a user's program; and an override may not fit what it returns
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -62,7 +62,7 @@ def run(
             fail(error)
 
     logging.set_verbosity(logging.WARNING)
-    keep_compiled()
+    enable_compilation_cache()
     app.run(guarded, flags_parser=parse)
 
 
@@ -80,8 +80,8 @@ def rename_key(argument: str) -> str:
 
 
 def find_config(argument: str) -> str:
-    """Takes --config=digits, or --config=ablations:compute, for the experiment of that name that comes with lattejax,
-    where there is no such file."""
+    """Resolves --config=digits or --config=ablations:compute to the packaged experiment, unless a file of that name
+    exists."""
     flag, _, value = argument.partition("=")
     name, colon, variant = value.partition(":")
     packaged = Path(__file__).with_name("experiments") / f"{name}.py"
@@ -90,30 +90,30 @@ def find_config(argument: str) -> str:
     return f"{flag}={packaged}{colon}{variant}"
 
 
-def keep_compiled() -> None:
-    """Has JAX keep what takes longer than a second to compile in the user's cache, unless it was told of a place."""
+def enable_compilation_cache() -> None:
+    """Makes JAX cache compilations of over a second in the user's cache directory, unless another is configured."""
     if jax.config.jax_compilation_cache_dir is None:
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "lattejax"))
 
 
 def define_cluster_flags() -> Callable[[], None]:
-    """Defines the flags by which the processes of a job find each other; returns what connects them."""
+    """Defines the flags that connect the processes of a job; returns a function that connects them."""
     cluster = flags.DEFINE_enum(
         "cluster",
         "none",
         hosts.CLUSTERS,
-        "Several processes as one: auto asks the TPU pod or the scheduler (SLURM, …), explicit takes the flags below.",
+        "How processes connect: auto asks the TPU pod or the scheduler (SLURM, …), explicit uses the flags below.",
     )
-    coordinator = flags.DEFINE_string("coordinator", "", "Of --cluster=explicit: host:port of process 0.")
-    processes = flags.DEFINE_integer("processes", 0, "Of --cluster=explicit: how many there are.")
-    process = flags.DEFINE_integer("process", 0, "Of --cluster=explicit: which of them this one is, from 0.")
+    coordinator = flags.DEFINE_string("coordinator", "", "For --cluster=explicit: host:port of process 0.")
+    processes = flags.DEFINE_integer("processes", 0, "For --cluster=explicit: the number of processes.")
+    process = flags.DEFINE_integer("process", 0, "For --cluster=explicit: this process's index, from 0.")
     seconds = flags.DEFINE_integer("connect_seconds", 300, "How long the processes wait for each other.", lower_bound=1)
     return lambda: hosts.connect(cluster.value, coordinator.value, processes.value, process.value, seconds.value)
 
 
 def read_mesh(sizes: list[str]) -> Mesh:
-    """Arranges all devices as --mesh says: ["fsdp=2", "tensor=-1"]."""
+    """Arranges all devices as --mesh defines: ["fsdp=2", "tensor=-1"]."""
     text = f"--mesh={','.join(sizes)}"
     try:
         by_axis = {axis: int(size) for axis, size in (part.split("=") for part in sizes)}
@@ -131,9 +131,9 @@ def fail(error: Exception) -> None:
 
 
 def check_config_flags(arguments: list[str], section: str = "", others: tuple[str, ...] = ()) -> None:
-    """Refuses a config file that is not there, and overrides of keys that no config has, before they are parsed.
+    """Raises `UserError` for a missing config file, or an override of an unknown key, before flags are parsed.
 
-    A run's config stands in the file's `section` ("base." in a sweep's), and `others` are the keys beside it.
+    A run's config is in the file's `section` ("base." in a sweep's); `others` are the keys beside it.
     """
     for argument in arguments:
         name, _, value = argument.lstrip("-").partition("=")

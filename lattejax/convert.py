@@ -7,7 +7,7 @@ an autoencoder, DC-AE or TAESD, with the scale of its latents where the checkpoi
 
 python -m lattejax.convert --source=mit-han-lab/dc-ae-f32c32-in-1.0-diffusers --scale=0.3189 --out=weights/dc_ae_in
 
-and a run's average weights to safetensors, in a directory that `sample` and `chat` read like the run's:
+and a run's average weights to safetensors, in a directory that `sample` and `chat` read like a run's:
 
 python -m lattejax.convert --source=runs/digits --to=safetensors --out=exported/digits
 """
@@ -20,23 +20,23 @@ from lattejax.runs.run import Run
 from lattejax.weights import autoencoders, diffusers, hugging_face, pretrained
 from lattejax.weights.pretrained import Pretrained
 
-SOURCE = flags.DEFINE_string("source", None, "What to convert: a hub id or a directory.")
-OUT = flags.DEFINE_string("out", None, "The directory to make; nothing may be there yet.")
+SOURCE = flags.DEFINE_string("source", None, "The checkpoint or run to convert: a hub id or a directory.")
+OUT = flags.DEFINE_string("out", None, "The directory to create; it must not exist yet, or be empty.")
 TO = flags.DEFINE_enum(
     "to",
     "lattejax",
     ["lattejax", "hf", "safetensors"],
     "lattejax: from a Hugging Face checkpoint. hf: from such a conversion. safetensors: from a run.",
 )
-SCALE = flags.DEFINE_float("scale", None, "Of an autoencoder's latents; default: as its checkpoint states.")
-SHIFT = flags.DEFINE_float("shift", None, "Of an autoencoder's latents, before they are scaled.")
+SCALE = flags.DEFINE_float("scale", None, "Scale of an autoencoder's latents; default: as its checkpoint states.")
+SHIFT = flags.DEFINE_float("shift", None, "Shift of an autoencoder's latents, before they are scaled.")
 flags.mark_flags_as_required(["source", "out"])
 
 
 def main() -> None:
     of_autoencoder = TO.value == "lattejax" and diffusers.is_autoencoder(hugging_face.find(SOURCE.value))
     if not of_autoencoder and (SCALE.value, SHIFT.value) != (None, None):
-        raise UserError("--scale and --shift are an autoencoder's; what is to be converted here is none")
+        raise UserError("--scale and --shift are only for the conversion of an autoencoder; leave them out")
     if of_autoencoder:
         autoencoders.convert(SOURCE.value, OUT.value, SCALE.value, SHIFT.value)
     elif TO.value == "lattejax":
@@ -45,7 +45,7 @@ def main() -> None:
         Pretrained.open(SOURCE.value).write_hugging_face(OUT.value)
     else:
         Run.open(SOURCE.value).export(OUT.value)
-    print(f"{OUT.value} is whole")
+    print(f"{OUT.value} is complete")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 python -m lattejax.encode --config=configs/captions256.py --out=latents/captions256
 
-The pictures are the config's `images`, the autoencoder its `data.autoencoder`. The same command goes on where it was
-stopped, and on what is whole checks every file. Several processes, on one host or many that share --out, take a part
-each with --worker and --workers.
+The pictures are the config's `images`, the autoencoder its `data.autoencoder`. The same command resumes where it was
+stopped; if the output is complete, it checks every file. Several processes, on one host or on many that share --out,
+split the work with --worker and --workers.
 """
 
 from absl import flags
@@ -16,16 +16,17 @@ from lattejax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
 OUT = flags.DEFINE_string("out", None, "The directory of the latents.")
-WORKER = flags.DEFINE_integer("worker", 0, "Which of the workers this process is.", lower_bound=0)
-WORKERS = flags.DEFINE_integer("workers", 1, "Processes that encode into --out.", lower_bound=1)
+WORKER = flags.DEFINE_integer("worker", 0, "Index of this worker, from 0.", lower_bound=0)
+WORKERS = flags.DEFINE_integer("workers", 1, "Number of processes that encode into --out.", lower_bound=1)
 flags.mark_flags_as_required(["config", "out"])
 
 
 def main() -> None:
     if WORKER.value >= WORKERS.value:
         raise UserError(f"--worker={WORKER.value} must be below --workers={WORKERS.value}; the first is 0")
-    whole = encode(configuration.resolve(CONFIG.value), OUT.value, WORKER.value, WORKERS.value)
-    print(f"{OUT.value} is whole" if whole else f"worker {WORKER.value} has ended; {OUT.value} waits for the others")
+    complete = encode(configuration.resolve(CONFIG.value), OUT.value, WORKER.value, WORKERS.value)
+    waiting = f"worker {WORKER.value} has finished; {OUT.value} waits for the others"
+    print(f"{OUT.value} is complete" if complete else waiting)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Takes scores of a run that has been trained, or of an export:
+"""Evaluates a trained run, or an export:
 
 python -m lattejax.evaluate --workdir=runs/digits --scores=final_digits,held_out_loss --out=scores.json
 
-Without --scores, all that the run's config has for its end or on demand. The figures are printed as JSON. With --out
-they are written there, and pictures beside it.
+Without --scores, it takes every score that the run's config lists for the end or on demand. The figures are printed as
+JSON. With --out they are also written there, with pictures beside the file.
 """
 
 import json
@@ -13,15 +13,15 @@ from etils import epath
 
 from lattejax import cli
 from lattejax.errors import UserError
-from lattejax.files import write_whole, write_with
+from lattejax.files import write_atomically, write_with
 from lattejax.parallel import hosts
 from lattejax.runs.run import Run
 from lattejax.training.scores import as_json, scores_on_demand
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory, or an export.")
-SCORES = flags.DEFINE_list("scores", [], "Which: names in the run's config.eval.evaluators, or of a kind of score.")
-OUT = flags.DEFINE_string("out", "", "Where the figures go: a .json file. Pictures go beside it.")
-MESH = flags.DEFINE_list("mesh", ["data=-1"], "How the devices are arranged.")
+SCORES = flags.DEFINE_list("scores", [], "Scores: names in the run's config.eval.evaluators, or kinds of score.")
+OUT = flags.DEFINE_string("out", "", "The .json file to write the figures to; pictures are written beside it.")
+MESH = flags.DEFINE_list("mesh", ["data=-1"], "The device mesh, e.g. data=2,fsdp=-1.")
 connect = cli.define_cluster_flags()
 flags.mark_flag_as_required("workdir")
 
@@ -36,7 +36,7 @@ def main() -> None:
         return
     text = json.dumps(as_json(report.figures), indent=2)
     if out is not None:
-        write_whole(out, (text + "\n").encode())
+        write_atomically(out, (text + "\n").encode())
         for name, picture in report.pictures.items():
             path = out.with_name(f"{out.stem}_{name}.png")
             write_with(path, lambda file, picture=picture: picture.save(file, format="PNG"))

@@ -1,4 +1,4 @@
-"""Writing files so that a kill leaves the old one or the new one, on a local disk as in a remote store."""
+"""Atomic file writes, on a local disk or in a remote store: a killed process leaves the old file or the new one."""
 
 import contextlib
 import io
@@ -16,14 +16,14 @@ from lattejax.errors import UserError
 
 
 def is_remote(path: epath.Path) -> bool:
-    """Whether a path names an object store (gs://…), not a disk."""
+    """Whether a path is in an object store (gs://…), not on a disk."""
     return "://" in os.fspath(path)
 
 
-def write_whole(path: epath.Path, data: bytes) -> None:
-    """Writes a file and the directories above it.
+def write_atomically(path: epath.Path, data: bytes) -> None:
+    """Writes a file and creates its parent directories.
 
-    A remote object appears whole or not at all; on a local disk the same takes a rename.
+    Writes of remote objects are atomic already; on a local disk a rename makes them so.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_remote(path):
@@ -38,18 +38,18 @@ def write_with(path: epath.Path, save: Callable[[BinaryIO], None]) -> None:
     """Lets `save` write to a file in memory, and writes that."""
     file = io.BytesIO()
     save(file)
-    write_whole(path, file.getvalue())
+    write_atomically(path, file.getvalue())
 
 
-def located(path: str | os.PathLike) -> epath.Path:
-    """Takes a local path, also a relative one, or a remote one; Orbax wants absolute paths."""
+def resolve_path(path: str | os.PathLike) -> epath.Path:
+    """Returns a local path, absolute as Orbax requires, or a remote path unchanged."""
     path = epath.Path(path)
     return path if is_remote(path) else path.expanduser().resolve()
 
 
 @contextlib.contextmanager
 def local_files(directory: epath.Path) -> Iterator[str]:
-    """Yields a local directory with the files of `directory`, but not those below it, for libraries that need one."""
+    """Yields a local directory with the files of `directory`, without subdirectories, for libraries that need one."""
     if not is_remote(directory):
         yield os.fspath(directory)
         return
@@ -62,15 +62,15 @@ def local_files(directory: epath.Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
-    """Yields a directory to fill, which becomes `path` when the block ends well; whatever stops it leaves none there.
+    """Yields a directory to fill, which becomes `path` when the block succeeds; an exception leaves nothing at `path`.
 
-    It stands beside `path` until then; a kill leaves it there, by the name of `path` with ".partial-" and some digits.
-    A remote store has no rename: there the block fills `path` itself, and should write last what readers look for.
+    Until then it is beside `path`, under the name of `path` with ".partial-" and some digits; a killed process leaves
+    it. A remote store has no rename: there the block fills `path` itself, and should write last what readers check for.
 
     Raises:
       UserError: there is something at `path` already, or it cannot be written.
     """
-    path = located(path)
+    path = resolve_path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists already; remove it or choose another --out")
     if is_remote(path):
@@ -92,7 +92,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object; raises `UserError` where it does not, or is cut short."""
+    """Reads a JSON file that holds an object; raises `UserError` if it holds something else or is truncated."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError as error:

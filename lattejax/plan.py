@@ -1,15 +1,15 @@
-"""Plans a run for a TPU pod on a machine without one: compiles its train step for the pod's chips, and says what
-memory, communication and time it takes:
+"""Plans a run for a TPU pod on a machine without one: compiles its train step for the pod's chips, and reports its
+memory, communication and time:
 
 python -m lattejax.plan --config=configs/imagenet256.py --topology=v5e:16x16
 
-With --sample it is the sampler's. Needs libtpu, and neither data nor weights.
+With --sample it plans the sampler instead. Needs libtpu, but neither data nor weights.
 """
 
 import json
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is asked to compile, not to find a TPU
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu only compiles; it must not look for a TPU
 
 from absl import flags
 from ml_collections import config_flags
@@ -18,8 +18,8 @@ from lattejax import cli, configuration
 from lattejax.pods.planning import describe, make_plan
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
-TOPOLOGY = flags.DEFINE_string("topology", None, "The chips: v4, v5e, v5p or v6e and a shape, as in v5e:4x4.")
-CAPTIONS = flags.DEFINE_integer("captions", 1000, "Distinct captions, where train.share_contexts keeps their contexts.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "The chips: v4, v5e, v5p or v6e and a shape, e.g. v5e:4x4.")
+CAPTIONS = flags.DEFINE_integer("captions", 1000, "Number of distinct captions, if train.share_contexts is set.")
 SAMPLE = flags.DEFINE_bool("sample", False, "Plan a sampling call of eval.batch_size images instead of a train step.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 flags.mark_flags_as_required(["config", "topology"])

@@ -1,4 +1,4 @@
-"""Draws images; give --prompt several times to draw several, in order:
+"""Draws images; repeat --prompt to draw several, in order:
 
 python -m lattejax.sample --workdir=runs/digits --prompt="a handwritten seven" --num=16 --out=sevens.png
 """
@@ -19,25 +19,27 @@ from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.")
-AUTOENCODER = flags.DEFINE_string("autoencoder", "", "Where the run's autoencoder is, if it has moved.")
-PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.")
-IMAGE = flags.DEFINE_multi_string("image", [], "An image file that every prompt looks at; may be given several times.")
+AUTOENCODER = flags.DEFINE_string("autoencoder", "", "The run's autoencoder, if it has moved.")
+PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; repeatable.")
+IMAGE = flags.DEFINE_multi_string("image", [], "An image file that every prompt is conditioned on; repeatable.")
 NEGATIVE_PROMPT = flags.DEFINE_multi_string(
-    "negative_prompt", [], "What guidance leads away from, instead of nothing: one for all prompts, or one for each."
+    "negative_prompt",
+    [],
+    "What guidance steers away from, instead of the empty prompt: one for all prompts, or one for each.",
 )
-NUM = flags.DEFINE_integer("num", 16, "Images of each prompt.", lower_bound=1)
+NUM = flags.DEFINE_integer("num", 16, "Images per prompt.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 40, "Sampling steps.", lower_bound=1)
-GUIDANCE = flags.DEFINE_float("guidance", 2.0, "Guidance scale; 1 is none.")
+GUIDANCE = flags.DEFINE_float("guidance", 2.0, "Guidance scale; 1: no guidance.")
 GUIDANCE_INTERVAL = flags.DEFINE_list(
-    "guidance_interval", ["0", "1"], "Only steps that start between these flow times are guided; noise is at 0."
+    "guidance_interval", ["0", "1"], "Only steps that start between these flow times are guided; 0 is noise."
 )
-SOLVER = flags.DEFINE_enum("solver", "euler", list(SOLVERS), "How a step is taken; Heun's costs two velocities.")
-SHIFT = flags.DEFINE_float("shift", 1.0, "Moves the steps' times: below 1 towards the noise, above 1 to the image.")
+SOLVER = flags.DEFINE_enum("solver", "euler", list(SOLVERS), "The ODE solver; a Heun step costs two velocities.")
+SHIFT = flags.DEFINE_float("shift", 1.0, "Shifts the step times: below 1 towards the noise, above 1 towards the image.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images drawn at a time.", lower_bound=1)
-OUT = flags.DEFINE_string("out", "samples.png", "Where the labelled grid goes: a .png file.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per batch.", lower_bound=1)
+OUT = flags.DEFINE_string("out", "samples.png", "The .png file to write the labelled grid to.")
 NPZ = flags.DEFINE_bool("npz", False, "Also write arr_0, uint8 [prompts * num, height, width, 3], beside --out.")
-MESH = flags.DEFINE_list("mesh", ["data=-1"], "How the devices are arranged; each draws images of its own.")
+MESH = flags.DEFINE_list("mesh", ["data=-1"], "The device mesh, e.g. data=2,fsdp=-1; devices draw different images.")
 connect = cli.define_cluster_flags()
 flags.mark_flags_as_required(["workdir", "prompt"])
 
@@ -54,7 +56,7 @@ def read_sampling() -> Sampling:
 
 
 def read_negative_prompts() -> list[str]:
-    """One for each prompt, or none at all."""
+    """One for each prompt, or none."""
     given, count = NEGATIVE_PROMPT.value, len(PROMPT.value)
     if given and GUIDANCE.value == 1:
         raise UserError("--negative_prompt needs guidance: a --guidance other than 1")
@@ -70,7 +72,7 @@ def main() -> None:
     if out.suffix != ".png":
         raise UserError(f"--out={out} must end in .png")
     sampling = read_sampling()
-    read_negative_prompts()  # complains before anything is read
+    read_negative_prompts()  # raises before anything is read
     connect()
     run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value))
     images = [run.encoder.read_image(open_image(path)) for path in IMAGE.value]

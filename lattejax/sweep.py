@@ -1,8 +1,8 @@
-"""Trains and scores variants of a config one after another, and compares them:
+"""Trains and evaluates variants of a config one after another, and compares them:
 
 python -m lattejax.sweep --config=configs/ablations.py --workdir=runs/ablations
 
-Run the same command again to go on where an interrupted sweep was. Keys of the base config can be overridden:
+Run the same command again to resume an interrupted sweep. Keys of the base config can be overridden:
 --config.base.train.steps=500.
 """
 
@@ -16,7 +16,7 @@ from lattejax.sweeps.sweep import resolve_sweep, run_sweep
 from lattejax.training.interrupt import Interrupted, InterruptGuard
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The sweep: a file with get_config().")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the sweep keeps its runs, its table and its plots.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the sweep's runs, table and plots.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 

@@ -1,8 +1,8 @@
 """Trains a run: python -m lattejax.train --config=configs/digits.py --workdir=runs/digits
 
 Any key of the config can be overridden: --config.train.steps=500; --print_config shows all of them. Run the same
-command again to resume an interrupted run. Exit code 75 says that the machine was wanted back: everything is saved, run
-it again; 2, that something has to be put right first.
+command again to resume an interrupted run. Exit code 75 means preempted: everything is saved, run the command again.
+Exit code 2 means bad input: fix it first.
 """
 
 import json
@@ -19,9 +19,9 @@ from lattejax.training.interrupt import Interrupted, InterruptGuard
 from lattejax.training.stages import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its files; may be remote (gs://…).")
-PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every key, those that differ marked, and do no more.")
-NOTICE = flags.DEFINE_string("preemption_notice", "", "A URL that answers TRUE when the machine is about to be taken.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; may be remote (gs://…).")
+PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every key, mark those that are not default, and exit.")
+NOTICE = flags.DEFINE_string("preemption_notice", "", "A URL that answers TRUE when the machine will be preempted.")
 connect = cli.define_cluster_flags()
 flags.mark_flag_as_required("config")
 
@@ -31,11 +31,11 @@ def main() -> None:
     if PRINT_CONFIG.value:
         return print(configuration.describe(config))
     if WORKDIR.value is None:
-        raise UserError("--workdir is missing: where is the run to keep its files?")
+        raise UserError("--workdir is missing: give the directory for the run's files")
     with InterruptGuard(at_once=True, notice=NOTICE.value) as guard:
         try:
             connect()
-            guard.among_others = jax.process_count() > 1
+            guard.multi_process = jax.process_count() > 1
             results = train(config, WORKDIR.value, guard)
         except Interrupted as interrupted:
             print(interrupted, file=sys.stderr)

@@ -1,9 +1,9 @@
-"""Runs a command as several processes on this machine, as a cluster runs it on several machines:
+"""Runs a command as several processes on this machine, as a cluster would on several machines:
 
 python launch/local.py --processes=2 lattejax.train --config=configs/digits.py --workdir=runs/digits
 
-Where one process ends, the others are ended too. As long as they end with 75 (the machine was wanted back, everything
-is saved) they are started again, --retries times.
+If one process fails, the others are stopped too. If they exit with 75 (preempted, everything is saved), they are
+restarted, at most --retries times.
 """
 
 import argparse
@@ -20,37 +20,37 @@ SECONDS_TO_SAVE = 120
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, help="how many")
-    parser.add_argument("--retries", type=int, default=0, help="how often to start again after exit code 75")
+    parser.add_argument("--processes", type=int, default=2, help="the number of processes")
+    parser.add_argument("--retries", type=int, default=0, help="how often to restart after exit code 75")
     parser.add_argument("command", help="lattejax.train or lattejax.sample")
     arguments, flags = parser.parse_known_args()
-    asked = []
+    signals = []
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: asked.append(signum))
+        signal.signal(signum, lambda signum, frame: signals.append(signum))
     for _ in range(arguments.retries + 1):
-        code = run(arguments.command, flags, arguments.processes, asked)
-        if code != TRY_AGAIN or asked:
+        code = run(arguments.command, flags, arguments.processes, signals)
+        if code != TRY_AGAIN or signals:
             break
     return code
 
 
-def run(module: str, flags: list[str], count: int, asked: list[int]) -> int:
-    """Runs all processes to their end; returns the first exit code that is not 0. What this process is asked by signal
-    it passes on."""
+def run(module: str, flags: list[str], count: int, signals: list[int]) -> int:
+    """Runs all processes to their end, and forwards the signals that this process receives; returns the first non-zero
+    exit code."""
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", module, *flags, "--cluster=explicit", coordinator, f"--processes={count}"]
-    # In sessions of their own, so that Ctrl-C on a terminal reaches them through this process alone, and once: a second
+    # In new sessions, so that Ctrl-C on a terminal reaches them only through this process, and only once: a second
     # signal would stop them before they have saved.
-    processes = [subprocess.Popen([*command, f"--process={number}"], start_new_session=True) for number in range(count)]
+    processes = [subprocess.Popen([*command, f"--process={i}"], start_new_session=True) for i in range(count)]
     first_failure, deadline = 0, float("inf")
     while None in [process.poll() for process in processes]:
         time.sleep(0.05)
         failed = [process.returncode for process in processes if process.returncode]
         if failed and not first_failure:
             first_failure = failed[0] if failed[0] > 0 else 128 - failed[0]
-        if (first_failure or asked) and deadline == float("inf"):
+        if (first_failure or signals) and deadline == float("inf"):
             deadline = time.monotonic() + SECONDS_TO_SAVE
-            send(processes, asked[0] if asked else signal.SIGTERM)
+            send(processes, signals[0] if signals else signal.SIGTERM)
         if time.monotonic() > deadline:
             send(processes, signal.SIGKILL)
     failed = [process.returncode for process in processes if process.returncode]

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains on a TPU pod slice of Google Cloud, and starts again after preemptions until training has ended:
+# Trains on a TPU pod slice of Google Cloud, and restarts after preemptions until training has finished:
 #
 #   TPU=lattejax ZONE=us-west4-a TYPE=v5litepod-16 launch/tpu_pod.sh --config=configs/imagenet256.py --workdir=gs://…
 #
-# Needs gcloud, logged in, with a project set. What the config names (weights, latents) must be where every host sees it:
-# in a bucket mounted by SETUP, or copied there by it. To be set as environment variables:
-#   TPU      the slice's name; it is made if there is none
-#   ZONE     where
-#   TYPE     of the accelerator: v5litepod-16 is v5e:4x4, v5litepod-256 v5e:16x16, v6e-16, v5p-32 (16 chips)
-#   VERSION  of its software; the default suits TYPE
+# Needs gcloud, logged in, with a project set. The config's weights and latents must be accessible on every host: in a
+# bucket that SETUP mounts, or copied there by it. Environment variables:
+#   TPU      the slice's name; it is created if there is none
+#   ZONE     its zone
+#   TYPE     its accelerator type: v5litepod-16 is v5e:4x4, v5litepod-256 v5e:16x16, v6e-16, v5p-32 (16 chips)
+#   VERSION  its software version; the default suits TYPE
 #   SPOT     1 (the default) for a slice that may be preempted, 0 for one that may not
 #   SETUP    a command that each host runs before training
-#   PYTHON   the version of Python that each host gets, since its own is too old; the default is this machine's, so that
-#            the pod has the JAX, and the compiler, that plans are made with here
+#   PYTHON   the Python version to install on each host, whose own is too old; the default is this machine's version, so
+#            that the pod gets the same JAX and compiler that plans are made with here
 set -uo pipefail
-: "${TPU:?is the name of the slice}" "${ZONE:?is where it stands}" "${TYPE:?is the accelerator type}"
+: "${TPU:?is the name of the slice}" "${ZONE:?is the zone of the slice}" "${TYPE:?is the accelerator type}"
 case $TYPE in
     v5litepod-*) default=v2-alpha-tpuv5-lite ;;
     v5p-*) default=v2-alpha-tpuv5 ;;
@@ -29,17 +29,17 @@ tpu() { gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --quiet; }
 
 state() { tpu describe "$TPU" --format="value(state)" 2>/dev/null || echo MISSING; }
 
-# Has a slice that is ready, a new one if it was preempted; fails if there is none to be had now.
+# Makes sure that a slice is ready, a new one if it was preempted; fails if none is available now.
 acquire() {
     case $(state) in
         READY) ;;
         MISSING) create ;;
         PREEMPTED | TERMINATED) tpu delete "$TPU"; create ;;
-        *) return 1 ;;  # it is being made or mended
+        *) return 1 ;;  # it is being created or repaired
     esac
 }
 
-# Puts this directory's lattejax on every host, and a Python for it.
+# Installs this directory's lattejax on every host, with a Python for it.
 install() {
     tar --exclude=./.git --exclude=./runs --exclude=./weights --exclude=./latents --exclude=./tpu_compiler -czf "$archive" . || return
     tpu scp "$archive" "$TPU:lattejax.tar.gz" --worker=all || return
@@ -58,7 +58,7 @@ archive=$(mktemp --suffix=.tar.gz)
 trap 'rm -f "$archive"' EXIT
 while true; do
     if ! acquire; then
-        echo "the slice cannot be had now; trying again"
+        echo "the slice is not available now; trying again"
         sleep "$pause"
         continue
     fi
@@ -67,14 +67,14 @@ while true; do
     code=$?
     case $code in
         0) exit 0 ;;
-        75) echo "saved; starting again" ;;
+        75) echo "saved; restarting" ;;
         *)
-            # A slice that was taken away ends connections, and so do hosts that have lost one of theirs.
+            # A preempted slice closes connections, and so do hosts that have lost another host.
             if [[ $(state) == READY ]]; then
                 echo "exit code $code on a healthy slice: see above" >&2
                 exit $code
             fi
-            echo "the slice is gone (exit code $code); starting again"
+            echo "the slice is gone (exit code $code); restarting"
             ;;
     esac
     sleep "$pause"

@@ -18,7 +18,7 @@ from lattejax.weights import autoencoders, pretrained
 
 VOCABULARY = 400
 
-# configs/digits.py's tiny form, as transformers would say it.
+# The tiny form of configs/digits.py, in transformers' terms.
 OF_DIGITS = dict(
     hidden_size=32,
     intermediate_size=48,
@@ -38,7 +38,7 @@ def tokenizer() -> Tokenizer:
 
 
 def tiny_config(**changes: Any) -> Qwen2VLConfig:
-    """Changes of the text's geometry, or of the vision tower's as vision_…; tied is both ends' weights."""
+    """A tiny geometry with changes, those of the vision tower named vision_…; `tied` ties embedding and head."""
     image, text_end, turn_end = tokenizer().convert_tokens_to_ids([IMAGE_PAD, TEXT_END, TURN_END])
     tied = changes.pop("tied", True)
     text = dict(
@@ -86,7 +86,7 @@ def processor(config: Qwen2VLConfig, max_pixels: int = 2048) -> Qwen2VLImageProc
 def save(
     model: Qwen2VLForConditionalGeneration, directory: Path, generation: dict[str, Any] | None = None, **options: Any
 ) -> Path:
-    """Writes everything that a checkpoint on the hub has; options are those of `save_pretrained`."""
+    """Writes all files of a checkpoint on the hub; options are those of `save_pretrained`."""
     stops = list(tokenizer().convert_tokens_to_ids([TURN_END, TEXT_END]))
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=stops[1], **generation or {})
     model.save_pretrained(directory, **options)
@@ -96,7 +96,7 @@ def save(
 
 
 def convert(model: Qwen2VLForConditionalGeneration, **options: Any) -> Path:
-    """Saves and converts a model, in a directory that stays until the tests end."""
+    """Saves and converts a model, in a directory that exists until the tests end."""
     directory = Path(tempfile.mkdtemp(dir=_directory()))
     pretrained.convert(str(save(model, directory / "checkpoint", **options)), directory / "converted")
     return directory / "converted"
@@ -143,7 +143,7 @@ TAESD = dict(
 
 
 def random_autoencoder(family: str) -> AutoencoderDC | AutoencoderTiny:
-    """One of DC_AE's families, or "TAESD"."""
+    """A random autoencoder of one of DC_AE's families, or "TAESD"."""
     torch.manual_seed(0)
     if family == "TAESD":
         model = AutoencoderTiny(**TAESD)
@@ -160,7 +160,7 @@ def random_autoencoder(family: str) -> AutoencoderDC | AutoencoderTiny:
 
 @functools.cache
 def convert_autoencoder(family: str = "in-1.0", scale: float | None = 0.25) -> Path:
-    """Saves and converts one, in a directory that stays until the tests end."""
+    """Saves and converts an autoencoder, in a directory that exists until the tests end."""
     directory = Path(tempfile.mkdtemp(dir=_directory()))
     random_autoencoder(family).save_pretrained(directory / "checkpoint")
     autoencoders.convert(str(directory / "checkpoint"), directory / "converted", scale)

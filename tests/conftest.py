@@ -1,4 +1,4 @@
-"""Set before JAX is imported: tests compile much and compute little, here and in the processes that they start."""
+"""Settings before JAX is imported, for tests and the processes they start: they compile much and compute little."""
 
 import importlib.metadata
 import os
@@ -7,13 +7,13 @@ import tempfile
 import pytest
 
 FASTER_TO_COMPILE = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib") < "0.11":  # newer ones stop at flags that they do not know
+if importlib.metadata.version("jaxlib") < "0.11":  # newer versions fail on unknown flags
     FASTER_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if FASTER_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FASTER_TO_COMPILE}"
-# Workers, and runs that tests start, compile the same programs again and again.
+# Test workers, and runs that tests start, compile the same programs repeatedly.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="lattejax-test-cache-"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
 

@@ -1,6 +1,6 @@
-"""Runs commands each in a fork of a process that has imported everything: a start takes most of the time of an error.
+"""Runs each command in a fork of a process that has imported everything, because imports take most of a command's time.
 
-Reads JSON requests, a line each, and answers each with a line. `start` forks, and answers with the pid; `poll` and
+Reads JSON requests, one per line, and answers each with a line. `start` forks, and answers with the pid; `poll` and
 `wait` answer with the exit code, `poll` with null while the command runs.
 """
 

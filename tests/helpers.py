@@ -1,4 +1,4 @@
-"""What several tests share: the smallest config of the real thing, and its parts."""
+"""Shared by several tests: the smallest config that runs all code, and its parts."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ from lattejax.training.loop import run_stage
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-# configs/digits.py cut down to seconds; every code path stays.
+# configs/digits.py reduced to seconds, with every code path.
 TINY = {
     "log_every": 2,
     "model.num_groups": 2,
@@ -63,13 +63,13 @@ TINY = {
     "eval.evaluators.final_digits.images": 20,
     "checkpoint.every": 4,
 }
-# Overrides that leave out the digits' scores, or all that only the digits can have.
+# Overrides that disable the digits' scores, or all scores that need the digits.
 NO_DIGITS = {f"eval__evaluators__{name}__at": "never" for name in ("digits", "final_digits")}
 NO_SCORES = NO_DIGITS | {f"eval__evaluators__{name}__at": "never" for name in ("answers", "final_answers")}
 
 
 def shared_data(name: str) -> pathlib.Path:
-    """A file or directory that stands beside the repository in some places; skips the test where it does not."""
+    """A file or directory beside the repository; skips the test if it does not exist."""
     path = ROOT.parent / "shared" / name
     if not path.exists():
         pytest.skip(f"there is no {path}")
@@ -85,7 +85,7 @@ def config_file(name: str, *arguments: str) -> ConfigDict:
 
 
 def tiny_dict(**overrides: Any) -> ConfigDict:
-    """The digits config, tiny, with overrides by dotted key (double underscores for dots)."""
+    """The tiny digits config, with overrides by dotted key (double underscores for dots)."""
     config = config_file("digits")
     for key, value in (TINY | {key.replace("__", "."): value for key, value in overrides.items()}).items():
         *sections, name = key.split(".")
@@ -124,7 +124,7 @@ def assert_same_bits(ours: Any, theirs: Any) -> None:
 
 @contextlib.contextmanager
 def compilations() -> Iterator[Callable[[], int]]:
-    """Yields what tells how many programs have been compiled in the block, those read from a cache included."""
+    """Yields a function that returns how many programs the block has compiled so far, including those from a cache."""
     counted = []
 
     def listen(event: str, seconds: float, **kwargs: Any) -> None:
@@ -138,13 +138,13 @@ def compilations() -> Iterator[Callable[[], int]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-# Of the processes that tests start: they have no PyTorch, like most users.
+# For the processes that tests start: they have no PyTorch, like most users.
 PYTHONPATH = [str(ROOT / "tests" / "without_torch"), *filter(None, [os.environ.get("PYTHONPATH")])]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PYTHONPATH)}
 
 
 def run_command(command: str, *arguments: str, **kwargs: Any) -> subprocess.CompletedProcess:
-    """Runs `python -m lattejax.<command>` in the repository, as a user would."""
+    """Runs `python -m lattejax.<command>` in the repository, like a user."""
     settings = dict(cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True)
     if "stdin" not in kwargs:
         settings["input"] = ""
@@ -152,7 +152,7 @@ def run_command(command: str, *arguments: str, **kwargs: Any) -> subprocess.Comp
 
 
 def start_command(command: str, *arguments: str, **kwargs: Any) -> subprocess.Popen:
-    """The same, without waiting for its end."""
+    """Starts such a command, without waiting for its end."""
     return subprocess.Popen(
         [sys.executable, "-m", f"lattejax.{command}", *arguments], cwd=ROOT, env=ENVIRONMENT, **kwargs
     )
@@ -199,7 +199,7 @@ class Forks:
 
 @dataclasses.dataclass
 class Fork:
-    """A command that was started; like `subprocess.Popen`."""
+    """A started command; like `subprocess.Popen`."""
 
     forks: Forks
     pid: int
@@ -219,18 +219,18 @@ class Fork:
         os.kill(self.pid, signum)
 
 
-# ---- A signal while a stage trains
+# ---- A signal during training
 
 
 def run_interrupted(plan, *args, before_step: int):
-    """Runs a stage; in the second one, a signal comes just before the given step."""
+    """Runs a stage; the second stage gets a signal just before the given step."""
     if plan.name == "train":
         plan = dataclasses.replace(plan, batches=InterruptingBatches(plan.batches, before_step))
     return run_stage(plan, *args)
 
 
 class InterruptingBatches:
-    """Batches, with a signal before the given one."""
+    """Batches, with a signal before the given batch."""
 
     def __init__(self, batches, at: int):
         self.batches, self.left = batches, at

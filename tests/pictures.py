@@ -1,4 +1,4 @@
-"""Pictures to encode: pieces of scikit-learn's two photos, as users keep theirs."""
+"""Pictures to encode: pieces of scikit-learn's two photos, stored like users' own pictures."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ from sklearn.datasets import load_sample_image
 from lattejax.configuration import Config
 from tests.helpers import NO_SCORES, tiny_config
 
-SIZE = 16  # of what is encoded; the tiny autoencoder makes 2×2 latents of 8 channels of it
+SIZE = 16  # of encoded crops; the tiny autoencoder turns them into 2×2 latents of 8 channels
 SUBJECTS = {"china.jpg": "a temple in China", "flower.jpg": "a flower"}
 
 
 def pieces(count: int) -> list[tuple[str, str, Image.Image]]:
-    """Names, captions and pictures of different sizes, upright and lying."""
+    """Names, captions and pictures of different sizes, portrait and landscape."""
     rng, made = np.random.default_rng(0), []
     for i in range(count):
         subject = list(SUBJECTS)[i % 2]

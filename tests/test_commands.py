@@ -1,4 +1,4 @@
-"""The commands as a user meets them: results out, and bad input as one line and exit code 2."""
+"""The commands as users run them: results, and bad input as one line and exit code 2."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ from tests.helpers import ENVIRONMENT, NO_DIGITS, NO_SCORES, ROOT, encoder_for, 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
-    # A rate so high that two steps make a pathway whose velocities are far from its zero start.
+    # A learning rate so high that after two steps the pathway's velocities are far from their initial zero.
     settings = dict(pretrain__steps=1, train__steps=2, train__learning_rate=0.05, train__ema_decay=0.0)
     config = tiny_config(**settings | NO_DIGITS)
     stages.train(config, path, InterruptGuard())
@@ -61,8 +61,8 @@ def test_sample_draws_every_prompt_in_order(workdir, tmp_path):
     assert np.array_equal(grid[108:172, 4:68], fourth), "the second prompt's"
 
 
-def test_sample_takes_every_setting_and_an_image_to_look_at(workdir, digit, tmp_path, forked_command):
-    """All at once, they draw what the library draws with them; and each matters: with another one it is not that."""
+def test_sample_uses_every_setting_and_a_conditioning_image(workdir, digit, tmp_path, forked_command):
+    """All flags together give the library's images with the same settings; changing any setting changes the images."""
     out = tmp_path / "drawn.npz"
     flags = ["--guidance=3", "--solver=heun", "--shift=0.5", "--guidance_interval=0.2,0.6", f"--image={digit}"]
     common = [f"--workdir={workdir}", "--prompt=a handwritten two", "--num=1", "--steps=4", "--seed=2", "--npz"]
@@ -95,7 +95,7 @@ def test_chat_answers_for_a_run(workdir, digit, forked_command):
 
 def test_an_exported_run_draws_what_the_run_draws(workdir, tmp_path, forked_command):
     done = forked_command("convert", f"--source={workdir}", "--to=safetensors", f"--out={tmp_path / 'export'}")
-    assert done.returncode == 0 and "is whole" in done.stdout, done.stderr
+    assert done.returncode == 0 and "is complete" in done.stdout, done.stderr
     drawn = []
     for directory in (workdir, tmp_path / "export"):
         out = tmp_path / f"{directory.name}.png"
@@ -115,7 +115,7 @@ def weights():
 
 
 def expected_answer(weights, turns, **decoding):
-    """The answer that the library gives in this process; turns are (role, text, image files)."""
+    """The library's answer, computed in this process; turns are (role, text, image files)."""
     answerer = Answerer.load(weights, "float32")
     encoder = answerer.encoder
     turns = [
@@ -125,7 +125,7 @@ def expected_answer(weights, turns, **decoding):
     return "".join(answerer.stream(encoder.chat(turns), Decoding(**decoding)))
 
 
-def test_chat_takes_its_question_from_a_pipe_and_every_setting(weights, digit, forked_command):
+def test_chat_reads_its_question_from_a_pipe_and_uses_every_setting(weights, digit, forked_command):
     flags = [f"--image={digit}", f"--image={digit}", "--system=Speak.", "--temperature=0.7", "--top_p=0.9", "--seed=3"]
     done = forked_command(
         "chat", f"--weights={weights}", "--dtype=float32", "--max_tokens=5", *flags, input="Which digits are these?\n"
@@ -136,7 +136,7 @@ def test_chat_takes_its_question_from_a_pipe_and_every_setting(weights, digit, f
     assert done.stdout == expected + "\n"
 
 
-def test_a_chat_on_a_terminal_goes_on_from_what_was_said(weights, digit):
+def test_a_chat_on_a_terminal_is_conditioned_on_earlier_turns(weights, digit):
     ours, theirs = pty.openpty()
     typed = (
         f"Is this a three?\n<|image_pad|>\n/image nothing.png\n/image {digit}\nAnd this?\n/new\nIs this a three?\n\x04"
@@ -147,14 +147,14 @@ def test_a_chat_on_a_terminal_goes_on_from_what_was_said(weights, digit):
     first = expected_answer(weights, [("user", "Is this a three?", [])], max_tokens=6)
     turns = [("user", "Is this a three?", []), ("assistant", first, []), ("user", "And this?", [digit])]
     second = expected_answer(weights, turns, max_tokens=6)
-    said = done.stdout.replace("> ", "")
-    assert said.startswith("Ask away.")
-    refused = "error: a text says <|image_pad|>, which stands for an image; leave it out\n"
+    output = done.stdout.replace("> ", "")
+    assert output.startswith("Type a question.")
+    refused = "error: a text contains <|image_pad|>, the placeholder of an image; remove it\n"
     refused += "error: nothing.png: there is no such file\n"
-    assert said.split("\n", 1)[1] == f"{first}\n{refused}{second}\n{first}\n\n"
+    assert output.split("\n", 1)[1] == f"{first}\n{refused}{second}\n{first}\n\n"
 
 
-# ---- Refusals
+# ---- Errors
 
 SLOW_TO_IMPORT = ("transformers", "tensorflow_datasets", "grain", "sklearn", "matplotlib", "tensorboardX")
 AS_A_USER = """
@@ -176,14 +176,14 @@ except SystemExit as ended:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_neither_help_nor_a_refusal_waits_for_what_is_slow_to_import(arguments, code):
+def test_help_and_errors_do_not_wait_for_slow_imports(arguments, code):
     program = AS_A_USER.replace("NAMES", repr(SLOW_TO_IMPORT))
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True)
     assert done.stdout.splitlines()[-1] == str(code), done.stdout + done.stderr
 
 
-def test_help_lists_the_flags_and_the_package_its_commands(forked_command):
+def test_help_lists_the_flags_and_the_package_lists_its_commands(forked_command):
     done = forked_command("sample", "--help")
     assert done.returncode == 0 and "--guidance_interval" in done.stdout and not done.stderr
     listed = subprocess.run([sys.executable, "-m", "lattejax"], cwd=ROOT, text=True, capture_output=True)
@@ -192,7 +192,7 @@ def test_help_lists_the_flags_and_the_package_its_commands(forked_command):
     assert files == {*COMMANDS, "__main__"}
 
 
-def test_evaluate_takes_scores_of_a_run_and_writes_them_with_their_pictures(workdir, tmp_path):
+def test_evaluate_takes_scores_of_a_run_and_writes_figures_and_pictures(workdir, tmp_path):
     out = tmp_path / "new" / "scores.json"
     done = run_command("evaluate", f"--workdir={workdir}", "--scores=held_out_loss,samples", f"--out={out}")
     assert done.returncode == 0, done.stderr
@@ -205,7 +205,7 @@ def test_evaluate_takes_scores_of_a_run_and_writes_them_with_their_pictures(work
     assert np.abs(np.asarray(drawn).astype(int) - np.asarray(kept)).max() <= 1
 
 
-def test_experiments_that_come_along_are_found_by_name(tmp_path, monkeypatch):
+def test_packaged_experiments_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = cli.find_config("--config=ablations:compute")
     assert found.endswith("experiments/ablations.py:compute") and pathlib.Path(found[9:].split(":")[0]).is_file()
@@ -228,7 +228,7 @@ CHAT = ["chat", "--workdir={workdir}", "--question=What is this?"]
 
 LATENTS = NO_SCORES | dict(data__source="latents", data__latents="{tmp}", pretrain__steps=0)
 
-# The arguments, and what the error names.
+# The arguments, and a part of the error message.
 BAD_INPUT = {
     "unknown key": ([*TRAIN, *tiny_flags(), "--config.train.stepz=5"], "train.steps"),
     "unknown section": ([*TRAIN, *tiny_flags(), "--config.trian.steps=5"], "train.steps"),
@@ -250,7 +250,7 @@ BAD_INPUT = {
     "guidance interval that falls": ([*SAMPLE, "--prompt=a", "--guidance_interval=0.9,0.1"], "guidance_interval"),
     "guidance interval of words": ([*SAMPLE, "--prompt=a", "--guidance_interval=low,high"], "guidance_interval"),
     "unknown solver": ([*SAMPLE, "--prompt=a", "--solver=rk4"], "solver"),
-    "missing image to look at": ([*SAMPLE, "--prompt=a", "--image=nothing.png"], "nothing.png"),
+    "missing conditioning image": ([*SAMPLE, "--prompt=a", "--image=nothing.png"], "nothing.png"),
     "output that is no PNG": ([*SAMPLE, "--prompt=a", "--out=grid.jpeg"], ".png"),
     "missing image": ([*CHAT, "--image=nothing.png"], "nothing.png"),
     "image that is none": ([*CHAT, "--image={tmp}/text.png"], "text.png"),
@@ -264,13 +264,13 @@ BAD_INPUT = {
     "seed out of range": ([*CHAT, "--seed=9223372036854775808"], "seed"),
     "image too large to be true": ([*CHAT, "--image={tmp}/bomb.bmp"], "bomb.bmp"),
     "negative temperature": ([*CHAT, "--temperature=-1"], "--temperature=-1"),
-    "benchmark of nothing": (["benchmark", "--config=configs/digits.py"], "say what: sample, train, "),
+    "benchmark of nothing": (["benchmark", "--config=configs/digits.py"], "name one of sample, train, "),
     "benchmark of the unknown": (["benchmark", "speed", "--config=configs/digits.py"], "found speed"),
     "benchmark without a config": (["benchmark", "sample"], "--config"),
     "plot of nothing": (["benchmark", "plot", "--results={tmp}/none.jsonl", "--out={tmp}/a.png"], "none.jsonl"),
     "baseline of the loader": (
         ["benchmark", "data", "--config=configs/digits.py", "--against=torch"],
-        "knows no baseline",
+        "the baselines of data are: none",
     ),
     "baseline in another dtype": (
         ["benchmark", "sample", "--config=configs/imagenet256.py", "--against=torch"],
@@ -293,7 +293,10 @@ BAD_INPUT = {
         ["encode", "--out={tmp}/out", *tiny_flags(data__autoencoder="{tmp}", **LATENTS)],
         "no autoencoder.json",
     ),
-    "scale of what is no autoencoder": (["convert", "--source={workdir}", "--scale=1", "--out={tmp}/o"], "--scale"),
+    "scale without an autoencoder": (
+        ["convert", "--source={workdir}", "--scale=1", "--out={tmp}/o"],
+        "--scale",
+    ),
     "source that is no checkpoint": (["convert", "--source={tmp}", "--out={tmp}/out"], "no config.json"),
     "source that is no conversion": (["convert", "--to=hf", "--source={tmp}", "--out={tmp}/out"], "lattejax.convert"),
 }
@@ -316,7 +319,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, di
 
 
 def test_a_workdir_without_a_checkpoint_is_refused(tmp_path, forked_command):
-    """A run killed before its first checkpoint has a config and no weights."""
+    """A run killed before its first checkpoint has a config, but no weights."""
     config, workdir = tiny_config(), Workdir.at(tmp_path)
     tokenizers.save(encoder_for(config).tokenizer, workdir.tokenizer)
     configuration.save(config, workdir.config)
@@ -328,7 +331,7 @@ def test_a_workdir_without_a_checkpoint_is_refused(tmp_path, forked_command):
         assert done.returncode == 2 and missing in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_the_loaders_benchmark_ends_with_a_json_object(forked_command):
+def test_the_data_benchmark_prints_a_json_object_last(forked_command):
     flags = tiny_flags(train__share_contexts=False, train__batch_size=200, data__prompt_length=100)
     done = forked_command("benchmark", "data", *flags, "--records=1000", "--json")
     assert done.returncode == 0, done.stderr
@@ -337,7 +340,7 @@ def test_the_loaders_benchmark_ends_with_a_json_object(forked_command):
     assert found["latents_per_second"] == pytest.approx(found["batch_size"] / found["seconds"])
 
 
-def test_the_benchmark_of_a_call_ends_with_a_json_object(forked_command):
+def test_the_sample_benchmark_prints_a_json_object_last(forked_command):
     flags = ["--steps=2", "--batch_size=2", "--repeats=1", "--against=vanilla", "--json"]
     done = forked_command("benchmark", "sample", *tiny_flags(), *flags)
     assert done.returncode == 0, done.stderr
@@ -357,13 +360,13 @@ def test_benchmarks_of_steps_are_plotted_by_group_count(tmp_path, forked_command
     assert open_image(tmp_path / "speed.png").width > 400
 
 
-def test_compiled_programs_are_kept_unless_jax_knows_where(monkeypatch):
+def test_the_compilation_cache_is_set_unless_jax_has_one(monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     try:
-        for told, kept in ((None, "/somewhere/lattejax"), ("/elsewhere", "/elsewhere")):
-            jax.config.update("jax_compilation_cache_dir", told)
-            cli.keep_compiled()
-            assert jax.config.jax_compilation_cache_dir == kept
+        for configured, expected in ((None, "/somewhere/lattejax"), ("/elsewhere", "/elsewhere")):
+            jax.config.update("jax_compilation_cache_dir", configured)
+            cli.enable_compilation_cache()
+            assert jax.config.jax_compilation_cache_dir == expected
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

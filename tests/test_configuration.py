@@ -1,4 +1,4 @@
-"""Every key is known, typed and checked before any work starts."""
+"""Config keys are checked for name, type and value before any work starts."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def test_the_digits_config_is_complete_and_survives_json(tmp_path):
     assert set(values) == {field.name for field in dataclasses.fields(config)}
 
 
-def test_every_key_has_a_default_and_an_experiment_states_what_differs():
+def test_every_key_has_a_default_and_an_experiment_only_overrides():
     usual = configuration.resolve(configuration.defaults())
     assert usual == configuration.Config()
     assert (usual.model.text.num_layers, usual.model.num_groups, usual.train.batch_size) == (28, 4, 2048)
@@ -40,14 +40,14 @@ def test_a_described_config_marks_what_differs():
     ]
 
 
-def test_keys_that_are_gone_mean_what_they_meant():
-    """The config of an earlier run of the digits is that of today's experiment."""
+def test_retired_keys_keep_their_meaning():
+    """An earlier config of the digits resolves to the current experiment."""
     values = config_file("digits").to_dict()
     values["eval"] |= {"evaluators": {}, "scored_images": 100, "final_images": 1000}
     assert configuration.resolve(values) == configuration.resolve(config_file("digits"))
 
 
-def test_a_runs_config_of_a_later_version_names_what_is_unknown(tmp_path):
+def test_unknown_keys_in_a_config_of_a_later_version_are_named(tmp_path):
     path = epath.Path(tmp_path) / "config.json"
     configuration.save(tiny_config(), path)
     values = json.loads(path.read_text())
@@ -78,7 +78,7 @@ def changed(section: str, name: str, value: object):
             changed("model", "group_sizes", (2.0, 2, 2, 2)),
             r"config\.model\.group_sizes=2\.0 is of type float; expected int",
         ),
-        (changed("model", "interval_edges", (0.0, 0.2, 0.4, 0.6, 0.9)), "must rise from 0 to 1"),
+        (changed("model", "interval_edges", (0.0, 0.2, 0.4, 0.6, 0.9)), "must increase from 0 to 1"),
         (changed("train", "density", "beta"), r"config\.train\.density='beta' must be one of"),
         (changed("train", "density_shift", 0.0), r"config\.train\.density_shift=0\.0 must be positive"),
         (changed("train", "answer_batch_size", 0), r"config\.train\.answer_batch_size=0 must be positive"),
@@ -91,7 +91,7 @@ def changed(section: str, name: str, value: object):
         ),
         (
             changed("eval", "final_images", 20),
-            r"final_images is gone: use config\.eval\.evaluators\.final_digits\.images",
+            r"final_images has been removed: use config\.eval\.evaluators\.final_digits\.images",
         ),
         (changed("data", "prompts", "pictures"), r"set train\.share_contexts=False"),
         (changed("model", "num_groups", 3), "num_groups=3 does not divide the 8 layers .* use one of"),
@@ -112,14 +112,14 @@ def test_bad_values_are_refused_by_name(config, message):
         configuration.resolve(config)
 
 
-def test_blends_questions_are_cut_into_micro_batches_too():
+def test_blends_questions_must_split_into_micro_batches():
     config = changed("model", "variant", "blend")
     config["train"]["answer_batch_size"] = 25
     with pytest.raises(UserError, match=r"train\.answer_batch_size=25 must be a multiple of train\.accumulation \(2\)"):
         configuration.resolve(config)
 
 
-def test_a_batch_that_is_not_stratified_need_not_fall_into_groups():
+def test_an_unstratified_batch_need_not_be_a_multiple_of_the_groups():
     config = changed("train", "batch_size", 122)
     config["train"]["stratified"] = False
     configuration.resolve(config)
@@ -128,11 +128,11 @@ def test_a_batch_that_is_not_stratified_need_not_fall_into_groups():
 def test_a_density_that_starves_a_group_is_refused():
     config = changed("train", "density", "logit_normal")
     config["train"] |= {"density_mean": -10.0, "density_std": 0.5}
-    with pytest.raises(UserError, match=r"leaves a group next to nothing .*\[1\.0, 0\.0, 0\.0, 0\.0\]"):
+    with pytest.raises(UserError, match=r"leaves a group almost no flow times .*\[1\.0, 0\.0, 0\.0, 0\.0\]"):
         configuration.resolve(config)
 
 
-def test_a_pathway_starts_beside_its_own_vlm_only():
+def test_a_pathway_starts_only_with_its_own_vlm():
     config = changed("train", "init_from", "runs/a")
     config["pretrain"] |= {"init_from": "runs/b", "steps": 0}
     with pytest.raises(UserError, match=r"set pretrain\.init_from to the same run"):

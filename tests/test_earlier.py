@@ -1,4 +1,4 @@
-"""What earlier versions have written still opens and means what it meant: see tests/earlier/README.md."""
+"""Files of earlier versions can still be read, with the same results: see tests/earlier/README.md."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def earlier(tmp_path_factory) -> Path:
 
 
 def assert_draws(workdir: Path, earlier: Path, name: str) -> None:
-    """The kept pictures, within two grey levels: float32 sums may come in another order."""
+    """Equal to the stored pictures within two grey levels: float32 sums may be in another order."""
     sampler = ImageSampler.load(workdir)
     prompts = [sampler.encoder.drawing(f"a handwritten {digit}") for digit in ("seven", "three")]
     drawn = sampler(prompts, Sampling(6, guidance=2.0), images_per_prompt=2, batch_size=4, seed=1)
@@ -48,7 +48,7 @@ def assert_draws(workdir: Path, earlier: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_it_draws_the_same_pictures(earlier, name):
+def test_earlier_weights_draw_the_same_pictures(earlier, name):
     assert Run.open(earlier / PICTURES[name]).config.model.latent_position == "none"
     assert_draws(earlier / PICTURES[name], earlier, name)
 
@@ -67,7 +67,7 @@ def test_a_run_is_exported(earlier, tmp_path):
     assert_draws(tmp_path / "export", earlier, "run")
 
 
-def test_a_run_goes_on_to_where_it_would_have_ended(earlier, tmp_path):
+def test_a_resumed_run_ends_as_it_would_have(earlier, tmp_path):
     workdir = shutil.copytree(earlier / "run", tmp_path / "run")
     config = Run.open(workdir).config
     another = dataclasses.replace(config, model=dataclasses.replace(config.model, latent_position="sincos"))
@@ -78,8 +78,8 @@ def test_a_run_goes_on_to_where_it_would_have_ended(earlier, tmp_path):
     assert_draws(workdir, earlier, "export")
 
 
-def test_a_run_is_started_from_and_a_changed_function_is_named(earlier, tmp_path, caplog):
-    """Also with the position table that it was trained without, which is said."""
+def test_a_run_can_start_from_it_with_a_warning_of_changed_settings(earlier, tmp_path, caplog):
+    """It starts with the position table, but the earlier run was trained without it; a warning says so."""
     config = Run.open(earlier / "run").config
     start = dict(init_from=str(earlier / "run"), steps=0)
     config = dataclasses.replace(
@@ -94,12 +94,12 @@ def test_a_run_is_started_from_and_a_changed_function_is_named(earlier, tmp_path
     assert "were trained with latent_position: 'none' -> 'sincos'" in caplog.text
 
 
-def test_a_sweep_has_nothing_left_to_train_wherever_it_stands_now(earlier, monkeypatch):
+def test_a_finished_sweep_trains_nothing_after_it_has_moved(earlier, monkeypatch):
     base = json.loads((earlier / "sweep" / "vlm" / "config.json").read_text())
     base["model"]["latent_position"] = "none"
-    asked = dict(base=base, seeds=(0,), variants=(("couple", {}), ("blend", {"model.variant": "blend"})))
+    values = dict(base=base, seeds=(0,), variants=(("couple", {}), ("blend", {"model.variant": "blend"})))
     monkeypatch.setattr(sweep, "train", lambda *args: pytest.fail("a finished run is trained again"))
-    table = run_sweep(resolve_sweep(ConfigDict(asked | {"sample_steps": (2,)})), earlier / "sweep", InterruptGuard())
+    table = run_sweep(resolve_sweep(ConfigDict(values | {"sample_steps": (2,)})), earlier / "sweep", InterruptGuard())
     assert "| couple | 1 |" in table and "| blend | 1 |" in table
 
 
@@ -113,7 +113,7 @@ def test_latents_are_read(earlier):
     assert_same_bits(np.stack([drawing.latents for drawing in drawings]), kept["latents"])
 
 
-def test_a_config_of_ones_own_is_told_what_the_key_meant_before(earlier):
+def test_a_users_config_without_the_key_is_told_its_earlier_value(earlier):
     values = json.loads((earlier / "run" / "config.json").read_text())
-    with pytest.raises(UserError, match=r"lacks model\.latent_position; model\.latent_position='none' is how it was"):
+    with pytest.raises(UserError, match=r"lacks model\.latent_position; model\.latent_position='none' keeps"):
         configuration.resolve(values)

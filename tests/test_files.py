@@ -7,43 +7,43 @@ import pytest
 from etils import epath
 
 from lattejax.errors import UserError
-from lattejax.files import is_remote, new_directory, write_whole
+from lattejax.files import is_remote, new_directory, write_atomically
 from lattejax.runs.workdir import Workdir
 
 
-def test_workdirs_are_absolute_and_remote_ones_stay_as_they_are():
+def test_workdirs_become_absolute_and_remote_ones_stay_unchanged():
     assert os.fspath(Workdir.at("runs/a").path) == str(pathlib.Path("runs/a").absolute())
     assert os.fspath(Workdir.at("~/a").path) == str(pathlib.Path.home() / "a")
     remote = Workdir.at("gs://bucket/run")
     assert is_remote(remote.vlm) and os.fspath(remote.vlm) == "gs://bucket/run/vlm"
 
 
-def test_files_are_replaced_whole_and_leave_nothing_beside(tmp_path):
+def test_files_are_replaced_atomically_and_leave_no_temporary_files(tmp_path):
     path = epath.Path(tmp_path) / "new" / "file.txt"
-    write_whole(path, b"one")
-    write_whole(path, b"two")
+    write_atomically(path, b"one")
+    write_atomically(path, b"two")
     assert path.read_bytes() == b"two" and list(path.parent.iterdir()) == [path]
 
 
-def test_a_directory_appears_when_all_is_written_or_not_at_all(tmp_path):
+def test_a_directory_appears_when_everything_is_written_or_not_at_all(tmp_path):
     out = tmp_path / "below" / "out"
     with pytest.raises(KeyboardInterrupt), new_directory(out) as directory:
         (directory / "half").write_text("a")
         raise KeyboardInterrupt
     assert list(out.parent.iterdir()) == []
-    out.mkdir()  # an empty directory is as good as none
+    out.mkdir()  # an empty directory counts as none
     with new_directory(out) as directory:
         assert not list(directory.iterdir())
-        (directory / "whole").write_text("b")
+        (directory / "file").write_text("b")
         assert not list(out.iterdir())
-    assert [path.name for path in out.iterdir()] == ["whole"] and list(out.parent.iterdir()) == [out]
+    assert [path.name for path in out.iterdir()] == ["file"] and list(out.parent.iterdir()) == [out]
     with pytest.raises(UserError, match="exists already"), new_directory(out):
         pass
-    with pytest.raises(UserError, match="cannot be written"), new_directory(out / "whole" / "out"):
+    with pytest.raises(UserError, match="cannot be written"), new_directory(out / "file" / "out"):
         pass
 
 
-def test_of_two_at_a_time_one_directory_appears_whole(tmp_path):
+def test_of_two_concurrent_writers_one_complete_directory_appears(tmp_path):
     with pytest.raises(OSError), new_directory(tmp_path / "out") as slow:
         (slow / "a").write_text("slow")
         with new_directory(tmp_path / "out") as fast:

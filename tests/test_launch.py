@@ -1,4 +1,4 @@
-"""The launchers, with gcloud, srun and scontrol that play what they are told to."""
+"""The launchers, with fake gcloud, srun and scontrol commands."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ from tests.helpers import ROOT
 
 @pytest.fixture
 def played(tmp_path, monkeypatch):
-    """Puts commands on the path that write down how they are called, and end as a script of ours says."""
+    """Puts fake commands on the path, which log their arguments and then run the given script."""
 
     def play(name: str, script: str) -> pathlib.Path:
         calls = tmp_path / f"{name}.calls"
@@ -27,7 +27,7 @@ def played(tmp_path, monkeypatch):
     return play
 
 
-# A slice that is made, is preempted once while it trains, and once says that its state is saved.
+# A slice that is created, is preempted once during training, and once exits with its state saved.
 GCLOUD = """
 trainings=$(grep -c lattejax.train "$calls")
 case "$*" in
@@ -41,7 +41,7 @@ esac
 
 
 @pytest.mark.parametrize("last", [0, 2])
-def test_a_tpu_pod_is_made_again_after_a_preemption_and_training_goes_on(played, last):
+def test_a_tpu_pod_is_recreated_after_a_preemption_and_training_resumes(played, last):
     calls = played("gcloud", GCLOUD)
     environment = os.environ | {"TPU": "pod", "ZONE": "here", "TYPE": "v5litepod-16", "PAUSE": "0", "LAST": str(last)}
     environment["PYTHON"] = "3.11.9"
@@ -66,7 +66,7 @@ def test_a_tpu_pod_needs_its_name():
 
 
 @pytest.mark.parametrize("code, ends, requeued", [(0, 0, False), (75, 0, True), (2, 2, False)])
-def test_a_slurm_job_is_queued_again_after_75(played, code, ends, requeued):
+def test_a_slurm_job_is_requeued_after_exit_code_75(played, code, ends, requeued):
     ran, asked = played("srun", f"exit {code}"), played("scontrol", "")
     environment = os.environ | {"SLURM_JOB_ID": "17"}
     done = subprocess.run(["launch/slurm.sh", "--workdir=there"], cwd=ROOT, env=environment)
@@ -78,7 +78,7 @@ def test_a_slurm_job_is_queued_again_after_75(played, code, ends, requeued):
 PART = """
 import pathlib, sys, time
 number = sys.argv[-1].removeprefix("--process=")
-sys.stdout.write(" ".join(sys.argv[1:]) + "\\n")  # in one piece: two processes share the pipe
+sys.stdout.write(" ".join(sys.argv[1:]) + "\\n")  # in one write: two processes share the pipe
 sys.stdout.flush()
 starts = pathlib.Path(sys.argv[1])
 count = len(list(starts.iterdir()))
@@ -90,8 +90,8 @@ if count < 2:
 """
 
 
-def test_local_processes_end_together_and_start_again(tmp_path):
-    """The second one ends with 75: the first is asked to end, too, and both are started once more."""
+def test_local_processes_stop_together_and_restart(tmp_path):
+    """The second process exits with 75: the first is stopped too, and both are restarted."""
     (tmp_path / "part.py").write_text(PART)
     starts = tmp_path / "starts"
     starts.mkdir()

@@ -1,4 +1,4 @@
-"""One's own pictures, through the commands as a new user takes them: convert, encode, train, sample."""
+"""A user's own pictures through all commands: convert, encode, train, sample."""
 
 import json
 import os
@@ -29,12 +29,12 @@ def vlm():
 
 
 def test_pictures_become_latents_a_trained_pathway_and_drawings(vlm, tmp_path, forked_command):
-    """Photos as JPEGs with captions, a random DC-AE as diffusers writes it, a random Qwen2-VL; a few steps of training
-    on the captions' shared contexts; a drawing that is what the library draws. Encoded on two devices."""
+    """JPEG photos with captions, a random DC-AE in diffusers' format and a random Qwen2-VL; encoding on two devices; a
+    few steps of training on shared contexts; a drawing that equals the library's."""
     checkpoints.random_autoencoder("in-1.0").save_pretrained(tmp_path / "diffusers")
     dc_ae, latents, workdir = tmp_path / "dc_ae", tmp_path / "latents", tmp_path / "run"
     said = succeed(forked_command("convert", f"--source={tmp_path / 'diffusers'}", "--scale=0.3", f"--out={dc_ae}"))
-    assert "is whole" in said
+    assert "is complete" in said
     photos = pictures.folder(tmp_path / "photos", 20, listed=True)
     flags = tiny_flags(
         **pictures.settings(
@@ -50,7 +50,7 @@ def test_pictures_become_latents_a_trained_pathway_and_drawings(vlm, tmp_path, f
     )
     two_devices = {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
     said = succeed(forked_command("encode", *flags, f"--out={latents}", env=two_devices))
-    assert "16 of 20" in said and "images/s" in said and "is whole" in said
+    assert "16 of 20" in said and "images/s" in said and "is complete" in said
     again = pictures.config(photos, dc_ae, data__latents=str(tmp_path / "again"))
     encode(again, again.data.latents)
     ours, theirs = (

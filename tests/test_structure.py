@@ -1,5 +1,5 @@
-"""Imports point downwards only: no package imports one above it or the tests, and no two modules each other. A file is
-one idea, and ruff has nothing to say."""
+"""Imports point only downwards: no package imports one above it or the tests, and no modules import each other.
+Files are short, and ruff finds nothing."""
 
 import ast
 import graphlib
@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-# From the top. What stands in one line does not import each other.
+# From the top. Packages in one line do not import each other.
 LAYERS = """
     __main__ train sample chat evaluate convert encode plan sweep benchmark
     cli
@@ -42,14 +42,14 @@ def modules() -> dict[str, str]:
 
 
 def imported(source: str, known: set[str]) -> Iterator[str]:
-    """The modules that a source imports anywhere, those of the package by their full names."""
+    """The modules that a source imports anywhere; modules of the package by their full names."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                yield whole if whole in known else node.module
+                full_name = f"{node.module}.{alias.name}"
+                yield full_name if full_name in known else node.module
 
 
 SOURCES = modules()
@@ -70,12 +70,12 @@ def test_no_modules_import_each_other():
     graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names them
 
 
-def test_a_file_is_one_idea():
+def test_files_are_at_most_320_lines():
     long = {name: lines for name, source in SOURCES.items() if (lines := len(source.splitlines())) > 320}
     assert not long
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
-def test_ruff_has_nothing_to_say(arguments):
+def test_ruff_finds_nothing(arguments):
     done = subprocess.run([sys.executable, "-m", "ruff", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""How fast images are drawn, from their prompts' tokens to latents; see `measuring`."""
+"""The speed of drawing images, from prompt tokens to latents; see `measuring`."""
 
 import dataclasses
 
@@ -24,16 +24,16 @@ from lattejax.sampling.images import draw_latents, read_prompts, sample_noise
 
 
 def sample(config: Config, work: Work, against: str) -> Result:
-    """One call for `batch_size` images, from their prompts' tokens to latents; against PyTorch steps of one group."""
-    return one_groups_steps(config, work) if against == "torch" else whole_images(config, work, against)
+    """One call for `batch_size` images, from prompt tokens to latents; against PyTorch, steps of one group."""
+    return single_group_steps(config, work) if against == "torch" else complete_images(config, work, against)
 
 
-def whole_images(config: Config, work: Work, against: str) -> Result:
-    """The context pass and all steps, the autoencoder left out."""
+def complete_images(config: Config, work: Work, against: str) -> Result:
+    """The context pass and all steps, without the autoencoder."""
     config = without_vision(config)
     model, params = config.model_config, random_params(config)
     pathway, vlm = latte_flow.pathway(model, params), params.pop("vlm")
-    prompts = random_prompts(config, work.batch_size + 1, work.prompt_tokens)  # the empty one is as long here
+    prompts = random_prompts(config, work.batch_size + 1, work.prompt_tokens)  # and the empty prompt, equally long
     rows, empty = jnp.arange(work.batch_size), jnp.full(work.batch_size, work.batch_size)  # the empty prompt is last
 
     def draw(model=model):
@@ -60,8 +60,8 @@ def whole_images(config: Config, work: Work, against: str) -> Result:
     }
 
 
-def one_groups_steps(config: Config, work: Work) -> Result:
-    """Steps of one group of L/K layers, contexts given; all figures are for one step."""
+def single_group_steps(config: Config, work: Work) -> Result:
+    """Steps of one group of L/K layers on given contexts; all figures are for one step."""
     config = without_vision(first_group(config))
     model, params = config.model_config, random_params(config)
     pathway = latte_flow.pathway(model, params)

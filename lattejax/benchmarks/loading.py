@@ -1,4 +1,4 @@
-"""How fast the loader delivers latents, beside the limit that the files set, measured in the same run."""
+"""The data loader's rate of latents, and the limit set by reading the files, measured in the same run."""
 
 import itertools
 import tempfile
@@ -15,19 +15,19 @@ from lattejax.data.latents import LatentDrawings, Shard
 from lattejax.data.pipeline import Batches
 from lattejax.data.prompts import PromptEncoder
 
-NUM_CAPTIONS = 1000  # where contexts are shared
+NUM_CAPTIONS = 1000  # if contexts are shared
 WORDS = ("a", "red", "blue", "bicycle", "against", "the", "wall", "wooden", "soup", "from", "above", "dog", "photo")
 REPEATS = 7
 
 
 def data_rate(config: Config, encoder: PromptEncoder, num_records: int) -> dict[str, Any]:
-    """How many latents a second the loader alone delivers, as training reads them, after warm-up.
+    """Latents per second of the loader alone, read as in training, after warm-up.
 
-    Random latents of the config's shape are written in the real format, in ten files, and read back in the config's
-    batches with its threads, shuffled: with the numbers of 1,000 captions where contexts are shared, and otherwise each
-    with a caption of its own, of twenty words, which is made into a prompt. The limit is set by the rate at which the
-    same records can be read as bytes, so many at a time and in the same disorder, but not decoded, shuffled or put
-    together. Both are medians over repeats that alternate; `seconds` and `limit` are a batch's.
+    Random latents of the config's shape are written in the real format, in ten files, and read back shuffled, with the
+    config's batch size and threads. If contexts are shared, they have the indices of 1,000 captions; otherwise each has
+    its own caption of twenty words, which is encoded as a prompt. The limit is the rate of reading the same records as
+    bytes, in batches and in random order, without decoding, shuffling or stacking. Both are medians over alternating
+    repeats; `seconds` and `limit` are per batch.
     """
     data, batch_size = config.data, config.train.batch_size
     with tempfile.TemporaryDirectory() as path:
@@ -43,15 +43,15 @@ def data_rate(config: Config, encoder: PromptEncoder, num_records: int) -> dict[
         rng, ours, limits = np.random.default_rng(0), [], []
         steps = max(2, num_records // batch_size)
         for _ in range(REPEATS):
-            list(itertools.islice(batches, 2 * data.threads + 1))  # what has been read ahead
+            list(itertools.islice(batches, 2 * data.threads + 1))  # discards the prefetched batches
             started = time.perf_counter()
             list(itertools.islice(batches, steps))
             ours.append(time.perf_counter() - started)
             chosen = [rng.integers(num_records, size=batch_size).tolist() for _ in range(steps)]
-            time.sleep(0.5)  # until reading ahead has ended
+            time.sleep(0.5)  # until prefetching has finished
             started = time.perf_counter()
-            for numbers in chosen:
-                drawings.records.__getitems__(numbers)
+            for indices in chosen:
+                drawings.records.__getitems__(indices)
             limits.append(time.perf_counter() - started)
     rate, limit = (steps * batch_size / float(np.median(seconds[1:])) for seconds in (ours, limits))
     return {
@@ -66,9 +66,9 @@ def data_rate(config: Config, encoder: PromptEncoder, num_records: int) -> dict[
 
 
 def make_captions(count: int) -> list[str]:
-    """So many captions of twenty words and a number, all different."""
+    """`count` distinct captions of twenty words and a number."""
     rng = np.random.default_rng(0)
-    return [f"{' '.join(rng.choice(WORDS, 20))} {number}" for number in range(count)]
+    return [f"{' '.join(rng.choice(WORDS, 20))} {i}" for i in range(count)]
 
 
 def _write(

@@ -1,9 +1,9 @@
-"""What the benchmarks share: random weights at a config's geometry, and timing beside the machine's limit.
+"""Shared by the benchmarks: random weights with a config's geometry, and timing against the machine's roofline.
 
-The limit of a computation is the time that its matrix products would take at the best rate that any one of the model's
-products reaches alone, or for decoding the time in which the weights can be read once; of small models it is no limit,
-since a small product takes longer to start than to compute. `baselines` are renderings of the same in PyTorch, which is
-no requirement of this package; their outputs are compared with ours before anything is timed.
+The limit (roofline) of a computation is the time that its matrix products would take at the best rate that any of the
+model's products reaches alone; for decoding, the time to read the weights once. For small models it is not meaningful,
+because a small product takes longer to launch than to compute. `baselines` are PyTorch versions of the same
+computation; PyTorch is not a requirement of this package. Their outputs are compared with ours before any timing.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 
 from lattejax.benchmarks.speed import Calls, Product, alternate, best_rate, product_calls
 from lattejax.configuration import Config
-from lattejax.errors import UserError, need
+from lattejax.errors import UserError, require
 from lattejax.models import latte_flow
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import Prompts
@@ -30,29 +30,29 @@ Result = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """How much of it is measured."""
+    """The amount of work to measure."""
 
     batch_size: int
     prompt_tokens: int
     steps: int  # of a sampling call
     guidance: float
-    new_tokens: int  # that are decoded
+    new_tokens: int  # to decode
     repeats: int
 
     @property
     def rows(self) -> int:
-        """Rows of a sampling step: guided, an image has two."""
+        """Rows of a sampling step: with guidance, an image has two."""
         return self.batch_size * (1 if self.guidance == 1 else 2)
 
 
 def measure(
     config: Config, work: Work, calls: Calls, products: list[Product], work_flops: int, against: str, parts: int = 1
 ) -> tuple[Result, dict[str, float]]:
-    """Times the calls and the products in turn.
+    """Times the calls and the products, alternating.
 
     Returns:
-      result: figures for one of the call's equal `parts`: ours and theirs in seconds, the limit, the rates.
-      seconds: each call's.
+      result: figures for one of the call's equal `parts`: seconds of ours and the baseline's, the limit, the rates.
+      seconds: the seconds of each call.
     """
     theirs = load_baseline("products").product_calls(products) if against in ("torch", "janus") else {}
     calls = (
@@ -76,7 +76,7 @@ def measure(
 
 
 def layer_products(text: TextConfig, rows: int) -> list[Product]:
-    """The products of one layer's weights with so many tokens."""
+    """The products of one layer's weights with `rows` tokens."""
     width, heads, kv_heads = text.hidden_size, text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     shapes = {(width, heads), (width, kv_heads), (heads, width), (width, text.intermediate_size)}
     return [Product(rows, *shape) for shape in sorted(shapes | {(text.intermediate_size, width)})]
@@ -88,14 +88,14 @@ def num_tokens(config: Config) -> int:
 
 
 def without_vision(config: Config) -> Config:
-    """No picture is looked at here: a tower of one block leaves room for the rest."""
+    """The config with a vision tower of one block, to save memory, as no benchmark reads images."""
     vision = dataclasses.replace(config.model.vision, depth=1)
     mesh = dataclasses.replace(config.mesh, expert=1)
     return dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, vision=vision))
 
 
 def first_group(config: Config) -> Config:
-    """A model of the first group's layers alone, which owns all of flow time."""
+    """A model of only the first group's layers, as one group that owns all flow times."""
     first = config.model_config.generation.layers_of[0]
     text = dataclasses.replace(config.model.text, num_layers=first.stop)
     model = dataclasses.replace(config.model, text=text, num_groups=1, group_sizes=(), interval_edges=())
@@ -103,37 +103,37 @@ def first_group(config: Config) -> Config:
 
 
 def random_params(config: Config, *parts: str) -> Params:
-    """Random weights in the dtype of the computation, a tree for each layer; of those `parts`, or all."""
+    """Random weights in the dtype of the computation, a tree for each layer; only the given `parts`, or all."""
     abstract = abstract_params(config)
     abstract = {part: abstract[part] for part in parts or abstract}
     return random_like(jax.eval_shape(latte_flow.unstack, abstract), jnp.dtype(config.dtype))
 
 
 def random_like(tree: Any, dtype: jnp.dtype = jnp.float32) -> Any:
-    """Random arrays of a tree's shapes. Unlike fresh weights none are zero, so that every part of a model counts."""
+    """Random arrays of a tree's shapes. Unlike initial weights none are zero, so that every part of a model matters."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        numbers = rng.random(leaf.shape, np.float32)
-        numbers -= 0.5
+        values = rng.random(leaf.shape, np.float32)
+        values -= 0.5
         if path[-1] == jax.tree_util.DictKey("scale"):
-            return jnp.asarray(1 + numbers, dtype)
-        numbers *= (12 / leaf.shape[-1]) ** 0.5  # a variance of one over the inputs
-        return jnp.asarray(numbers, dtype)
+            return jnp.asarray(1 + values, dtype)
+        values *= (12 / leaf.shape[-1]) ** 0.5  # a variance of one over the inputs
+        return jnp.asarray(values, dtype)
 
     return jax.tree.map_with_path(draw, tree)
 
 
 def random_prompts(config: Config, count: int, length: int) -> Prompts:
-    """Prompts of text of one length."""
+    """Text prompts of one length."""
     ids = np.random.default_rng(0).integers(config.model.text.vocab_size, size=(count, length)).astype(np.int32)
     positions = np.tile(np.arange(length, dtype=np.int32), (count, 3, 1))
     return Prompts(jnp.asarray(ids), jnp.ones(ids.shape, bool), jnp.asarray(positions))
 
 
 def load_baseline(name: str) -> ModuleType:
-    """Imports one of `benchmarks.baselines`; raises `UserError` where PyTorch is not installed."""
-    need("torch", "test", "--against")
+    """Imports one of `benchmarks.baselines`; raises `UserError` if PyTorch is not installed."""
+    require("torch", "test", "--against")
     return importlib.import_module(f"lattejax.benchmarks.baselines.{name}")
 
 
@@ -141,4 +141,4 @@ def must_agree(ours: Any, theirs: np.ndarray) -> None:
     ours = np.asarray(ours, np.float32)
     difference = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
     if not difference < AGREEMENT:
-        raise UserError(f"ours and the baseline's outputs differ by {difference:.1e} of their norm; nothing was timed")
+        raise UserError(f"our outputs and the baseline's differ by {difference:.1e} of their norm; nothing was timed")

@@ -1,4 +1,4 @@
-"""How fast prompts are read and answered; see `measuring`."""
+"""The speed of reading and answering prompts; see `measuring`."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from lattejax.sampling.images import read_prompts
 
 
 def context(config: Config, work: Work, against: str) -> Result:
-    """Prompts read by the language model, for every layer's keys and values."""
+    """Reads prompts with the language model, for every layer's keys and values."""
     config = without_vision(config)
     model, vlm = config.model_config, random_params(config, "vlm")["vlm"]
     prompts = random_prompts(config, work.batch_size, work.prompt_tokens)
@@ -43,13 +43,13 @@ def context(config: Config, work: Work, against: str) -> Result:
 
 
 class _Endless:
-    """Stands for the encoder of an Answerer whose answers do not stop."""
+    """Replaces the encoder of an Answerer, so that answers do not stop."""
 
     stop_tokens = (-1,)
 
 
 def decode(config: Config, work: Work, against: str) -> Result:
-    """Greedy answers of `new_tokens` tokens, the prompt's reading included; figures are for one token of the batch."""
+    """Greedy answers of `new_tokens` tokens, including reading the prompt; figures are for one token of the batch."""
     config = without_vision(config)
     model, vlm = config.model_config.vlm, random_params(config, "vlm")["vlm"]
     prompts = random_prompts(config, work.batch_size, work.prompt_tokens)
@@ -62,7 +62,7 @@ def decode(config: Config, work: Work, against: str) -> Result:
     if against:
         baseline = load_baseline("qwen2_vl").Reader(model, vlm, prompts)
         if not np.array_equal(mine := ours(), theirs := baseline.answer(work.new_tokens)):
-            raise UserError(f"ours and the baseline's tokens differ: {mine.tolist()} and {theirs.tolist()}")
+            raise UserError(f"our tokens and the baseline's differ: {mine.tolist()} and {theirs.tolist()}")
         calls["theirs"] = lambda: baseline.answer(work.new_tokens)
     seconds = alternate(calls, work.repeats)
     read = weight_bytes(vlm["text"])
@@ -81,7 +81,7 @@ def decode(config: Config, work: Work, against: str) -> Result:
 
 
 def weight_bytes(text: Params) -> int:
-    """What one token reads: all layers, and both ends where they are one; of an embedding that is not, one row."""
+    """The bytes that decoding one token reads: all layers and the head. Of a separate embedding it reads one row."""
     ends = text["vocabulary"]
     head = ends.get("lm_head", ends["embedding"])
     return sum(leaf.nbytes for leaf in jax.tree.leaves((text["layers"], head)))

@@ -1,4 +1,4 @@
-"""Timing: calls in turn, and the rates that set a machine's limits, measured in the same rounds."""
+"""Timing of alternating calls, and of the rates for a machine's roofline, measured in the same rounds."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Call = Callable[[], Any]
 Calls = Mapping[str, Call]
-READ = 1 << 29  # bytes that the bandwidth's probe reads: no cache has them
+READ = 1 << 29  # bytes that the bandwidth probe reads: more than any cache holds
 
 
 class Product(NamedTuple):
@@ -29,9 +29,9 @@ class Product(NamedTuple):
 
 
 def alternate(calls: Calls, repeats: int) -> dict[str, float]:
-    """Runs the calls in turn, so many rounds after one that does not count; returns each one's median seconds.
+    """Runs the calls alternately, `repeats` rounds after an untimed one; returns the median seconds of each call.
 
-    What happens on the machine besides then falls on all of them alike. A call returns what has to be waited for.
+    Other load on the machine then affects all calls equally. A call returns the arrays to wait for.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(1 + repeats):
@@ -43,7 +43,7 @@ def alternate(calls: Calls, repeats: int) -> dict[str, float]:
 
 
 def product_calls(products: Iterable[Product], dtype: jnp.dtype) -> dict[str, Call]:
-    """The products alone, as calls, on random numbers."""
+    """Calls that compute only the products, on random values."""
     multiply = jax.jit(lambda x, weight: jnp.einsum("ri,oi->ro", x, weight))
     key = jax.random.key(0)
 
@@ -56,20 +56,20 @@ def product_calls(products: Iterable[Product], dtype: jnp.dtype) -> dict[str, Ca
 
 
 def best_rate(products: Iterable[Product], seconds: Mapping[str, float]) -> float:
-    """FLOP/s of the fastest of the products, whose seconds stand under their names."""
+    """FLOP/s of the fastest product; `seconds` has the products' names as keys."""
     return max(product.flops / seconds[str(product)] for product in products)
 
 
 def reading_calls() -> dict[str, Call]:
-    """Two ways to read `READ` bytes once, the faster of which is the bandwidth: a sum, and a product with one row."""
-    numbers = jnp.ones((READ // 4 // 1024, 1024), jnp.float32)
+    """Two ways to read `READ` bytes once, a sum and a product with one row; the faster one defines the bandwidth."""
+    values = jnp.ones((READ // 4 // 1024, 1024), jnp.float32)
     add, multiply = jax.jit(jnp.sum), jax.jit(lambda x, y: jnp.einsum("i,oi->o", y, x))
     row = jnp.ones(1024, jnp.float32)
-    return {"read by a sum": lambda: add(numbers), "read by a product": lambda: multiply(numbers, row)}
+    return {"read by a sum": lambda: add(values), "read by a product": lambda: multiply(values, row)}
 
 
 def bandwidth(seconds: Mapping[str, float]) -> float:
-    """Bytes a second, of those calls' seconds."""
+    """Bytes per second, from the seconds of the `reading_calls`."""
     return READ / min(seconds["read by a sum"], seconds["read by a product"])
 
 
@@ -77,7 +77,7 @@ PLOTTED_STEPS = 40  # the paper's
 
 
 def plot_by_groups(results: list[dict[str, Any]]) -> "Figure":
-    """Time per image by group count: of results of steps of one group, ours and PyTorch's, with the machine's limit."""
+    """Plots time per image by group count, from results for steps of one group: ours, PyTorch's and the roofline."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, ScalarFormatter
 

@@ -1,4 +1,4 @@
-"""How fast one group of layers trains; see `measuring`."""
+"""The speed of training one group of layers; see `measuring`."""
 
 import dataclasses
 import functools
@@ -35,29 +35,29 @@ from lattejax.training.step import compile_for, init_state, make_train_step, row
 
 
 def train(config: Config, work: Work, against: str) -> Result:
-    """Forward, backward and AdamW of one group of L/K layers, contexts given; no average is kept."""
+    """Forward, backward and AdamW of one group of L/K layers on given contexts, without a moving average."""
     if config.trains_answers:
-        raise UserError("train measures the step of model.variant='couple'; Blend's trains the VLM and answers besides")
+        raise UserError("train supports only model.variant='couple'; Blend's step also trains the VLM on answers")
     config = without_vision(first_group(config))
     plain = dict(accumulation=1, warmup_steps=0, decay="none", prompt_dropout=0.0, share_contexts=True, stratified=True)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=work.batch_size, **plain))
     model, rows, loss = config.model_config, stage_rows(config)["train"], flow_loss(config)
     trained = random_like(abstract_trained(config))
     contexts = random_contexts(config, work)
-    numbers = rows["images"].numbers
-    latents = np.random.default_rng(1).standard_normal((*numbers.shape, *config.data.latent_shape), np.float32)
-    batch, key = {"images": {"latents": latents, "caption": numbers}}, jax.random.key(0)
+    indices = rows["images"].indices
+    latents = np.random.default_rng(1).standard_normal((*indices.shape, *config.data.latent_shape), np.float32)
+    batch, key = {"images": {"latents": latents, "caption": indices}}, jax.random.key(0)
     frozen = Frozen({}, contexts=contexts)
 
     calls, baseline = {}, None
     if against:
-        u, noise, _ = loss.draw(row_keys(jax.random.fold_in(key, 0), numbers[0]))
+        u, noise, _ = loss.draw(row_keys(jax.random.fold_in(key, 0), indices[0]))
         t = model.generation.intervals.draw(u, loss.density)[0]
         baseline = load_baseline("pathway").Trainer(config, trained, contexts, latents[0, 0], noise[0], t)
         calls["theirs"] = baseline.step
     first_head = np.array(trained["head"]["proj"]["weight"])
 
-    stage, mesh = dataclasses.replace(config.train, ema_decay=0.0), one_device()  # no average is kept
+    stage, mesh = dataclasses.replace(config.train, ema_decay=0.0), one_device()  # no moving average
     init = functools.partial(init_state, stage)
     placed = rules.shardings(mesh, jax.eval_shape(init, trained))
     state = jax.jit(init, out_shardings=placed, donate_argnums=0)(trained)
@@ -78,7 +78,7 @@ def train(config: Config, work: Work, against: str) -> Result:
 
 
 def random_contexts(config: Config, work: Work) -> Context:
-    """Contexts of each row's prompt and the empty one, as if they had been read."""
+    """Random contexts for each row's prompt and the empty prompt."""
     text, count, length = config.model.text, work.batch_size + 1, work.prompt_tokens
     shape = jax.ShapeDtypeStruct((text.num_layers, count, length, text.num_kv_heads, text.head_dim), config.dtype)
     layers = random_like(KeysValues(shape, shape), jnp.dtype(config.dtype))

@@ -1,9 +1,9 @@
 """Every config key: its default, its type, what it means, and the checks on its value.
 
-`sections` has the keys. An experiment under configs/ takes `defaults()`, a plain `ml_collections.ConfigDict` with all
-of them, and states what differs; `resolve` turns it into the frozen dataclasses that the rest of the code reads. An
-unknown key, a missing one, or a value of the wrong type is an error before any work starts; a key that configs did not
-have from the start may be missing where its default is what the code did before.
+`sections` defines the keys. An experiment under configs/ takes `defaults()`, a plain `ml_collections.ConfigDict` with
+all of them, and changes what differs; `resolve` turns it into the frozen dataclasses that the rest of the code reads.
+An unknown key, a missing key or a value of the wrong type is an error before any work starts. A key that was added
+later may be missing if its default keeps the earlier behaviour.
 """
 
 from lattejax.configuration.config import DTYPES, Config

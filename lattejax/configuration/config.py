@@ -1,4 +1,4 @@
-"""A whole config, and the checks across its sections."""
+"""The complete config, and the checks across its sections."""
 
 import dataclasses
 
@@ -29,9 +29,9 @@ LEAST_MASS = 1e-5  # of the density of flow time, in a group's interval
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = 0
-    dtype: str = "bfloat16"  # of the computation; or "float32", which master weights always are
+    dtype: str = "bfloat16"  # of the computation; or "float32", which master weights always use
     log_every: int = 100  # steps between lines of metrics
-    most_skipped_steps: int = 100  # of a stage, for loss or gradients that are not finite; one more stops the run
+    most_skipped_steps: int = 100  # per stage, for a loss or gradients that are not finite; one more stops the run
     mesh: Mesh = Mesh()
     model: Model = Model()
     images: Images = Images()
@@ -47,11 +47,11 @@ class Config:
         check_one_of("dtype", self.dtype, DTYPES)
         check("log_every", self.log_every, self.log_every > 0, "positive")
         check("most_skipped_steps", self.most_skipped_steps, self.most_skipped_steps >= 0, "at least 0")
-        _ = self.model_config  # checks of its own
+        _ = self.model_config  # runs its own checks
         if self.mesh.expert != 1:
             if self.trains_answers or self.model.group_sizes:
                 what = "model.variant='blend'" if self.trains_answers else "model.group_sizes"
-                raise ValueError(f"mesh.expert={self.mesh.expert} must be 1 with {what}: those layers are not alike")
+                raise ValueError(f"mesh.expert={self.mesh.expert} must be 1 with {what}: its groups cannot be sharded")
             if self.model.num_groups % self.mesh.expert:
                 raise ValueError(f"mesh.expert={self.mesh.expert} does not divide the {self.model.num_groups} groups")
         groups, accumulation = self.model.num_groups if self.train.stratified else 1, self.train.accumulation
@@ -66,22 +66,22 @@ class Config:
                 f"({accumulation})"
             )
         if self.data.prompts == "pictures" and self.train.share_contexts:
-            raise ValueError("data.prompts='pictures' makes every prompt its own; set train.share_contexts=False")
+            raise ValueError("data.prompts='pictures' makes every prompt different; set train.share_contexts=False")
         if self.train.init_from and (self.pretrain.init_from != self.train.init_from or self.pretrain.steps):
             raise ValueError(
                 f"train.init_from={self.train.init_from!r} needs the VLM that its generation pathway was trained "
-                "beside; set pretrain.init_from to the same run, and pretrain.steps=0"
+                "with; set pretrain.init_from to the same run, and pretrain.steps=0"
             )
         masses = self.model_config.generation.intervals.masses(self.train.flow_density)
         if np.min(masses) < LEAST_MASS:
             raise ValueError(
-                f"train.density={self.train.density!r} leaves a group next to nothing to train on: the groups' shares "
-                f"of the flow times are {np.round(masses, 6).tolist()}"
+                f"train.density={self.train.density!r} leaves a group almost no flow times to train on: the groups' "
+                f"shares of the flow times are {np.round(masses, 6).tolist()}"
             )
 
     @property
     def trains_answers(self) -> bool:
-        """Whether the second stage trains on questions too: where it trains weights that answer them."""
+        """Whether the second stage also trains on questions, because it trains the weights that answer them."""
         return self.model_config.shares_layers
 
     @property

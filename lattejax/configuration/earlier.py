@@ -1,4 +1,4 @@
-"""Keys that configs had in earlier versions, and what says the same today."""
+"""Config keys of earlier versions, and their replacements."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ RETIRED = {
 }
 
 
-def bring_along(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a config's values, as `ConfigDict` or JSON have them, without retired keys.
+def migrate(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config's values, a dict from a `ConfigDict` or JSON, with retired keys replaced.
 
     Raises:
-      UserError: a retired key stands beside what has replaced it.
+      UserError: a retired key is given beside its replacement.
     """
     evaluation = values.get("eval")
     if not isinstance(evaluation, dict) or not (old := [key for key in RETIRED if key[5:] in evaluation]):
         return values
     extra = evaluation.get("evaluators", {})
     if "held_out_loss" in extra:
-        raise UserError("; ".join(f"config.{key} is gone: use config.{RETIRED[key]}" for key in old))
+        raise UserError("; ".join(f"config.{key} has been removed: use config.{RETIRED[key]}" for key in old))
     logging.warning(
         "the config is of an earlier version; config.eval.evaluators has replaced config.%s", ", ".join(old)
     )

@@ -14,24 +14,24 @@ from ml_collections import ConfigDict
 
 import lattejax
 from lattejax.configuration.config import Config
-from lattejax.configuration.earlier import RETIRED, bring_along
+from lattejax.configuration.earlier import RETIRED, migrate
 from lattejax.configuration.sections import BEFORE, Settings
 from lattejax.errors import UserError
-from lattejax.files import read_json, write_whole
+from lattejax.files import read_json, write_atomically
 
-VERSION = "lattejax_version"  # beside the keys in a run's config.json: of the code that has written it
+VERSION = "lattejax_version"  # beside the keys in a run's config.json: the version that wrote it
 
 
 def defaults() -> ConfigDict:
-    """A config with every key at its default: what an experiment starts from."""
+    """A config with every key at its default, for an experiment to start from."""
     return ConfigDict(dataclasses.asdict(Config()))
 
 
 def check_key(key: str) -> None:
-    """Raises `UserError` for a key that no config has, and names those that are spelt most like it."""
+    """Raises `UserError` for an unknown key, and names the known keys with the most similar spelling."""
     known = known_keys()
     if key in RETIRED:
-        raise UserError(f"config key {key} is gone: use {RETIRED[key]}")
+        raise UserError(f"config key {key} has been removed: use {RETIRED[key]}")
     if key not in known and not key.startswith(tuple(f"{name}." for name in free_keys())):
         close = difflib.get_close_matches(key, known, n=3, cutoff=0.3)
         raise UserError(f"unknown config key {key}; the nearest known are {', '.join(close or known)}")
@@ -43,7 +43,7 @@ def _fields(cls: type) -> dict[str, type]:
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
-    """Every key of a config, sections as dots."""
+    """Every key of a config, with dots for sections."""
     keys = []
     for name, kind in _fields(cls).items():
         nested = known_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
@@ -52,7 +52,7 @@ def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
 
 
 def free_keys(cls: type = Config, prefix: str = "") -> list[str]:
-    """The keys of a config whose own keys are not known here."""
+    """The config keys that hold free-form `Settings`."""
     keys = []
     for name, kind in _fields(cls).items():
         keys += [prefix + name] * (kind is Settings)
@@ -67,7 +67,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         try:
             return Settings(json.loads(json.dumps(value)))  # as it comes back from a run's config.json
         except TypeError as error:
-            raise UserError(f"config.{path}={value!r} has what JSON cannot hold: {error}") from error
+            raise UserError(f"config.{path}={value!r} has a value that JSON cannot represent: {error}") from error
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path + ".")
     if isinstance(kind, types.GenericAlias):  # tuple[int, int, int] or tuple[str, ...]
@@ -89,12 +89,12 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     for name in values:
         if name not in fields:
             check_key(prefix + name)
-    # A key that was added, and whose default is what the code did before, may be left out.
+    # A key that was added later may be missing if its default keeps the earlier behaviour.
     added = {f.name: f.metadata[BEFORE] for f in dataclasses.fields(cls) if BEFORE in f.metadata}
     values = {f.name: f.default for f in dataclasses.fields(cls) if added.get(f.name, f) == f.default} | values
     missing = [name for name in fields if name not in values]
     if missing:
-        before = [f"{prefix}{key}={added[key]!r} is how it was before that key" for key in missing if key in added]
+        before = [f"{prefix}{key}={added[key]!r} keeps the earlier behaviour" for key in missing if key in added]
         raise UserError("; ".join([f"the config lacks {', '.join(prefix + name for name in missing)}", *before]))
     arguments = {name: _convert(kind, values[name], prefix + name) for name, kind in fields.items()}
     try:
@@ -104,20 +104,20 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 
 def resolve(config: ConfigDict | dict[str, Any]) -> Config:
-    """Checks a config file's dict and returns it typed; raises `UserError` for what is unknown or misshapen."""
-    return _build(Config, bring_along(config.to_dict() if isinstance(config, ConfigDict) else config), "")
+    """Checks a config file's dict and returns it typed; raises `UserError` for an unknown key or an invalid value."""
+    return _build(Config, migrate(config.to_dict() if isinstance(config, ConfigDict) else config), "")
 
 
 def save(config: Config, path: epath.Path) -> None:
     values = dataclasses.asdict(config) | {VERSION: lattejax.__version__}
-    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def load(path: epath.Path) -> Config:
-    """Reads the config of a run or an export. A key that it was made without means what the code did then; raises
-    `UserError` for one that is unknown here, as in a run of a later version."""
-    values = bring_along(read_json(path))
-    version = values.pop(VERSION, "0.1.0")  # which was not written from the start
+    """Reads the config of a run or an export. A key that is missing because it was added later gets the value of the
+    earlier behaviour. Raises `UserError` for an unknown key, as in a run of a later version."""
+    values = migrate(read_json(path))
+    version = values.pop(VERSION, "0.1.0")  # earlier versions did not write it
     for key, before in keys_added().items():
         *sections, name = key.split(".")
         section = functools.reduce(lambda values, part: values.get(part, {}), sections, values)
@@ -132,7 +132,7 @@ def load(path: epath.Path) -> Config:
 
 
 def keys_added(cls: type = Config, prefix: str = "") -> dict[str, Any]:
-    """The keys that configs did not have from the start, and the value that says what the code did before."""
+    """The keys that were added later, each with the value that keeps the earlier behaviour."""
     found = {}
     for name, kind in _fields(cls).items():
         if dataclasses.is_dataclass(kind):
@@ -154,13 +154,13 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """Lists the keys on which two configs differ, as `key: theirs -> ours`."""
+    """Lists the keys in which two configs differ, as `key: theirs -> ours`."""
     old, new = _flat(dataclasses.asdict(theirs)), _flat(dataclasses.asdict(ours))
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)]
 
 
 def describe(config: Config) -> str:
-    """Every key with its value, a line each; those that are not at their default are marked, with the default."""
+    """Every key with its value, one per line; values other than the default are marked with the default."""
     usual = _flat(dataclasses.asdict(Config()))
     return "\n".join(
         f"{key} = {value!r}" if value == usual.get(key) else f"{key} = {value!r}  # not {usual.get(key)!r}"

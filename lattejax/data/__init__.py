@@ -1,5 +1,5 @@
 import os
 
-# transformers serves tokenizers and image processors here; unless told so before its import, it warns that it finds no
-# PyTorch.
+# transformers is only used for tokenizers and image processors. Set before its import, this silences the warning that
+# PyTorch is missing.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -50,8 +50,8 @@ def load(split: str) -> Digits:
 
 
 def question_and_answer(label: int, kind: int, index: int) -> tuple[str, str]:
-    """The four questions about one picture. The last is asked about its own digit in every second picture, and about
-    another one, which varies with the picture's `index`, in the others."""
+    """The four kinds of questions about one picture. The last kind asks about its own digit in every second picture; in
+    the others it asks about another digit, which varies with the picture's `index`."""
     if kind == 0:
         return "Which digit is this?", WORDS[label]
     if kind == 1:
@@ -101,7 +101,7 @@ class DigitSource:
 
 @functools.cache
 def _read_pictures(split: str, processor: str) -> dict[int, ReadableImage]:
-    """The pictures that such a processor has read so far, by number: a run opens its questions several times."""
+    """The cache of pictures that this processor has read, by index: a run opens its questions several times."""
     return {}
 
 
@@ -127,16 +127,16 @@ class Questions:
         return self._encode(index, None)
 
     def _encode(self, index: int, answer: str | None) -> EncodedPrompt:
-        number = index // QUESTIONS_PER_IMAGE
-        if number not in self.images:
-            self.images[number] = self.encoder.read_image(Image.fromarray(self.digits.images[number]))
-        return self.encoder.question(self.text(index)[0], [self.images[number]], answer)
+        image = index // QUESTIONS_PER_IMAGE
+        if image not in self.images:
+            self.images[image] = self.encoder.read_image(Image.fromarray(self.digits.images[image]))
+        return self.encoder.question(self.text(index)[0], [self.images[image]], answer)
 
 
 class Drawings:
     """Random access to the digits' pixels as latents.
 
-    With "captions" the prompt is one of ten. With "pictures" it is another picture of the same digit, to look at, and a
+    With "captions" the prompt is one of ten captions. With "pictures" it is another picture of the same digit, and a
     request.
     """
 
@@ -146,13 +146,13 @@ class Drawings:
         self.latents = np.asarray(Autoencoder(PixelConfig()).encode({}, pixels))
         self.labels = digits.labels
         if prompts == "captions":
-            self._said = [(CAPTIONS[label], ()) for label in self.labels]
+            self._prompts = [(CAPTIONS[label], ()) for label in self.labels]
         else:
             images = [encoder.read_image(Image.fromarray(image)) for image in digits.images]
-            self._said = [(REQUEST, (images[other],)) for other in self._others()]
+            self._prompts = [(REQUEST, (images[other],)) for other in self._others()]
 
     def _others(self) -> np.ndarray:
-        """For each picture the next one of its digit, in a circle."""
+        """For each picture the index of the next picture of its digit, cyclically."""
         others = np.empty(len(self.labels), int)
         for label in range(10):
             own = np.flatnonzero(self.labels == label)
@@ -163,11 +163,11 @@ class Drawings:
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Drawing]:
-        return [Drawing(self.latents[index], *self._said[index]) for index in indices]
+        return [Drawing(self.latents[index], *self._prompts[index]) for index in indices]
 
 
 def requests(encoder: PromptEncoder, prompts: str) -> list[EncodedPrompt]:
-    """A prompt for each digit, in order: its caption, or the first of the held-out pictures that asks for it."""
+    """A prompt for each digit, in order: its caption, or a request with the first held-out picture."""
     drawings = Drawings("test", encoder, prompts)
     firsts = drawings.__getitems__([np.flatnonzero(drawings.labels == label)[0] for label in range(10)])
     return [encoder.drawing(drawing.caption, drawing.images) for drawing in firsts]

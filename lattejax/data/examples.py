@@ -1,4 +1,4 @@
-"""What the two stages train on: the interface of a source, and how its records become batches."""
+"""Training data of both stages: the interface of a data source, and the batching of its records."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from lattejax.models.qwen2_vl import Prompts
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Drawing:
-    """Latents [h, w, C] as the flow sees them, and what they show: in words, perhaps after images to look at."""
+    """Scaled latents [h, w, C], as the flow uses them, and their prompt: a caption, optionally after images."""
 
     latents: np.ndarray
     caption: str
@@ -22,7 +22,7 @@ class Drawing:
 
 
 class Drawings(Protocol):
-    """Random access to what is to be drawn."""
+    """Random access to the images to draw."""
 
     def __len__(self) -> int: ...
 
@@ -40,15 +40,15 @@ class Questions(Protocol):
         """Question and answer."""
 
     def unanswered(self, index: int) -> EncodedPrompt:
-        """The same prompt, up to where the answer is to be given."""
+        """The same prompt, up to where the answer begins."""
 
 
 class Source(Protocol):
     """A data set, in the splits "train" and "test".
 
-    `captions` are all there are, where they are few enough to be read once for all; otherwise none. `identities` tell
-    one data set from another, in what it holds and in which order: a new run notes the first, and an earlier one may
-    have noted any of them. `has_questions` says whether it can train a VLM, and Blend.
+    `captions` lists all captions if they are few enough for a table of contexts; otherwise it is empty. `identities`
+    identify the data set's contents and order: a new run records the first, and an earlier run may have recorded any of
+    them. `has_questions` is whether it can train a VLM, and Blend.
     """
 
     captions: tuple[str, ...]
@@ -57,10 +57,10 @@ class Source(Protocol):
 
     @classmethod
     def open(cls, config: Config, autoencoder: Callable[[], Identity]) -> "Source":
-        """Opens the config's data set, whose latents are to be those of an autoencoder; `autoencoder` tells which.
+        """Opens the config's data set; `autoencoder` returns the autoencoder that its latents must be of.
 
         Raises:
-          UserError: it is not there or not complete, or does not go with the rest of the config.
+          UserError: it is missing or incomplete, or does not fit the rest of the config.
         """
 
     def drawings(self, split: str, encoder: PromptEncoder) -> Drawings: ...
@@ -68,10 +68,10 @@ class Source(Protocol):
     def questions(self, split: str, encoder: PromptEncoder) -> Questions | None: ...
 
     def requests(self, encoder: PromptEncoder) -> list[tuple[str, EncodedPrompt]]:
-        """Prompts to draw samples of, each with a label, where `config.data.prompts` is not "captions"."""
+        """Prompts for sample images, each with a label, if `config.data.prompts` is not "captions"."""
 
     def texts(self) -> Iterable[str]:
-        """Everything that is said, to train a tokenizer on."""
+        """All texts, to train a tokenizer on."""
 
 
 def encode_prompts(encoder: PromptEncoder, drawings: Sequence[Drawing]) -> list[EncodedPrompt]:
@@ -83,9 +83,9 @@ def encode_prompts(encoder: PromptEncoder, drawings: Sequence[Drawing]) -> list[
 def image_batcher(
     config: Config, encoder: PromptEncoder, captions: Sequence[str]
 ) -> Callable[[Sequence[Drawing]], dict[str, Any]]:
-    """Returns what makes a batch of drawings: latents, with the numbers of their captions in the table of `captions`
-    where those are read once for all, and otherwise with their prompts."""
-    numbers = {caption: number for number, caption in enumerate(captions)}
+    """Returns a function that makes a batch of drawings: latents, with the indices of their captions in `captions` if
+    contexts are shared, otherwise with their prompts."""
+    indices = {caption: index for index, caption in enumerate(captions)}
 
     def batch(drawings: Sequence[Drawing]) -> dict[str, Any]:
         def prompts() -> Prompts:
@@ -94,7 +94,7 @@ def image_batcher(
         images = image_arrays(config, len(drawings), prompts)
         np.stack([drawing.latents for drawing in drawings], out=images["latents"])
         if "caption" in images:
-            images["caption"][:] = [numbers[drawing.caption] for drawing in drawings]
+            images["caption"][:] = [indices[drawing.caption] for drawing in drawings]
         return images
 
     return batch
@@ -103,8 +103,8 @@ def image_batcher(
 def image_arrays(
     config: Config, rows: int, prompts: Callable[[], Prompts], make: Callable[..., Any] = np.zeros
 ) -> dict[str, Any]:
-    """A batch of drawings still to be filled, but for its `prompts`, which it has where captions are not read once for
-    all; `make` makes or describes an array of a shape and a dtype."""
+    """The arrays of a batch of drawings, to be filled. `prompts` are complete, and present only if contexts are not
+    shared. `make` makes or describes an array of a shape and a dtype."""
     images = {"latents": make((rows, *config.data.latent_shape), np.float32)}
     if config.train.share_contexts:
         return images | {"caption": make((rows,), np.int32)}

@@ -1,4 +1,4 @@
-"""Which autoencoder latents are of."""
+"""The identity of the autoencoder that latents were made with."""
 
 import dataclasses
 import json
@@ -6,12 +6,12 @@ import json
 from etils import epath
 
 from lattejax.errors import UserError
-from lattejax.files import read_json, write_whole
+from lattejax.files import read_json, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What makes latents fit an autoencoder."""
+    """Latents fit an autoencoder if all of these are equal."""
 
     sha256: str  # of its weight files' hashes and its geometry, or PIXELS
     scale: float
@@ -19,17 +19,17 @@ class Identity:
 
     @classmethod
     def load(cls, path: epath.Path) -> "Identity":
-        """Reads what `save` has written; raises `UserError` where it cannot be read."""
+        """Reads a file that `save` wrote; raises `UserError` if it is invalid."""
         values = read_json(path)
         if values.keys() != {field.name for field in dataclasses.fields(cls)}:
-            raise UserError(f"{path} does not say which autoencoder its latents are of: {values!r:.200}")
+            raise UserError(f"{path} does not describe the autoencoder of its latents: {values!r:.200}")
         return cls(**values)
 
     def save(self, path: epath.Path) -> None:
-        write_whole(path, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
+        write_atomically(path, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
 
     def check(self, other: "Identity", ours: str, theirs: str) -> None:
-        """Raises `UserError` where the two differ, naming whose they are."""
+        """Raises `UserError` if the two differ; `ours` and `theirs` name them in the message."""
         different = [
             f"{field.name} {getattr(self, field.name)} of {ours}, {getattr(other, field.name)} of {theirs}"
             for field in dataclasses.fields(self)

@@ -1,4 +1,4 @@
-"""Image files: how they are read, and how they are cut to squares."""
+"""Reading image files, and cropping images to squares."""
 
 from typing import BinaryIO
 
@@ -11,7 +11,7 @@ from lattejax.errors import UserError
 
 
 def open_image(path: str) -> Image.Image:
-    """Opens an image file, turned as its camera says; raises `UserError` where there is none, or it is no image."""
+    """Opens an image file, rotated by its EXIF orientation; raises `UserError` if it is missing or not an image."""
     file = epath.Path(path)
     if not file.is_file():
         raise UserError(f"{path}: there is no such file")
@@ -20,7 +20,7 @@ def open_image(path: str) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Returns an image in RGB; what is transparent becomes white."""
+    """Returns an image in RGB, with transparent pixels on white."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -28,27 +28,27 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def decode_image(opened: BinaryIO, name: str, *, turn: bool = True) -> Image.Image:
-    """Reads an image whole, turned as its camera says unless `turn` is false.
+    """Reads a complete image, rotated by its EXIF orientation unless `turn` is false.
 
     Raises:
-      UserError: it cannot be read, or its grey levels are not of 8 bits, which nothing says how to make 8 bits of.
+      UserError: it cannot be read, or its grey levels are not of 8 bits, for which no conversion is defined.
     """
     try:
         image = Image.open(opened)
         image.load()
         if image.mode.startswith(("I", "F")):
-            raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits a channel")
+            raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
         return ImageOps.exif_transpose(image) if turn else image
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{name} cannot be read as an image: {error}") from error
 
 
 def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Returns the middle of an image as ADM's evaluation cuts it, and with it every FID on ImageNet since.
+    """Returns the centre crop of ADM's evaluation, which all FIDs on ImageNet have used since.
 
-    The image is halved by boxes while its shorter side is at least twice `size`, brought to `size` with bicubic
-    interpolation, and cut in the middle (github.com/openai/guided-diffusion, `center_crop_arr`). What is transparent
-    becomes white.
+    The image is halved with a box filter while its shorter side is at least twice `size`, resized to `size` with
+    bicubic interpolation, and cropped at the centre (github.com/openai/guided-diffusion, `center_crop_arr`).
+    Transparent pixels become white.
     """
     image = on_white(image)
     while min(image.size) >= 2 * size:

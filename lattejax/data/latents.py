@@ -1,12 +1,12 @@
-"""Latents on disk: what `lattejax.encode` writes and training reads.
+"""Latents on disk, which `lattejax.encode` writes and training reads.
 
-latents-<split>.array_record-00007-of-00100   records (ArrayRecord, as tensorflow-datasets writes it)
-latents-….json                                how many records that file holds, its size and hash, what was left out
-encoding.json                                 what makes these latents what they are; written first
-dataset_info.json, features.json              for tensorflow-datasets: `tfds.builder_from_directory` opens it too
-manifest.json                                 all of it together; written last, and without it nothing is read
+latents-<split>.array_record-00007-of-00100   records (ArrayRecord, in tensorflow-datasets' format)
+latents-….json                                that file's number of records, size, hash, and skipped pictures
+encoding.json                                 the settings that determine these latents; written first
+dataset_info.json, features.json              for tensorflow-datasets' `tfds.builder_from_directory`
+manifest.json                                 all of this together; written last, and required for reading
 
-Latents are stored as the flow sees them, scaled. Axes: n records, h row, w column, C latent channel.
+Latents are stored scaled, as the flow uses them. Axes: n records, h row, w column, C latent channel.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from lattejax.data.examples import Drawing
 from lattejax.data.identity import Identity
 from lattejax.data.pipeline import every
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder
-from lattejax.errors import UserError, need
-from lattejax.files import is_remote, located, read_json
+from lattejax.errors import UserError, require
+from lattejax.files import is_remote, read_json, resolve_path
 
 with epy.lazy_imports():
     import tensorflow_datasets as tfds
@@ -36,20 +36,20 @@ NAME = "latents"
 ENCODING, MANIFEST = "encoding.json", "manifest.json"
 SPLITS = ("train", "test")
 CROP = "ADM centre crop"
-MOST_CAPTIONS = 10_000  # that are kept as a table
+MOST_CAPTIONS = 10_000  # in a table
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """What makes latents what they are."""
+    """The settings and inputs that determine latents."""
 
     autoencoder: Identity
     image_size: int
     latent_shape: tuple[int, int, int]
     crop: str
     flip: bool
-    images: dict[str, str]  # which pictures there are in each split, see `pictures.Pictures.identity`
-    pictures: dict[str, int]  # and how many
+    images: dict[str, str]  # the identity of each split's pictures, see `pictures.Pictures.identity`
+    pictures: dict[str, int]  # the number of pictures in each split
     shard_pictures: int
 
     def as_json(self) -> dict[str, Any]:
@@ -58,18 +58,18 @@ class Encoding:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file."""
+    """A file of latents."""
 
     file: str
     records: int
     bytes: int
     sha256: str
-    unreadable: list[str]  # the pictures that were left out, each with the reason
-    contents: str = ""  # a hash of its latents and captions, in order; empty where the file is older than this field
+    unreadable: list[str]  # the skipped pictures, each with the reason
+    contents: str = ""  # a hash of its latents and captions, in order; empty if the file is older than this field
 
 
 class File(NamedTuple):
-    """One file that is to be."""
+    """A file to write."""
 
     split: str
     name: str
@@ -77,7 +77,7 @@ class File(NamedTuple):
 
 
 def features(latent_shape: tuple[int, int, int]) -> "tfds.features.FeaturesDict":
-    """What a record holds."""
+    """The features of a record."""
     return tfds.features.FeaturesDict(
         {
             "latents": tfds.features.Tensor(
@@ -90,12 +90,12 @@ def features(latent_shape: tuple[int, int, int]) -> "tfds.features.FeaturesDict"
 
 
 def files(pictures: dict[str, int], shard_pictures: int) -> list[File]:
-    """All files of so many pictures in each split."""
+    """All files for the given number of pictures in each split."""
     planned = []
     for split in SPLITS:
         starts = range(0, pictures[split], shard_pictures)
-        for number, start in enumerate(starts):
-            name = f"{NAME}-{split}.array_record-{number:05d}-of-{len(starts):05d}"
+        for i, start in enumerate(starts):
+            name = f"{NAME}-{split}.array_record-{i:05d}-of-{len(starts):05d}"
             planned.append(File(split, name, range(start, min(start + shard_pictures, pictures[split]))))
     return planned
 
@@ -109,7 +109,7 @@ WRITER_OPTIONS = "group_size:1"
 def write_records(
     path: epath.Path, latent_shape: tuple[int, int, int], records: Iterable[dict[str, Any]]
 ) -> tuple[int, str]:
-    """Writes a file of records, see `features`; returns how many, and a hash of what training reads of them."""
+    """Writes a file of records, see `features`; returns their number, and a hash of the fields that training reads."""
     serializer, count, digest = features(latent_shape), 0, hashlib.sha256()
     with contextlib.closing(ArrayRecordWriter(os.fspath(path), WRITER_OPTIONS)) as writer:
         for record in records:
@@ -121,7 +121,7 @@ def write_records(
 
 
 def write_metadata(directory: epath.Path, latent_shape: tuple[int, int, int], shards: dict[str, list[Shard]]) -> None:
-    """Writes what tensorflow-datasets reads about the files of each split."""
+    """Writes tensorflow-datasets' metadata about the files of each split."""
     infos = []
     for split, of_split in shards.items():
         template = tfds.core.ShardedFileTemplate(
@@ -145,7 +145,7 @@ class LatentDrawings:
         from tensorflow_datasets.proto import tf_example_pb2
 
         builder = tfds.builder_from_directory(directory)
-        # Decoded here and not by tensorflow-datasets, which takes three times as long.
+        # Decoded here, because decoding by tensorflow-datasets takes three times as long.
         self.records = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
         self._example = tf_example_pb2.Example
         self.latent_shape = latent_shape
@@ -164,7 +164,7 @@ class LatentDrawings:
 
 @dataclasses.dataclass(frozen=True)
 class LatentSource:
-    """Cached latents as a data set, see `examples.Source`; they come without questions."""
+    """Cached latents as a data set, see `examples.Source`; it has no questions."""
 
     directory: epath.Path
     latent_shape: tuple[int, int, int]
@@ -177,21 +177,21 @@ class LatentSource:
         """Opens the config's latents.
 
         Raises:
-          UserError: encoding them has not ended, a file is missing or cut short, or they are of another autoencoder,
-            scale, shift, size or shape than the config's.
+          UserError: their encoding is incomplete, a file is missing or truncated, or their autoencoder, scale, shift,
+            size or shape are not the config's.
         """
-        data, directory = config.data, located(config.data.latents)
+        data, directory = config.data, resolve_path(config.data.latents)
         if data.prompts != "captions":
-            raise UserError(f"config.data.prompts={data.prompts!r} must be 'captions' where latents are cached")
+            raise UserError(f"config.data.prompts={data.prompts!r} must be 'captions' for cached latents")
         if not data.latents:
-            raise UserError("config.data.latents is empty; it must be the directory that lattejax.encode has made")
+            raise UserError("config.data.latents is empty; it must be a directory that lattejax.encode has written")
         if is_remote(directory):
             raise UserError(
-                f"config.data.latents={data.latents!r} is remote; ArrayRecord is read from a disk, or a mount"
+                f"config.data.latents={data.latents!r} is remote; ArrayRecord needs a local disk or a mount"
             )
         if not (directory / MANIFEST).is_file():
-            raise UserError(f"config.data.latents={data.latents!r} has no {MANIFEST}; let lattejax.encode end there")
-        need("tensorflow_datasets", "data", "training on latents")
+            raise UserError(f"config.data.latents={data.latents!r} has no {MANIFEST}; complete it with lattejax.encode")
+        require("tensorflow_datasets", "data", "training on latents")
         manifest = read_json(directory / MANIFEST)
         try:
             encoding, shards = manifest["encoding"], [Shard(**shard) for shard in manifest["shards"]]
@@ -199,7 +199,7 @@ class LatentSource:
             made = {"image_size": encoding["image_size"], "latent_shape": tuple(encoding["latent_shape"])}
             captions = tuple(manifest["captions"] or ())
         except (KeyError, TypeError) as error:
-            raise UserError(f"{directory / MANIFEST} is none of lattejax.encode: {error!r}") from error
+            raise UserError(f"{directory / MANIFEST} was not written by lattejax.encode: {error!r}") from error
         made_by.check(autoencoder(), data.latents, data.autoencoder)
         for key, value in made.items():
             if getattr(data, key) != value:
@@ -222,16 +222,16 @@ class LatentSource:
 
 
 def _identities(shards: Sequence[Shard]) -> tuple[str, ...]:
-    """By contents, the same where the same pictures are encoded again; and by files, whose containers may differ, as
-    earlier runs recorded them."""
+    """The hash of contents, which is the same if the same pictures are encoded again; and the hash of files, which may
+    differ then, as earlier runs recorded it."""
     hashes = [[shard.contents for shard in shards], [shard.sha256 for shard in shards]]
     return tuple(hashlib.sha256(" ".join(of_all).encode()).hexdigest() for of_all in hashes if all(of_all))
 
 
 def check_size(directory: epath.Path, shard: Shard) -> None:
-    """Raises `UserError` if a file is not there, or not as long as it should be."""
+    """Raises `UserError` if a file is missing or has the wrong size."""
     file = directory / shard.file
     size = file.stat().length if file.exists() else None
     if size != shard.bytes:
-        found = "is missing" if size is None else f"is cut short or overwritten: {size} bytes, expected {shard.bytes}"
+        found = "is missing" if size is None else f"is truncated or overwritten: {size} bytes, expected {shard.bytes}"
         raise UserError(f"{file} {found}; remove it and {shard.file}.json, and encode again")

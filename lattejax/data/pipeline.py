@@ -1,4 +1,4 @@
-"""Deterministic batches: row j of batch n is record π(n·B + j), π a shuffle of each epoch, drawn from the seed."""
+"""Deterministic batches: row j of batch n is record π(n·B + j), where π shuffles each epoch, from the seed."""
 
 import itertools
 import sys
@@ -12,7 +12,7 @@ with epy.lazy_imports():
 
 
 class RandomAccess(Protocol):
-    """Records by number, many at once: the faster way wherever they are stored."""
+    """Records by index, several at once, which is faster for any storage."""
 
     def __len__(self) -> int: ...
 
@@ -20,17 +20,17 @@ class RandomAccess(Protocol):
 
 
 class Batches(Iterator[Any]):
-    """An endless iterator of batches, read ahead off the main thread.
+    """An infinite iterator of batches, prefetched by other threads.
 
-    `get_state()` is a small JSON object, the position after the batch last handed out; `set_state` goes back to it. The
-    position counts whole batches, so a state also fits where another part of each batch is read.
+    `get_state()` is a small JSON object, the position after the last returned batch; `set_state` goes back to it. The
+    position counts complete batches, so it does not depend on which rows of each batch are read.
 
     Args:
-      source: of the records.
+      source: the records.
       make_batch: turns a list of the source's records into a batch.
-      batch_size: records in a batch, with all that other processes read; batches run on across the ends of epochs.
-      seed: of the shuffle.
-      threads: how many threads read ahead.
+      batch_size: records in a complete batch, over all processes; batches may span epochs.
+      seed: the seed of the shuffle.
+      threads: the number of prefetching threads.
       rows: which of a batch's rows are read, in order; None: all.
 
     Raises:
@@ -49,17 +49,17 @@ class Batches(Iterator[Any]):
     ):
         if not len(source):
             raise ValueError("the data set has no records")
-        self._shuffled = grain.MapDataset.range(len(source)).seed(seed).shuffle()  # goes on, reshuffled, for ever
+        self._shuffled = grain.MapDataset.range(len(source)).seed(seed).shuffle()  # infinite, reshuffled in each epoch
         self._rows, self._batch_size = range(batch_size) if rows is None else rows, batch_size
         batches = grain.MapDataset.range(sys.maxsize // batch_size)
-        batches = batches.map(lambda number: make_batch(source.__getitems__(self.records(number, self._rows))))
+        batches = batches.map(lambda batch: make_batch(source.__getitems__(self.records(batch, self._rows))))
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         self._iterator = iter(batches.to_iter_dataset(options))
 
-    def records(self, number: int, rows: Sequence[int] | None = None) -> list[int]:
-        """The numbers of the records in some rows of a batch, or in all of them."""
+    def records(self, batch: int, rows: Sequence[int] | None = None) -> list[int]:
+        """The indices of the records in some rows of a batch, or in all of them."""
         rows = range(self._batch_size) if rows is None else rows
-        return [int(self._shuffled[number * self._batch_size + row]) for row in rows]
+        return [int(self._shuffled[batch * self._batch_size + row]) for row in rows]
 
     def __next__(self) -> Any:
         return next(self._iterator)
@@ -72,7 +72,7 @@ class Batches(Iterator[Any]):
 
 
 def chunks(source: RandomAccess, size: int = 1024) -> Iterator[Sequence[Any]]:
-    """Every record, in order, so many at a time."""
+    """All records, in order, in chunks."""
     for start in range(0, len(source), size):
         yield source.__getitems__(list(range(start, min(start + size, len(source)))))
 
@@ -83,7 +83,7 @@ def every(source: RandomAccess) -> Iterator[Any]:
 
 
 class Streams(Iterator[dict[str, Any]]):
-    """Several iterators of batches as one, of dicts with a batch of each; its state is a dict of their states."""
+    """Combines iterators of batches into one, which yields dicts of batches; its state is a dict of their states."""
 
     def __init__(self, **streams: Batches):
         self._streams = streams
@@ -91,9 +91,9 @@ class Streams(Iterator[dict[str, Any]]):
     def __next__(self) -> dict[str, Any]:
         return {name: next(stream) for name, stream in self._streams.items()}
 
-    def records(self, number: int) -> dict[str, list[int]]:
-        """The numbers of all records in a batch, of each stream."""
-        return {name: stream.records(number) for name, stream in self._streams.items()}
+    def records(self, batch: int) -> dict[str, list[int]]:
+        """The indices of all records in a batch, for each stream."""
+        return {name: stream.records(batch) for name, stream in self._streams.items()}
 
     def get_state(self) -> dict[str, Any]:
         return {name: stream.get_state() for name, stream in self._streams.items()}

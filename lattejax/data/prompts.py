@@ -1,4 +1,4 @@
-"""Captions and questions become chat-template prompts here, and prompts become arrays: the one place for both."""
+"""Prompts: captions and questions in the chat template, and their conversion to arrays."""
 
 import dataclasses
 import functools
@@ -20,12 +20,12 @@ from lattejax.models.vision import Images
 with epy.lazy_imports():
     import transformers
 
-_SAYS_IMAGE = f"a text says {IMAGE_PAD}, which stands for an image; leave it out"
+_HAS_IMAGE_PAD = f"a text contains {IMAGE_PAD}, the placeholder of an image; remove it"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReadableImage:
-    """An image as the vision tower reads it: flattened patches [P, patch_dim], and how many (frames, rows, columns)."""
+    """An image for the vision tower: flattened patches [P, patch_dim], and their grid (frames, rows, columns)."""
 
     patches: np.ndarray
     grid: tuple[int, int, int]
@@ -33,7 +33,7 @@ class ReadableImage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """Token ids [T], the images they refer to, and which tokens are the answer to be learnt [T]."""
+    """Token ids [T], the images they refer to, and which tokens are the answer to learn [T]."""
 
     input_ids: np.ndarray
     images: tuple[ReadableImage, ...] = ()
@@ -42,7 +42,7 @@ class EncodedPrompt:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Turn:
-    """What one side says in a chat, after the images that it shows."""
+    """One turn of a chat; images come before the text."""
 
     role: str  # "system", "user" or "assistant"
     text: str
@@ -59,7 +59,7 @@ class PromptEncoder:
         *,
         stop_tokens: Sequence[int] | None = None,
     ):
-        """Takes the model's own tokenizer and processor; an answer ends at a turn's end and at the `stop_tokens`."""
+        """Takes the model's tokenizer and processor; an answer ends with `<|im_end|>` or one of the `stop_tokens`."""
         self.tokenizer, self.processor = tokenizer, processor
         self.merge = processor.merge_size
         self.patch_dim = 3 * processor.temporal_patch_size * processor.patch_size**2
@@ -69,10 +69,10 @@ class PromptEncoder:
         self._tokenize = functools.lru_cache(maxsize=4096)(self._tokenize_chat)
 
     def read_image(self, image: Image.Image) -> ReadableImage:
-        """Resizes, normalises and cuts an image as Qwen2-VL's processor does; what is transparent becomes white.
+        """Resizes, normalises and patchifies an image as Qwen2-VL's processor does; transparent pixels become white.
 
         Raises:
-          UserError: the processor refuses it, as one that is 200 times as long as wide.
+          UserError: the processor rejects it, e.g. because it is 200 times as long as wide.
         """
         try:
             features = self.processor(images=[on_white(image)], return_tensors="np")
@@ -81,66 +81,66 @@ class PromptEncoder:
         return ReadableImage(features["pixel_values"], tuple(int(n) for n in features["image_grid_thw"][0]))
 
     def chat(self, turns: Sequence[Turn]) -> EncodedPrompt:
-        """A chat so far, up to where the assistant is to answer."""
+        """A chat so far, up to where the assistant's answer begins."""
         return self._encode(turns, "")
 
     def question(self, question: str, images: Sequence[ReadableImage] = (), answer: str | None = None) -> EncodedPrompt:
-        """A user's turn with images before the text, up to the answer, or with it if there is one."""
+        """A user's turn with images before the text, up to the answer, or including it if it is given."""
         if not question.strip():
             raise UserError("the question is empty")
         turns = [Turn("user", question, tuple(images))]
         prompt = self.chat(turns)
         if answer is None:
             return prompt
-        whole = self._encode(turns, answer + TURN_END)
-        return dataclasses.replace(whole, is_answer=np.arange(len(whole.input_ids)) >= len(prompt.input_ids))
+        answered = self._encode(turns, answer + TURN_END)
+        return dataclasses.replace(answered, is_answer=np.arange(len(answered.input_ids)) >= len(prompt.input_ids))
 
     def drawing(self, caption: str, images: Sequence[ReadableImage] = ()) -> EncodedPrompt:
-        """A prompt to draw: the whole chat template of a caption, with images to look at before it, up to and
+        """A prompt to draw, conditioned on `images`: the chat template of the images and then the caption, up to and
         including the assistant's `<|vision_start|>`."""
         if not caption.strip():
-            raise UserError("a prompt is empty; say what to draw")
+            raise UserError("a prompt is empty; describe what to draw")
         return self._encode([Turn("user", caption, tuple(images))], VISION_START)
 
     def drawings(self, captions: Sequence[str]) -> list[EncodedPrompt]:
-        """The same for many captions without images: several times as fast."""
+        """The same for many captions without images; several times as fast."""
         if not all(map(str.strip, captions)):
-            raise UserError("a prompt is empty; say what to draw")
+            raise UserError("a prompt is empty; describe what to draw")
         if self._around_text is None:
             return [self.drawing(caption) for caption in captions]
         before, after = self._around_text
         texts = [before + caption + after + VISION_START for caption in captions]
         ids = [np.array(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         if any(self.image_token in prompt for prompt in ids):
-            raise UserError(_SAYS_IMAGE)
+            raise UserError(_HAS_IMAGE_PAD)
         return [EncodedPrompt(prompt) for prompt in ids]
 
     @functools.cached_property
     def _around_text(self) -> tuple[str, str] | None:
-        """What the chat template puts before and after a user's text; None if it does more with texts than that."""
+        """The chat template's text before and after a user's text; None if the template also changes the text."""
         chats = {text: self._render((("user", text, 0),)) for text in ("@", " a\n", "{{ b }} <c>&'")}
         before, _, after = chats["@"].rpartition("@")
         return (before, after) if all(chat == before + text + after for text, chat in chats.items()) else None
 
     def unconditional(self) -> EncodedPrompt:
-        """The same template with an empty caption: what guidance points away from."""
+        """The same template with an empty caption: the unconditional prompt of guidance."""
         return self._encode([Turn("user", "")], VISION_START)
 
-    def _encode(self, turns: Sequence[Turn], begun: str) -> EncodedPrompt:
-        """The chat template, and after it what the assistant has `begun` to say."""
+    def _encode(self, turns: Sequence[Turn], reply: str) -> EncodedPrompt:
+        """The chat template, followed by the beginning of the assistant's reply."""
         images = tuple(image for turn in turns for image in turn.images)
-        ids = self._tokenize(tuple((turn.role, turn.text, len(turn.images)) for turn in turns), begun)
+        ids = self._tokenize(tuple((turn.role, turn.text, len(turn.images)) for turn in turns), reply)
         if ids.count(self.image_token) != len(images):
-            raise UserError(_SAYS_IMAGE)
+            raise UserError(_HAS_IMAGE_PAD)
         # Each image's pad is repeated once for every merged patch.
         counts = iter(int(np.prod(image.grid)) // self.merge**2 for image in images)
         return EncodedPrompt(
             np.repeat(ids, [next(counts) if token == self.image_token else 1 for token in ids]), images
         )
 
-    def _tokenize_chat(self, turns: tuple[tuple[str, str, int], ...], begun: str) -> list[int]:
-        """Token ids of turns (role, text, number of images), with one pad an image."""
-        return self.tokenizer(self._render(turns) + begun, add_special_tokens=False)["input_ids"]
+    def _tokenize_chat(self, turns: tuple[tuple[str, str, int], ...], reply: str) -> list[int]:
+        """Token ids of turns (role, text, number of images), with one pad per image."""
+        return self.tokenizer(self._render(turns) + reply, add_special_tokens=False)["input_ids"]
 
     def _render(self, turns: tuple[tuple[str, str, int], ...]) -> str:
         messages = [
@@ -154,7 +154,7 @@ class PromptEncoder:
         for prompt in prompts:
             if len(prompt.input_ids) > length:
                 raise UserError(
-                    f"a prompt has {len(prompt.input_ids)} tokens, more than the {length} that the config gives it: "
+                    f"a prompt has {len(prompt.input_ids)} tokens, more than the config's limit of {length}: "
                     f"{self.tokenizer.decode(prompt.input_ids)!r}"
                 )
 
@@ -165,7 +165,7 @@ class PromptEncoder:
         num_images: int | None = None,
         num_patches: int | None = None,
     ) -> Prompts:
-        """Pads prompts to one length, one number of images and these to one number of patches; None: the largest.
+        """Pads prompts to one length and one number of images, and images to one number of patches; None: the largest.
 
         Raises:
           UserError: a prompt is longer than `length`.
@@ -204,13 +204,13 @@ class PromptEncoder:
 def prompt_arrays(
     rows: int, length: int, images: tuple[int, int, int] = (0, 0, 0), make: Callable[..., Any] = np.zeros
 ) -> Prompts:
-    """A batch of prompts still to be filled.
+    """The arrays of a batch of prompts, to be filled.
 
     Args:
-      rows: of the batch.
-      length: of each, in tokens.
-      images: of each how many, patches of each of these, and values of each patch.
-      make: what makes an array of a shape and a dtype, or describes one.
+      rows: rows in the batch.
+      length: tokens in each row.
+      images: images in each row, patches in each image, and values in each patch.
+      make: makes or describes an array of a shape and a dtype.
     """
     *shape, patch_dim = (rows, *images)
     pictures = None
@@ -226,15 +226,15 @@ def prompt_arrays(
 
 
 def largest_image(prompts: Iterable[EncodedPrompt]) -> int:
-    """Patches of the largest image of all prompts; 0 where there is none."""
+    """The number of patches of the largest image in all prompts; 0 if there is none."""
     return max((len(image.patches) for prompt in prompts for image in prompt.images), default=0)
 
 
 def question_batch(encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], length: int) -> dict[str, Any]:
     """A training batch of questions with answers.
 
-    `target_weights` [B, T] are 1 at the tokens to be predicted, the answers' alone. `objectives.weigh_answers` scales
-    them, when the rows of all processes are together.
+    `target_weights` [B, T] are 1 at the tokens to predict, which are only the answers'. `objectives.weigh_answers`
+    scales them, once the rows of all processes are together.
     """
     batch = question_arrays(encoder.batch(prompts, length))
     for row, prompt in enumerate(prompts):
@@ -243,12 +243,12 @@ def question_batch(encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], len
 
 
 def question_arrays(prompts: Prompts, make: Callable[..., Any] = np.zeros) -> dict[str, Any]:
-    """A batch of questions whose weights are still to be filled; `make` as in `prompt_arrays`."""
+    """A batch of questions, with weights to be filled; `make` as in `prompt_arrays`."""
     return {"prompts": prompts, "target_weights": make(prompts.input_ids.shape, np.float32)}
 
 
 def prompt_encoder(config: Config, tokenizer: Tokenizer) -> PromptEncoder:
-    """The encoder that goes with a config: its tokenizer, its vision tower's patches, its bounds on image sizes."""
+    """A config's encoder, with the given tokenizer, its vision tower's patches and its bounds on image sizes."""
     vision = config.model.vision
     processor = transformers.Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,

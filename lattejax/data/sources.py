@@ -1,4 +1,4 @@
-"""The data sets that `config.data.source` can name; see `examples.Source` for what one has to do."""
+"""The data sets that `config.data.source` can name; `examples.Source` is their interface."""
 
 import importlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from lattejax.data.examples import Source
 from lattejax.data.identity import Identity
 from lattejax.errors import UserError
 
-# Where each class is: it is imported when it is asked for, since what data sets need is slow to import.
+# The location of each class. It is imported on demand, because the data sets' dependencies are slow to import.
 SOURCES = {
     "digits": "lattejax.data.digits:DigitSource",
     "latents": "lattejax.data.latents:LatentSource",

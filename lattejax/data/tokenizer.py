@@ -1,6 +1,6 @@
 """The tokenizer: Qwen2's byte-level BPE with Qwen2-VL's special tokens and chat template.
 
-Either loaded from a directory, or trained on a data set's own texts when a small model is to be trained from nothing.
+It is loaded from a directory, or, for a small model that is trained from scratch, trained on the data set's texts.
 """
 
 import tempfile
@@ -11,14 +11,14 @@ from etils import epath, epy
 from jinja2 import TemplateError
 
 from lattejax.errors import UserError
-from lattejax.files import local_files, read_json, write_whole
+from lattejax.files import local_files, read_json, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 else:
     Tokenizer = Any
 
-with epy.lazy_imports():  # slow to import, and no refusal needs it
+with epy.lazy_imports():  # slow to import, and error paths do not need it
     import transformers
 
 LAST_FILE = "tokenizer_config.json"
@@ -65,7 +65,7 @@ CHAT_TEMPLATE = """\
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a tokenizer of at most `vocab_size` entries, special tokens included."""
+    """Trains a tokenizer of at most `vocab_size` entries, including special tokens."""
     texts = [*texts, "system\nYou are a helpful assistant.\n", "user\n", "assistant\n"]
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
         texts, vocab_size, new_special_tokens=SPECIAL_TOKENS, show_progress=False
@@ -76,19 +76,19 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, directory: epath.Path) -> None:
-    """Writes the tokenizer's files, also to a remote directory, which transformers cannot."""
+    """Writes the tokenizer's files, also to a remote directory, which transformers does not support."""
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save_pretrained(local)
         _copy_files(epath.Path(local), directory)
 
 
 def is_saved(directory: epath.Path) -> bool:
-    """Whether a tokenizer was saved there, whole."""
+    """Whether a directory holds a completely saved tokenizer."""
     return (directory / LAST_FILE).exists()
 
 
 def load(directory: epath.Path) -> Tokenizer:
-    """Reads a saved tokenizer; raises `UserError` where there is none or it is not Qwen2-VL's kind."""
+    """Reads a saved tokenizer; raises `UserError` if there is none, or it is not a Qwen2-VL tokenizer."""
     if not is_saved(directory):
         raise UserError(f"no tokenizer in {directory}: {LAST_FILE} is missing")
     try:
@@ -96,7 +96,7 @@ def load(directory: epath.Path) -> Tokenizer:
             tokenizer = transformers.AutoTokenizer.from_pretrained(local)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
-    if (directory / PROCESSOR_TEMPLATE).exists():  # where checkpoints kept the template that knows of images
+    if (directory / PROCESSOR_TEMPLATE).exists():  # where older checkpoints have the template with images
         tokenizer.chat_template = read_json(directory / PROCESSOR_TEMPLATE).get("chat_template")
     known = tokenizer.get_vocab()
     missing = [token for token in (TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD) if token not in known]
@@ -120,7 +120,7 @@ def _shows_images(tokenizer: Tokenizer) -> bool:
 
 
 def _copy_files(source: epath.Path, target: epath.Path) -> None:
-    """Copies a tokenizer's files; the one that `is_saved` looks for comes last."""
+    """Copies a tokenizer's files; the file that `is_saved` checks for comes last."""
     files = [file for file in source.iterdir() if file.is_file()]
     for file in sorted(files, key=lambda file: file.name == LAST_FILE):
-        write_whole(target / file.name, file.read_bytes())
+        write_atomically(target / file.name, file.read_bytes())

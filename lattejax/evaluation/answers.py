@@ -1,4 +1,4 @@
-"""Are held-out questions answered right?"""
+"""The accuracy of answers to held-out questions."""
 
 import dataclasses
 
@@ -22,11 +22,11 @@ class AnswerAccuracy:
 
     @classmethod
     def open(cls, config: Config, source: Source, *, examples: int | None = None) -> "AnswerAccuracy":
-        """Takes `config.eval.examples` where `examples` is not given."""
+        """`examples` defaults to `config.eval.examples`."""
         if not source.has_questions:
             raise UserError(f"config.data.source={config.data.source!r} has no questions whose answers could be scored")
         if examples is not None and (type(examples) is not int or examples < 0):
-            raise UserError(f"examples={examples!r} must be a whole number, 0 for all of them")
+            raise UserError(f"examples={examples!r} must be a non-negative integer; 0: all of them")
         return cls(config.eval.examples if examples is None else examples)
 
     def __call__(self, subject: Subject) -> Report:
@@ -41,12 +41,12 @@ def answer_accuracy(answerer: Answerer, questions: Questions, examples: int, bat
 
     Args:
       answerer: the model.
-      questions: held-out ones.
-      examples: how many of them, a fixed random choice; 0: all.
-      batch_size: questions answered at a time.
+      questions: held-out questions.
+      examples: how many of them to use, a fixed random choice; 0: all.
+      batch_size: questions per batch.
     """
     total = len(questions)
     chosen = np.random.default_rng(0).permutation(total)[: examples or total].tolist()
     prompts = [questions.unanswered(i) for i in chosen]
     answers = answerer.generate(prompts, Decoding(max_tokens=LONGEST_ANSWER), batch_size)
-    return float(np.mean([said == questions.text(i)[1] for said, i in zip(answers, chosen, strict=True)]))
+    return float(np.mean([answer == questions.text(i)[1] for answer, i in zip(answers, chosen, strict=True)]))

@@ -1,4 +1,4 @@
-"""The score of the digits: are drawn ones read as what was asked for?"""
+"""The score of generated digits: does a classifier read the digit that the prompt asked for?"""
 
 import dataclasses
 import functools
@@ -28,14 +28,14 @@ def _vectors(images: np.ndarray) -> np.ndarray:
 
 
 class DigitReader:
-    """Reads drawn digits, with a support vector machine fitted on the real training digits."""
+    """Classifies generated digits with a support vector machine, fitted on the real training digits."""
 
     def __init__(self):
         train = digits.load("train")
         self._machine = svm.SVC(gamma="scale", C=10.0).fit(_vectors(train.images), train.labels)
 
     def score(self, images: np.ndarray) -> dict[str, float]:
-        """The share of images read as what was asked for, and their Fréchet distance to the test images.
+        """The share of images classified as the requested digit, and their Fréchet distance to the test images.
 
         Args:
           images: uint8 [10 · n, 8, 8, 3], zeros first. The distance is in pixels of [0, 1].
@@ -49,19 +49,19 @@ class DigitReader:
 
 @functools.cache
 def digit_reader() -> DigitReader:
-    """Fitted once, however often digits are scored."""
+    """The reader, fitted once per process."""
     return DigitReader()
 
 
 def frechet_train_test() -> float:
-    """The training images' own distance to the test images: what a generator can hope to reach."""
+    """The Fréchet distance of the training images to the test images: what a perfect generator would reach."""
     return frechet_distance(*(_vectors(digits.load(split).images) for split in ("train", "test")))
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitScore:
-    """Of so many `images`, as many of each digit: drawn as config.eval says, or at each of some guidance scales, and
-    then beside the score of the training images themselves."""
+    """The score of `images` generated images, the same number of each digit. They are drawn as config.eval defines, or
+    at each of several guidance scales; in that case the score of the training images is reported too."""
 
     config: Config
     images: int
@@ -76,7 +76,7 @@ class DigitScore:
         if type(images) is not int or images < 1 or images % CLASSES:
             raise UserError(f"images={images!r} must be a positive multiple of {CLASSES}")
         for scale in guidance:
-            _with_guidance(config, scale)  # raises for what cannot be drawn at
+            _with_guidance(config, scale)  # raises for an invalid scale
         return cls(config, images, tuple(guidance))
 
     def prompts(self, encoder: PromptEncoder) -> list[EncodedPrompt]:

@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of vectors, each taken for a Gaussian (Heusel et al., arXiv 1706.08500)."""
+"""The Fréchet distance between two sets of vectors, each modelled as a Gaussian (Heusel et al., arXiv 1706.08500)."""
 
 import numpy as np
 from jaxtyping import Float
@@ -7,8 +7,8 @@ from jaxtyping import Float
 def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
     """|μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½), in float64.
 
-    The trace of the root is the sum of the roots of the eigenvalues of Σa Σb, which are real and not negative up to
-    rounding; no matrix root is taken.
+    The trace of the root is the sum of the square roots of the eigenvalues of Σa Σb, which are real and non-negative up
+    to rounding; no matrix root is computed.
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)

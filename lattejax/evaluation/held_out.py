@@ -1,4 +1,4 @@
-"""The loss on held-out rows, a batch at a time, however many there are."""
+"""The loss on held-out rows, in batches."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class HeldOutFlowLoss:
 
 
 class HeldOutLoss:
-    """Each group's loss on the first eval.examples held-out rows, eval.batch_size of them at a time, over the mesh."""
+    """Each group's loss on the first eval.examples held-out rows, in batches of eval.batch_size, over the mesh."""
 
     def __init__(self, config: Config, loss: FlowLoss, drawings: Drawings, make_batch: Callable, mesh: Mesh):
         self._drawings, self._make_batch, self._mesh = drawings, make_batch, mesh

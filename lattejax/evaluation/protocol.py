@@ -1,4 +1,4 @@
-"""What a score is: something that draws, asks or measures with a model, and returns named figures and pictures."""
+"""The evaluator protocol: a score evaluates a model by any means, and returns named figures and pictures."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from lattejax.sampling.images import ImageSampler
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Figures are numbers, or vectors with an entry for each group; both go by the names under which they are kept."""
+    """The results of scores, by name. A figure is a number, or a vector with an entry for each group."""
 
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
     pictures: dict[str, Image.Image] = dataclasses.field(default_factory=dict)
@@ -29,8 +29,8 @@ class Report:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
-    """A model under evaluation, and what can be asked of it. Each is made when first asked for, and shared by all
-    evaluators; one copy of the weights serves drawing and answering."""
+    """A model under evaluation. Its parts are made on first use and shared by all evaluators; drawing and answering use
+    one copy of the weights."""
 
     config: Config
     source: Source
@@ -38,7 +38,7 @@ class Subject:
     mesh: Mesh
     make_weights: Callable[[], Params]  # for inference, see `runs.inference`
     make_held_out_losses: Callable[[], Float[np.ndarray, "K"]] | None = None
-    open_decoder: Callable[[], tuple[Autoencoder, Params]] | None = None  # None: there is nothing yet that draws
+    open_decoder: Callable[[], tuple[Autoencoder, Params]] | None = None  # None: the model cannot draw yet
 
     @functools.cached_property
     def weights(self) -> Params:
@@ -64,20 +64,20 @@ class Subject:
 class Evaluator(Protocol):
     """A score. `registry` lists them.
 
-    `judges` is the part of the model that it is about. Those of the "vlm" are taken while a stage trains the VLM, those
-    of the "pathway" in the second stage.
+    `judges` is the part of the model that it evaluates. Scores of the "vlm" are taken while a stage trains the VLM,
+    scores of the "pathway" in the second stage.
     """
 
     judges: Literal["vlm", "pathway"]
 
     @classmethod
     def open(cls, config: Config, source: Source, **settings: Any) -> "Evaluator":
-        """Makes one, before any work starts.
+        """Makes an evaluator, before any work starts.
 
         Args:
-          config: the run's.
-          source: its data.
-          settings: of config.eval.evaluators.<name>, those that are not about when it is taken.
+          config: the run's config.
+          source: the run's data.
+          settings: those of config.eval.evaluators.<name>, without the ones that schedule it.
 
         Raises:
           UserError: settings or data do not fit.
@@ -88,13 +88,13 @@ class Evaluator(Protocol):
 
 
 class DrawingScore(Protocol):
-    """A score of drawings alone, which can also be had of images that somebody else draws: a sweep does, at several
+    """A score of drawings only, so it can also be taken of images drawn elsewhere: a sweep draws them with several
     numbers of steps."""
 
-    images: int  # that it is taken of, as many of each prompt
+    images: int  # the number it is taken of, the same number for each prompt
     num_prompts: int
 
     def prompts(self, encoder: PromptEncoder) -> list[EncodedPrompt]: ...
 
     def score(self, images: np.ndarray) -> dict[str, float]:
-        """Figures of images [P · n, H, W, 3], n of each of the P prompts, in their order."""
+        """Figures of images [P · n, H, W, 3]: n of each of the P prompts, in the prompts' order."""

@@ -1,6 +1,6 @@
-"""The scores there are, and when each is taken: `config.eval.evaluators` has a name and settings for each.
+"""All scores, and when each is taken: `config.eval.evaluators` has a name and settings for each.
 
-To add one, write a file with a class that does what `protocol.Evaluator` says, and name it in `EVALUATORS`.
+To add one, write a file with a class that implements `protocol.Evaluator`, and register it in `EVALUATORS`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from lattejax.data.examples import Source
 from lattejax.errors import UserError
 from lattejax.evaluation.protocol import DrawingScore, Evaluator, Report, Subject
 
-# Where each class is: it is imported when it is asked for, since what scores need is slow to import.
+# The location of each class. It is imported on demand, because the scores' dependencies are slow to import.
 EVALUATORS = {
     "held_out_loss": "lattejax.evaluation.held_out:HeldOutFlowLoss",
     "answers": "lattejax.evaluation.answers:AnswerAccuracy",
@@ -30,15 +30,15 @@ class Scheduled:
     name: str
     evaluator: Evaluator
     moments: Sequence[Moment]
-    every: int = 0  # only at steps that this divides; 0: at every evaluation
+    every: int = 0  # only at multiples of this step; 0: at every evaluation
 
     def is_due(self, moment: Moment, step: int) -> bool:
         return moment in self.moments and not (self.every and step % self.every)
 
 
 def open_evaluators(config: Config, source: Source) -> list[Scheduled]:
-    """Makes a run's evaluators, but those that are never taken; raises `UserError` for what is unknown, or does not fit
-    config or data."""
+    """Makes a run's evaluators, except those with at="never"; raises `UserError` if one is unknown, or does not fit the
+    config or the data."""
     wanted = {name: each for name, each in config.eval.evaluators.items() if each.get("at") != "never"}
     return [open_evaluator(name, settings, config, source) for name, settings in wanted.items()]
 
@@ -47,18 +47,19 @@ def open_evaluator(name: str, settings: dict[str, Any], config: Config, source: 
     """Makes one evaluator.
 
     Args:
-      name: its own in the config.
-      settings: `type`, which of `EVALUATORS` it is, by default that of its name; `at`, "training" (by default), "end",
-        "demand" or "never"; `every`, in training, the steps between two, by default those between evaluations; and what
-        the evaluator itself takes.
-      config, source: of the run.
+      name: its name in the config.
+      settings: `type`, one of `EVALUATORS`, by default its name; `at`, "training" (default), "end", "demand" or
+        "never"; `every`, the steps between two scores in training, by default those between evaluations; and the
+        evaluator's own settings.
+      config: the run's config.
+      source: the run's data.
     """
     settings = dict(settings)
     kind, at, every = settings.pop("type", name), settings.pop("at", "training"), settings.pop("every", 0)
     key = f"config.eval.evaluators.{name}"
     if kind not in EVALUATORS:
-        told = f"{key} is unknown" if kind == name else f"{key}.type={kind!r} is unknown"
-        raise UserError(f"{told}; use some of {', '.join(EVALUATORS)}")
+        problem = f"{key} is unknown" if kind == name else f"{key}.type={kind!r} is unknown"
+        raise UserError(f"{problem}; use some of {', '.join(EVALUATORS)}")
     if at not in TIMES:
         raise UserError(f"{key}.at={at!r} must be one of {', '.join(TIMES)}")
     if type(every) is not int or every < 0 or (every and (not config.eval.every or every % config.eval.every)):
@@ -66,11 +67,11 @@ def open_evaluator(name: str, settings: dict[str, Any], config: Config, source: 
             f"{key}.every={every!r} must be a multiple of eval.every={config.eval.every}, or 0 for each evaluation"
         )
     if every and at != "training":
-        raise UserError(f"{key}.every={every} goes with at='training', not with {at!r}")
+        raise UserError(f"{key}.every={every} needs at='training', not {at!r}")
     module, _, cls = EVALUATORS[kind].partition(":")
     try:
         evaluator = getattr(importlib.import_module(module), cls).open(config, source, **settings)
-    except TypeError as error:  # an unknown setting, or one of another type
+    except TypeError as error:  # an unknown setting, or one of the wrong type
         raise UserError(f"{key}={settings!r}: {error}") from error
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
@@ -78,7 +79,7 @@ def open_evaluator(name: str, settings: dict[str, Any], config: Config, source: 
 
 
 def _in_training(evaluator: Evaluator, config: Config) -> list[Moment]:
-    """The stages that train what it judges."""
+    """The stages that train the part that it judges."""
     if evaluator.judges == "pathway":
         return ["train"]
     return ["pretrain", "train"] if config.trains_answers else ["pretrain"]
@@ -89,7 +90,7 @@ def due(scheduled: Iterable[Scheduled], moment: Moment, step: int = 0) -> list[E
 
 
 def take_scores(evaluators: Iterable[Evaluator], subject: Subject) -> Report:
-    """All of these scores.
+    """Takes all of these scores.
 
     Raises:
       UserError: two of them have a figure or a picture of the same name.
@@ -105,7 +106,7 @@ def take_scores(evaluators: Iterable[Evaluator], subject: Subject) -> Report:
 
 
 def drawing_scores(scheduled: Iterable[Scheduled]) -> Iterator[DrawingScore]:
-    """Those at the end of a run that score drawings alone."""
+    """The scores at the end of a run that need drawings only."""
     for evaluator in due(scheduled, "end"):
         if hasattr(evaluator, "score"):
             yield evaluator

@@ -1,4 +1,4 @@
-"""A grid of samples, to be looked at."""
+"""A grid of sample images."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from lattejax.sampling.grid import labelled_grid
 
 @dataclasses.dataclass(frozen=True)
 class SampleGrid:
-    """Images of the config's prompts; where prompts are pictures to look at, of those that the data set suggests."""
+    """Images for the config's prompts, or, if prompts are pictures, for those that the data set suggests."""
 
     judges = "pathway"
 

@@ -1,7 +1,7 @@
 """Densities of flow time: how often training visits each t, and how sampling spaces its steps.
 
-A density gives its cumulative distribution, on the host in float64, and the inverse of it, in JAX: what the stratified
-draw of `flow.intervals` needs. Noise stands at t = 0.
+A density provides its cumulative distribution (on the host, in float64) and the inverse of it (in JAX), which the
+stratified draw of `flow.intervals` needs. Noise is at t = 0.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from scipy.special import ndtr
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Every t alike."""
+    """The uniform density."""
 
     def cumulative(self, t: np.ndarray) -> np.ndarray:
         return np.asarray(t, np.float64)
@@ -25,7 +25,7 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class LogitNormal:
-    """logit(t) is normal (Esser et al., arXiv 2403.03206): with mean 0 most often in the middle."""
+    """logit(t) is normal (Esser et al., arXiv 2403.03206): with mean 0, times in the middle are the most frequent."""
 
     mean: float
     std: float
@@ -41,7 +41,7 @@ class LogitNormal:
 
 @dataclasses.dataclass(frozen=True)
 class Shifted:
-    """t = s·u / (1 + (s − 1)·u) of a uniform u: s below 1 leans towards noise. s = 1/3 is SD3's shift of 3."""
+    """t = s·u / (1 + (s − 1)·u) of a uniform u: s below 1 favours noise. s = 1/3 is SD3's shift of 3."""
 
     shift: float
 

@@ -1,9 +1,9 @@
 """The paper's timestep intervals: which group of layers owns which part of the flow.
 
-LaTtE-Flow (arXiv 2506.06952), "layerwise timestep experts": the L layers are cut into K groups of consecutive layers,
-and group k owns the flow times [edge_k, edge_{k+1}), the last one closed. Time runs from noise at t = 0 to the image at
-t = 1, so group 0 owns the noisiest interval. One edge table serves training, sampling and evaluation; step times are
-computed from their index, never accumulated.
+LaTtE-Flow (arXiv 2506.06952), "layerwise timestep experts": the L layers are split into K groups of consecutive layers,
+and group k owns the flow times [edge_k, edge_{k+1}); the last interval is closed. Time runs from noise at t = 0 to the
+image at t = 1, so group 0 owns the noisiest interval. Training, sampling and evaluation share one edge table. Step
+times are computed from their index, never accumulated.
 
 Axes: K group, b rows of one group.
 """
@@ -24,7 +24,7 @@ Schedule = tuple[tuple[tuple[float, float], ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
-    """The edge table: K + 1 rising numbers from 0 to 1."""
+    """The edge table: K + 1 increasing flow times from 0 to 1."""
 
     edges: tuple[float, ...]
 
@@ -32,7 +32,7 @@ class Intervals:
         rising = all(low < high for low, high in itertools.pairwise(self.edges))
         if len(self.edges) < 2 or self.edges[0] != 0 or self.edges[-1] != 1 or not rising:
             raise ValueError(
-                f"interval_edges={self.edges} must rise from 0 to 1, so that every flow time has one owner"
+                f"interval_edges={self.edges} must increase from 0 to 1, so that every flow time has one owner"
             )
 
     @classmethod
@@ -56,9 +56,9 @@ class Intervals:
         first, _ = self._range(t.dtype)
         return jnp.searchsorted(jnp.asarray(first[1:]), t, side="right")
 
-    def hold(self, t: Float[Array, "K b"]) -> Float[Array, "K b"]:
-        """Moves flow times into their row's interval: between the first and the last number of t's precision that
-        `group_of` gives to the group."""
+    def clip(self, t: Float[Array, "K b"]) -> Float[Array, "K b"]:
+        """Clips flow times to their row's interval: between the first and the last value in t's precision that
+        `group_of` assigns to the group."""
         first, last = self._range(t.dtype)
         return jnp.clip(t, first[:, None], last[:, None])
 
@@ -72,25 +72,25 @@ class Intervals:
     def draw(self, u: Float[Array, "K b"], density: Density = UNIFORM) -> Float[Array, "K b"]:
         """Maps uniform draws in [0, 1) to flow times of the density restricted to each row's interval.
 
-        Rounding never carries a draw out of its interval.
+        Rounding never moves a draw out of its interval.
         """
         below = density.cumulative(self.edges).astype(u.dtype)
-        return self.hold(density.quantile(below[:-1, None] + np.diff(below)[:, None] * u))
+        return self.clip(density.quantile(below[:-1, None] + np.diff(below)[:, None] * u))
 
     def masses(self, density: Density = UNIFORM) -> np.ndarray:
         """P_k, each group's share of the density of t.
 
-        Every group gets an equal share of each batch, whatever its mass. The batch's loss is Σ P_k·loss_k, that is,
-        each example weighs K·P_k: an unbiased estimate of the mean over t.
+        Every group gets an equal share of each batch, whatever its mass. The batch's loss is Σ P_k·loss_k: each
+        example has weight K·P_k, which makes it an unbiased estimate of the mean over t.
         """
         return np.diff(density.cumulative(self.edges))
 
     def schedule(self, num_steps: int, shift: float = 1.0) -> Schedule:
-        """Deals `num_steps` steps out to the groups: a step belongs to the group that owns its start.
+        """Assigns `num_steps` steps to the groups: a step belongs to the group that owns its start.
 
-        The steps are equal for a shift of 1; else their times are moved by it (see `densities.Shifted`), and it is the
-        moved time, which the network sees, that finds its group. Times are exact fractions, rounded once, so that one
-        that falls on an edge is that edge.
+        With a shift of 1 the steps are equal. Otherwise their times are shifted (see `densities.Shifted`), and the
+        shifted time, which the network sees, determines the group. Times are exact fractions, rounded once, so that a
+        time on an edge equals that edge.
         """
         exact = Shifted(Fraction(shift).limit_denominator(10**8))
         times = [float(exact.quantile(Fraction(i, num_steps))) for i in range(num_steps + 1)]

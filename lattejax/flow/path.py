@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 def interpolate(
     latents: Float[Array, "*rows h w C"], noise: Float[Array, "*rows h w C"], t: Float[Array, "*rows"]
 ) -> Float[Array, "*rows h w C"]:
-    """Returns x_t for one t a row."""
+    """Returns x_t, with one t per row."""
     t = t[..., None, None, None]
     return t * latents + (1 - t) * noise
 
@@ -23,5 +23,5 @@ def target_velocity(
 def guide(
     conditional: Float[Array, "*rows h w C"], unconditional: Float[Array, "*rows h w C"], scale: Float[Array, ""]
 ) -> Float[Array, "*rows h w C"]:
-    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) on every channel; scale 1 is no guidance."""
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) on every channel; scale 1 means no guidance."""
     return unconditional + scale * (conditional - unconditional)

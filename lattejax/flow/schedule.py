@@ -1,6 +1,6 @@
-"""A sampling call's steps: who takes each, and how.
+"""A sampling call's steps: which group takes each, and with which solver.
 
-LaTtE-Flow (arXiv 2506.06952): a step runs wholly in the group that owns its start.
+LaTtE-Flow (arXiv 2506.06952): a step runs entirely in the group that owns its start.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ from typing import NamedTuple
 from lattejax.flow.intervals import Intervals
 from lattejax.flow.solvers import SOLVERS, Steps
 
-MOST_GUIDANCE = 1000.0  # of no use to anyone: here for what is not finite, or a slip
-LEAST_SHIFT = 0.001  # and the inverse is the largest: beyond, float32 cannot tell the first or the last steps apart
+MOST_GUIDANCE = 1000.0  # far beyond any useful scale; rejects infinities and typing errors
+LEAST_SHIFT = 0.001  # the largest is its inverse; beyond these, float32 cannot tell the first or the last steps apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Sampling:
     """How the flow is integrated."""
 
     num_steps: int = 40
-    guidance: float = 2.0  # the scale; 1 is none
+    guidance: float = 2.0  # the scale; 1: no guidance
     # Only steps that start at a flow time in [low, high) are guided (Kynkäänniemi et al., arXiv 2404.07724).
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     solver: str = "euler"
@@ -30,7 +30,7 @@ class Sampling:
         for name, good, expected in (
             ("num_steps", self.num_steps > 0, "positive"),
             ("guidance", 0 <= self.guidance <= MOST_GUIDANCE, f"from 0 to {MOST_GUIDANCE:.0f}"),
-            ("guidance_interval", 0 <= low <= high <= 1, "two rising flow times from 0 to 1"),
+            ("guidance_interval", 0 <= low <= high <= 1, "two increasing flow times from 0 to 1"),
             ("solver", self.solver in SOLVERS, f"one of {list(SOLVERS)}"),
             ("shift", LEAST_SHIFT <= self.shift <= 1 / LEAST_SHIFT, f"from {LEAST_SHIFT} to {1 / LEAST_SHIFT:.0f}"),
         ):
@@ -39,7 +39,7 @@ class Sampling:
 
 
 class Segment(NamedTuple):
-    """Consecutive steps that one group takes in one way: what one compiled loop does."""
+    """Consecutive steps of one group with the same settings; they run in one compiled loop."""
 
     group: int
     guided: bool
@@ -48,10 +48,10 @@ class Segment(NamedTuple):
 
 
 def split_steps(intervals: Intervals, sampling: Sampling) -> tuple[Segment, ...]:
-    """Deals a sampling call's steps out to the groups.
+    """Assigns a sampling call's steps to the groups.
 
-    A step runs wholly in the group that owns its start. Where Heun's second stage falls beyond that group's interval,
-    whose end counts as inside, it is dropped: the step is Euler's.
+    A step runs entirely in the group that owns its start. If Heun's second stage falls beyond the end of that group's
+    interval, it is dropped: the step becomes an Euler step.
     """
     low, high = sampling.guidance_interval
 

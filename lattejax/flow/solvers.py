@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# What a velocity is given besides x, from the flow times at which it is asked for and up to which it is followed:
-# computed for all steps at once, each array with a leading axis of steps.
+# The velocity's inputs besides x, from the flow times at which it is evaluated and up to which it is followed. They are
+# computed for all steps at once; each array has a leading axis of steps.
 Conditions = Callable[[Float[Array, "steps"], Float[Array, "steps"]], Any]
 Velocity = Callable[[Float[Array, "B h w C"], Any], Float[Array, "B h w C"]]  # at x, given one step's conditions
 Steps = tuple[tuple[float, float], ...]  # (start, end) of each
 
 
 def euler(velocity: Velocity, conditions: Conditions, x: Float[Array, "B h w C"], steps: Steps) -> jax.Array:
-    """Takes the steps, in order, by Euler's rule, as one compiled loop."""
+    """Takes the steps, in order, with Euler's method, as one compiled loop."""
 
     starts, ends = _times(steps, x)
 
@@ -27,7 +27,8 @@ def euler(velocity: Velocity, conditions: Conditions, x: Float[Array, "B h w C"]
 
 
 def heun(velocity: Velocity, conditions: Conditions, x: Float[Array, "B h w C"], steps: Steps) -> jax.Array:
-    """Takes the steps by Heun's rule: the mean velocity of the step's start and of Euler's guess of its end."""
+    """Takes the steps with Heun's method: the mean of the velocities at the step's start and at Euler's estimate of its
+    end."""
 
     starts, ends = _times(steps, x)
 

@@ -1,4 +1,4 @@
-"""Attention whose memory stays bounded however long the sequence.
+"""Attention with memory that is bounded for any sequence length.
 
 Axes: B batch, T query, S key, H query head, G KV head, d head dimension.
 """
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-# Scores [T, S] of one head that are held at a time. A photo of twelve megapixels has 62,000 patches, and so 4e9 scores.
+# Scores [T, S] of one head in memory at a time. A twelve-megapixel photo has 62,000 patches, and so 4e9 scores.
 MOST_SCORES = 1 << 24
 
 
@@ -18,7 +18,8 @@ def attention(
     mask: Bool[Array, "B T S"] | Bool[Array, "B 1 S"],
     most_scores: int = MOST_SCORES,
 ) -> Float[Array, "B T H d"]:
-    """`jax.nn.dot_product_attention`, on so many queries at a time that no head has more than `most_scores` scores."""
+    """`jax.nn.dot_product_attention` in blocks of queries, so that no head has more than `most_scores` scores at a
+    time."""
     length, block = q.shape[1], max(1, most_scores // k.shape[1])
     if length <= block:
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])

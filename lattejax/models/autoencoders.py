@@ -1,7 +1,7 @@
-"""Autoencoders: images to latents and back, whatever the network.
+"""Autoencoders: images to latents and back, with any network.
 
-DC-AE, TAESD and bare pixels have a file each for their modules. Here is what is done with any of them, and the one
-place where latents are scaled: networks neither scale nor clip, and nothing outside this file scales.
+DC-AE, TAESD and bare pixels each have a file for their modules. This file has what they share, and is the only place
+where latents are scaled: networks neither scale nor clip, and nothing outside this file scales.
 
 Axes: B batch, H row, W column of an image, h and w of latents, C latent channel.
 """
@@ -20,7 +20,7 @@ from lattejax.models.taesd import TAESDConfig
 
 NetworkConfig = DCAEConfig | TAESDConfig | PixelConfig
 NETWORKS = {DCAEConfig: dc_ae, TAESDConfig: taesd, PixelConfig: pixels}
-PIXELS = "pixels"  # the name of the autoencoder that needs no weights
+PIXELS = "pixels"  # the autoencoder without weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Autoencoder:
         }
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """Rows, columns and channels of a square image's latents; raises `ValueError` where its side does not fit."""
+        """Rows, columns and channels of a square image's latents; raises `ValueError` if its side does not fit."""
         side, rest = divmod(image_size, self.network.compression)
         if rest:
-            raise ValueError(f"image_size={image_size} is no multiple of {self.network.compression} pixels a latent")
+            raise ValueError(f"image_size={image_size} is no multiple of {self.network.compression} pixels per latent")
         return side, side, self.network.latent_channels
 
     def encode(self, encoder: Params, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        """Takes images in [-1, 1], of sides that the network's compression divides; returns scaled latents."""
+        """Takes images in [-1, 1], whose sides the network's compression divides; returns scaled latents."""
         latents = functional.bind(NETWORKS[type(self.network)].Encoder, self.network, params=encoder)(images)
         return (latents - self.shift) * self.scale
 

@@ -1,7 +1,7 @@
-"""What a velocity is conditioned on, beside its prompt: from what the caller says of each row to one vector c.
+"""What a velocity is conditioned on, besides its prompt: maps the `Step` of each row to a vector c.
 
-Flow time alone is the paper's. Another kind is a module here, or anywhere, and a line in `CONDITIONINGS`; it is chosen
-by `config.model.conditioning`. Samplers compute it ahead of their steps, for all of them.
+The paper conditions on flow time only. Another kind is a module, here or elsewhere, and a line in `CONDITIONINGS`;
+`config.model.conditioning` chooses it. Samplers compute c for all steps in advance.
 """
 
 from typing import NamedTuple
@@ -18,15 +18,15 @@ TIME_CHANNELS = 256
 
 
 class Step(NamedTuple):
-    """For each row the flow time at which its velocity is asked for, and the one up to which it will be followed: in
-    sampling the step's end, in training the same time."""
+    """For each row the flow time at which its velocity is evaluated, and the time up to which it is followed: the end
+    of the step in sampling, the same time in training."""
 
     start: Float[Array, "B"]
     end: Float[Array, "B"]
 
 
 class TimeEmbedding(nnx.Module):
-    """Sinusoids of 1000·t through a two-layer SiLU network; in t's own precision, whatever that of the weights."""
+    """Sinusoids of 1000·t through a two-layer SiLU network; in t's precision, whatever the weights' dtype."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.fc1 = Linear(TIME_CHANNELS, width, rngs=rngs)
@@ -40,5 +40,5 @@ class TimeEmbedding(nnx.Module):
         return self.fc2(jax.nn.silu(self.fc1(sinusoids)))
 
 
-# Modules that are made of the width D, and take a `Step` to c.
+# Modules that are constructed from the width D and map a `Step` to c.
 CONDITIONINGS: dict[str, type[nnx.Module]] = {"time": TimeEmbedding}

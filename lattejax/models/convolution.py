@@ -1,4 +1,4 @@
-"""What the convolutional autoencoders have in common: a convolution as PyTorch pads it, and a chain of modules.
+"""Shared by the convolutional autoencoders: a convolution with PyTorch's padding, and a chain of modules.
 
 Axes: B batch, H row, W column, C channel.
 """
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 
 def conv(inputs: int, outputs: int, kernel: int, rngs: nnx.Rngs, **settings) -> nnx.Conv:
-    """A convolution padded on all sides by half its kernel, also where it strides."""
+    """A convolution padded on all sides by half its kernel, also if it is strided."""
     return nnx.Conv(inputs, outputs, (kernel, kernel), padding=kernel // 2, rngs=rngs, **settings)
 
 

@@ -1,9 +1,9 @@
-"""DC-AE, the deep-compression autoencoder: images to latents of a 32nd of their sides, and back.
+"""DC-AE, the deep-compression autoencoder: images to latents with sides 32 times shorter, and back.
 
-Written after DC-AE (arXiv 2410.10733) and its implementation in diffusers (AutoencoderDC). Both published families are
-there: `in-1.0` (pixel shuffles, no multi-scale tokens, batch norm in the decoder) and `sana-1.0` (strided convolutions
-and interpolation, 5×5 multi-scale tokens). Modules and their attributes have diffusers' names, so that a weight's path
-here is its name there. Batch norms use their running averages: the autoencoder is not trained.
+Follows DC-AE (arXiv 2410.10733) and its implementation in diffusers (AutoencoderDC). Both published families are
+supported: `in-1.0` (pixel shuffles, no multi-scale tokens, batch norm in the decoder) and `sana-1.0` (strided
+convolutions and interpolation, 5×5 multi-scale tokens). Modules and their attributes have diffusers' names, so a
+weight's path here is its name there. Batch norms use their running averages: the autoencoder is not trained.
 
 Axes: B batch, H row, W column, C channel, G attention group, N pixel, d head dimension.
 """
@@ -26,14 +26,14 @@ NORMS = ("rms_norm", "batch_norm")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Blocks at one resolution; `depth` 0 leaves the stage out, which only the first may."""
+    """Blocks at one resolution; `depth` 0 omits the stage, which is allowed only for the first."""
 
     width: int
     depth: int
     block: str = "ResBlock"
     norm: str = "rms_norm"
     activation: str = "silu"
-    multiscales: tuple[int, ...] = ()  # sides of the convolutions that make further tokens for attention
+    multiscales: tuple[int, ...] = ()  # kernel sizes of the convolutions that make additional tokens for attention
 
     def __post_init__(self):
         for name, known in (("block", BLOCKS), ("norm", NORMS), ("activation", ACTIVATIONS)):
@@ -43,15 +43,15 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class DCAEConfig:
-    """Geometry; stages are listed from the image to the latents, for the decoder too."""
+    """Geometry; stages are listed from the image to the latents, also for the decoder."""
 
     encoder: tuple[Stage, ...]
     decoder: tuple[Stage, ...]
     in_channels: int = 3
     latent_channels: int = 32
     head_dim: int = 32
-    unshuffle: bool = True  # down by moving pixels to channels; else by a strided convolution
-    shuffle: bool = True  # up by moving channels to pixels; else by repeating pixels
+    unshuffle: bool = True  # down by moving pixels to channels; otherwise by a strided convolution
+    shuffle: bool = True  # up by moving channels to pixels; otherwise by repeating pixels
     encoder_shortcut: bool = True  # around the encoder's last convolution
     decoder_shortcut: bool = True  # around the decoder's first
     last_activation: str = "relu"
@@ -60,7 +60,7 @@ class DCAEConfig:
         if len(self.encoder) != len(self.decoder):
             raise ValueError(f"the encoder has {len(self.encoder)} stages, the decoder {len(self.decoder)}")
         if any(stage.depth == 0 for stage in (*self.encoder[1:], *self.decoder[1:])):
-            raise ValueError("only a first stage may be left out (depth 0)")
+            raise ValueError("only the first stage may be omitted (depth 0)")
 
     @property
     def compression(self) -> int:
@@ -69,22 +69,22 @@ class DCAEConfig:
 
 
 def unshuffle(x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
-    """Moves each square of 2×2 pixels into channels, PyTorch's order."""
+    """Moves each square of 2×2 pixels into channels, in PyTorch's order."""
     return rearrange(x, "B (h r) (w s) C -> B h w (C r s)", r=2, s=2)
 
 
 def shuffle(x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
-    """The way back."""
+    """The inverse of `unshuffle`."""
     return rearrange(x, "B h w (C r s) -> B (h r) (w s) C", r=2, s=2)
 
 
 def average(x: Float[Array, "B H W C"], channels: int) -> Float[Array, "B H W c"]:
-    """Averages neighbouring channels until so many are left."""
+    """Averages groups of neighbouring channels; returns `channels` of them."""
     return reduce(x, "B H W (c group) -> B H W c", "mean", c=channels)
 
 
 def spread(x: Float[Array, "B H W C"], channels: int) -> Float[Array, "B H W c"]:
-    """Repeats each channel until there are so many."""
+    """Repeats each channel; returns `channels` of them."""
     return repeat(x, "B H W C -> B H W (C times)", times=channels // x.shape[-1])
 
 
@@ -145,7 +145,7 @@ class LinearAttention(nnx.Module):
         height, width = x.shape[1:3]
         tokens = jnp.concatenate([self.to_q(x), self.to_k(x), self.to_v(x)], axis=-1)
         tokens = jnp.concatenate([tokens, *(scale(tokens) for scale in self.to_qkv_multiscale)], axis=-1)
-        # Channels fall to groups of [q | k | v] as they stand: what to_q returns is not the queries alone.
+        # Consecutive channels form groups of [q | k | v]: the output of to_q is not only queries.
         groups = rearrange(tokens, "B H W (G channels) -> B G (H W) channels", channels=3 * self.head_dim)
         q, k, v = jnp.split(groups.astype(jnp.float32), 3, axis=-1)
         mixed = mix(jax.nn.relu(q), jax.nn.relu(k), v, linear=height * width > self.head_dim)
@@ -156,7 +156,7 @@ class LinearAttention(nnx.Module):
 def mix(
     q: Float[Array, "B G N d"], k: Float[Array, "B G N d"], v: Float[Array, "B G N d"], linear: bool
 ) -> Float[Array, "B G N d"]:
-    """Averages values with weights q·k; the two ways differ in cost and in rounding."""
+    """Averages values with weights q·k; the two methods differ in cost and in rounding."""
     least = 1e-15
     if linear:
         values = jnp.pad(v, [(0, 0)] * 3 + [(0, 1)], constant_values=1.0)  # the last one sums the weights
@@ -168,7 +168,7 @@ def mix(
 
 
 class GatedConv(nnx.Module):
-    """The feed-forward half: out to eight times the width, a 3×3 convolution within channels, a gate, and back."""
+    """The feed-forward half: up to eight times the width, a 3×3 convolution within channels, a gate, and back."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.conv_inverted = conv(width, 8 * width, 1, rngs)

@@ -1,6 +1,6 @@
 """Model FLOPs in closed form: two for each multiply-add of a matrix product, nothing for the rest.
 
-Recomputation is not counted, so that rates compare across remat policies.
+Recomputation is not counted, so that rates are comparable across remat policies.
 """
 
 from lattejax.models.conditioning import TIME_CHANNELS
@@ -18,8 +18,8 @@ def decoder_layer(text: TextConfig, tokens: int, seen: int) -> int:
 
 
 def velocity(config: GenerationConfig, context_tokens: int) -> int:
-    """One image through one group of M = L/K layers (their mean, if groups differ), time embedding and modulations
-    included."""
+    """One image through one group of M = L/K layers (the mean, if groups differ), including time embedding and
+    modulations."""
     text = config.text
     width, tokens = text.hidden_size, config.grid[0] * config.grid[1]
     modulation = 2 * width * (4 * width + config.layer.num_gates)
@@ -30,11 +30,11 @@ def velocity(config: GenerationConfig, context_tokens: int) -> int:
 
 
 def reading(text: TextConfig, tokens: int) -> int:
-    """One prompt of text through the language model, up to its last layer's output; causal attention counts whole."""
+    """One prompt of text through the language model, up to its last layer's output; causal attention counts in full."""
     return text.num_layers * decoder_layer(text, tokens, tokens)
 
 
-def looking(vision: VisionConfig, patches: int) -> int:
+def vision_tower(vision: VisionConfig, patches: int) -> int:
     """One image through the vision tower."""
     width, block = vision.embed_dim, vision.spatial_merge_size**2
     weights = (4 + 2 * vision.mlp_ratio) * width * width
@@ -45,4 +45,4 @@ def looking(vision: VisionConfig, patches: int) -> int:
 
 def question(text: TextConfig, vision: VisionConfig, tokens: int, patches: int) -> int:
     """One question about one image, logits at every token."""
-    return reading(text, tokens) + 2 * tokens * text.hidden_size * text.vocab_size + looking(vision, patches)
+    return reading(text, tokens) + 2 * tokens * text.hidden_size * text.vocab_size + vision_tower(vision, patches)

@@ -1,7 +1,7 @@
 """The border between Flax NNX and plain JAX.
 
 Modules are written in NNX. Everywhere else a model is a nested dict of arrays (`Params`) and a pure function of it, so
-that `jax.jit`, `jax.grad`, `jax.vmap` and `jax.lax.scan` are all the transforms there are:
+that `jax.jit`, `jax.grad`, `jax.vmap` and `jax.lax.scan` apply directly:
 
     params = init(DecoderLayer, config, key=key)
     y = bind(DecoderLayer, config, params=params)(x)
@@ -25,7 +25,7 @@ def _graph(module: type[nnx.Module], *args) -> nnx.GraphDef:
 
 
 def init(module: type[nnx.Module], *args, key: jax.Array) -> Params:
-    """Returns the freshly drawn parameters of `module(*args)` as a nested dict."""
+    """Returns random initial parameters of `module(*args)` as a nested dict."""
     return nnx.to_pure_dict(nnx.state(module(*args, rngs=nnx.Rngs(key))))
 
 
@@ -48,7 +48,7 @@ def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
 
 
 def merge(*parts: Params) -> Params:
-    """Puts the parts of a nested dict together again; a later part's leaves replace an earlier one's."""
+    """Merges the parts of a nested dict; a later part's leaves replace an earlier one's."""
     flat = {}
     for part in parts:
         flat |= traverse_util.flatten_dict(part, sep="/")

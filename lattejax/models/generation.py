@@ -1,8 +1,8 @@
 """The generation pathway: the velocity of noisy latents, computed by one timestep-expert group.
 
 LaTtE-Flow (arXiv 2506.06952). Every group starts from the embedded noisy latents themselves and ends in the image head:
-it is a whole velocity network of M layers for its interval of flow time. Embedding, time embedding and head are shared
-by the groups.
+it is a complete velocity network of M layers for its interval of flow time. The groups share embedding, time embedding
+and head.
 
 Axes: B batch, K group, M layer in group, L = K M layers, T context token, N image token, D width, C latent channel.
 """
@@ -26,25 +26,25 @@ from lattejax.models.text import KeysValues
 
 
 class Context(NamedTuple):
-    """What image tokens see of prompts: at each layer the VLM's keys and values, and where images start."""
+    """What image tokens attend to of prompts: the VLM's keys and values at each layer, and where images start."""
 
-    layers: KeysValues | list[KeysValues]  # [L or M, B, T, G, d], or a list of so many [B, T, G, d]
+    layers: KeysValues | list[KeysValues]  # [L or M, B, T, G, d], or a list of L or M arrays [B, T, G, d]
     mask: Bool[Array, "B T"]
     next_position: Int[Array, "B"]
 
 
 class Conditioning(NamedTuple):
-    """All that one group takes from what its rows are conditioned on: flow time, and what else there may be."""
+    """One group's modulations, computed from each row's `Step`: from flow time, or another conditioning."""
 
-    layers: Modulation | list[Modulation]  # each layer's, stacked or a list as the layers are
+    layers: Modulation | list[Modulation]  # each layer's, in the form of the layers: stacked or a list
     head: HeadModulation
 
 
 def init(config: GenerationConfig, decoder_layers: Params | None, key: jax.Array) -> Params:
     """Returns the pathway's weights: `embedding`, `time`, `experts` stacked on a leading axis L, and `head`.
 
-    With `decoder_layers`, the VLM's (stacked on L), each expert layer has a replica of the VLM layer at its depth: a
-    copy, or with `replica_init="random"` random weights of that shape. Without, the experts have no decoder.
+    With the VLM's `decoder_layers` (stacked on L), each expert layer has a replica of the VLM layer at its depth: a
+    copy, or with `replica_init="random"` random weights of that shape. Without them, the experts have no decoder.
     """
     embedding, time, experts, head = jax.random.split(key, 4)
     layers = functional.init_stacked(GenerationLayer, config.layer, key=experts, count=config.text.num_layers)
@@ -61,12 +61,12 @@ def init(config: GenerationConfig, decoder_layers: Params | None, key: jax.Array
 
 
 def group_layers(config: GenerationConfig, layers: Params, group: int) -> Params:
-    """Returns one group's share of what stands for each of the L layers."""
+    """Returns one group's slice of a stack or list of L layers."""
     return Layers(layers)[config.layers_of[group]]
 
 
 def pick(context: Context, rows: Int[Array, "B"]) -> Context:
-    """For each row its prompt's context."""
+    """Gathers each row's context from a table."""
     layers = Layers(context.layers).map_arrays(lambda x: x[rows])
     return Context(layers, context.mask[rows], context.next_position[rows])
 
@@ -79,8 +79,8 @@ def image_positions(config: GenerationConfig, start: Int[Array, "B"]) -> Int[Arr
 
 
 def condition(config: GenerationConfig, params: Params, step: Step) -> Conditioning:
-    """Computes what one group takes from what its rows are conditioned on: a function of nothing else, so that sampling
-    does it ahead of its steps. `params` are as in `velocity`."""
+    """Computes one group's conditioning. It depends only on `step` and the weights, so sampling computes it for all
+    steps in advance. `params` are as in `velocity`."""
     c = functional.bind(CONDITIONINGS[config.conditioning], config.text.hidden_size, params=params["time"])(step)
 
     def modulate(layer: Params) -> Modulation:
@@ -106,7 +106,7 @@ def velocity(
         dtype is the dtype of the computation.
       context: the prompts' keys and values at those M layers, in the same form.
       x_t: noisy latents.
-      conditioning: see `condition`; each row's, or of length 1 if it is the same for the whole batch. Flow times are
+      conditioning: see `condition`; each row's, or of length 1 if it is the same for all rows. Flow times are
         inside the group's interval.
       remat: what a layer keeps for the backward pass, see `layers.Layers.scan`.
     """
@@ -150,7 +150,7 @@ def _run_layers(
         h, own_map = layer(h, modulation, rotary, keys_values, context.mask, previous_map)
         return (h, own_map), own_map if keep_maps else None
 
-    # The first layer has no map to take up. In a scan it adds one of zeros, which is the same.
+    # The first layer has no previous map. In a scan it adds a map of zeros, which is equivalent.
     shape = (h.shape[0], text.num_heads, h.shape[1], h.shape[1])
     no_map = None if config.residual_attention == "none" else jnp.zeros(shape, h.dtype)
     layers = Layers(params["experts"]).zip(conditioning.layers, context.layers)
@@ -169,18 +169,18 @@ def group_velocities(
     remat: str = "none",
     unroll: bool = False,
 ) -> Float[Array, "K B h w C"]:
-    """Every group's velocities of its own rows: the training form, on stacked layers.
+    """The velocities of each group's own rows: the form for training, on stacked layers.
 
     Args:
       config: the pathway's geometry.
       params: the pathway's weights, all L layers in `experts`.
       contexts: a table of U prompts' contexts at all L layers, [L, U, …]; or, without `rows`, those of each group's own
         rows, [K, L, B, …].
-      rows: each row's prompt in the table.
+      rows: the index of each row's prompt in the table.
       x_t: noisy latents.
       t: flow times inside the groups' intervals.
       remat: what a layer keeps for the backward pass, see `layers.Layers.scan`.
-      unroll: trades a longer compilation for steps that need not stack what each layer keeps for the backward pass.
+      unroll: compiles longer, for steps that need not stack what each layer keeps for the backward pass.
     """
 
     def one(experts, context, x_t, t):
@@ -191,7 +191,7 @@ def group_velocities(
         return velocity(config, own, context, x_t, condition(config, own, Step(t, t)), remat)
 
     experts, groups = params["experts"], config.num_groups
-    if config.group_sizes or groups == 1:  # groups that differ; and one alone, whose products need no axis K
+    if config.group_sizes or groups == 1:  # groups that differ, or a single group, whose products need no axis K
         velocities = []
         for k in range(groups):
             table = contexts if rows is not None else jax.tree.map(lambda x, k=k: x[k], contexts)
@@ -200,7 +200,7 @@ def group_velocities(
             velocities.append(one(group_layers(config, experts, k), context, x_t[k], t[k]))
         return jnp.stack(velocities)
 
-    # Equal groups are one computation on an axis K, which a mesh can divide: nothing of one group meets another's.
+    # Equal groups are one computation on an axis K, which a mesh can shard: groups do not interact.
     def grouped(stacked):
         return jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), stacked)
 

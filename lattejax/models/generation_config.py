@@ -1,4 +1,4 @@
-"""Geometry of the generation pathway, and what of it can be switched."""
+"""Geometry and options of the generation pathway."""
 
 import dataclasses
 import itertools
@@ -17,8 +17,9 @@ class GenerationConfig:
     """Geometry of the generation pathway; `text` is the VLM's, `latent_shape` the autoencoder's (rows, columns, C).
 
     The groups are equal in layers and in flow time unless `group_sizes` (summing to L) or `interval_edges` (rising from
-    0 to 1) say otherwise. `latent_position` is what tells image tokens their places, beside M-RoPE: "sincos", a fixed
-    2-D sine-cosine table on the embedded latents, or "none". `conditioning` is one of `models.conditioning`.
+    0 to 1) define others. `latent_position` is the position embedding of image tokens, besides M-RoPE: "sincos", a
+    fixed 2-D sine-cosine table added to the embedded latents, or "none". `conditioning` is one of
+    `models.conditioning`.
     """
 
     text: TextConfig
@@ -38,7 +39,7 @@ class GenerationConfig:
         if self.group_sizes:
             if len(self.group_sizes) != self.num_groups or min(self.group_sizes) < 1:
                 raise ValueError(
-                    f"group_sizes={self.group_sizes} must be num_groups={self.num_groups} positive numbers"
+                    f"group_sizes={self.group_sizes} must be num_groups={self.num_groups} positive integers"
                 )
             if sum(self.group_sizes) != layers:
                 raise ValueError(
@@ -65,12 +66,12 @@ class GenerationConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {list(known)}")
         if self.latent_position == "sincos" and self.text.hidden_size % 4:
             raise ValueError(
-                f"latent_position='sincos' needs a hidden_size that 4 divides (sines and cosines of two axes), not "
-                f"{self.text.hidden_size}; use 'none'"
+                f"latent_position='sincos' needs a hidden_size that is a multiple of 4 (sines and cosines of two "
+                f"axes), not {self.text.hidden_size}; use 'none'"
             )
         if self.latent_shape[0] % self.patch_size or self.latent_shape[1] % self.patch_size:
             raise ValueError(f"patch_size={self.patch_size} does not divide latents of shape {self.latent_shape}")
-        _ = self.layer  # checks of its own
+        _ = self.layer  # runs its own checks
 
     @property
     def intervals(self) -> Intervals:
@@ -79,7 +80,7 @@ class GenerationConfig:
 
     @property
     def layers_of(self) -> tuple[slice, ...]:
-        """Which of the L layers are each group's."""
+        """Each group's slice of the L layers."""
         sizes = self.group_sizes or (self.text.num_layers // self.num_groups,) * self.num_groups
         ends = tuple(itertools.accumulate(sizes))
         return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
@@ -91,7 +92,7 @@ class GenerationConfig:
 
     @property
     def token_dim(self) -> int:
-        """Latent numbers in one image token."""
+        """The number of latent values in one image token."""
         return self.latent_shape[2] * self.patch_size**2
 
     @property

@@ -1,6 +1,4 @@
-"""Both ends of the generation pathway: the embedding of latents, and the head.
-
-The groups share them.
+"""Both ends of the generation pathway, which the groups share: the embedding of latents, and the head.
 
 Axes: B batch, N image token, D width, C latent channel; h, w rows and columns of latents.
 """
@@ -21,7 +19,7 @@ from lattejax.models.linear import Linear, zeros
 def sincos(positions: Float[np.ndarray, "n"], channels: int) -> Float[np.ndarray, "n channels"]:
     """The sine-cosine embedding of positions along one axis: sines, then cosines, of amplitude 1.
 
-    Frequencies fall from 1 towards 10⁻⁴ rad a position. `channels` is even. Computed on the host, in float64.
+    Frequencies fall from 1 towards 10⁻⁴ rad per position. `channels` is even. Computed on the host, in float64.
     """
     half = channels // 2
     angles = np.asarray(positions)[:, None] * 10_000.0 ** (-np.arange(half) / half)
@@ -29,12 +27,12 @@ def sincos(positions: Float[np.ndarray, "n"], channels: int) -> Float[np.ndarray
 
 
 class LatentEmbedding(nnx.Module):
-    """A linear map of each patch of latents, and its place on the grid.
+    """A linear map of each patch of latents, plus its position on the grid.
 
     M-RoPE alone cannot tell columns apart: at the VLM's theta of 10⁶ the fastest column channel turns by 1.8e-4 rad
     from one column to the next. So with `latent_position="sincos"` a fixed table is added, half of its channels for the
-    row and half for the column. The paper does not say how its latents know their places; the table is our reading,
-    after BAGEL (arXiv 2505.14683), which keeps Qwen's M-RoPE too.
+    row and half for the column. The paper does not state how it encodes the positions of latents; the table is our
+    choice, following BAGEL (arXiv 2505.14683), which also keeps Qwen's M-RoPE.
     """
 
     def __init__(self, config: GenerationConfig, *, rngs: nnx.Rngs):
@@ -47,13 +45,13 @@ class LatentEmbedding(nnx.Module):
         h = self.proj(patches)
         if self.config.latent_position == "none":
             return h
-        # Two short constants in the compiled program, not one for the whole grid.
+        # Two short constants in the compiled program, not one for the entire grid.
         (rows, columns), width = self.config.grid, h.shape[-1]
         row, column = (jnp.asarray(sincos(np.arange(count), width // 2)) for count in (rows, columns))
         table = jnp.concatenate(
             [repeat(row, "h d -> (h w) d", w=columns), repeat(column, "w d -> (h w) d", h=rows)], axis=-1
         )
-        return (h + table).astype(h.dtype)  # bfloat16 is rounded once, after the sum
+        return (h + table).astype(h.dtype)  # rounded to bfloat16 once, after the sum
 
 
 class HeadModulation(NamedTuple):

@@ -7,16 +7,16 @@ and c the time embedding,
     h <- h + scale_mlp(c)  * RMS(FFN(RMS(h) * (1 + scale(c)) + shift(c)))
 
 Queries come from the image. Keys and values are the VLM's at the same depth (the context) and the image's own,
-under one softmax; image tokens see the whole context and each other, both ways. The image-to-image block A of the map
-takes up the previous layer's, before it multiplies the values:
+under one softmax; image tokens attend to the entire context and to all image tokens. Before the image-to-image block A
+of the attention map multiplies the values, the previous layer's block is added to it:
 
     A_l <- A_l + gate_l(c) * A_{l-1}
 
-What the paper leaves open, and what we chose: scale_attn and scale_mlp are 1 + linear(silu(c)), shift and scale are
-linear(silu(c)), gate is tanh(linear(c)) for each head, A is the map after the softmax. All these linears start at zero
-and the norms after attention and FFN at one. Two other choices are there to be compared: one gate for all of a layer's
-heads, and A for the scores before the softmax. Modulations, gates and softmax are in at least float32, also where the
-weights are bfloat16, in which 1 + 0.003 is 1.
+The paper leaves these open, and we chose: scale_attn and scale_mlp are 1 + linear(silu(c)), shift and scale are
+linear(silu(c)), gate is tanh(linear(c)) for each head, A is the map after the softmax. All these linears start at zero,
+and the norms after attention and FFN at one. Two alternatives can be compared: one gate for all heads of a layer, and A
+as the scores before the softmax. Modulations, gates and softmax are at least float32 even with bfloat16 weights: in
+bfloat16, 1 + 0.003 is 1.
 
 Axes: B batch, T context token, N image token, H query head, G KV head, R query heads per KV head (H = G R), D width,
 d head dimension.
@@ -40,7 +40,7 @@ RESIDUAL_GATES = ("head", "layer")
 
 
 class Modulation(NamedTuple):
-    """What one layer takes from the time embedding."""
+    """One layer's modulation, computed from the time embedding."""
 
     attention_scale: Float[Array, "B 1 D"]
     mlp_scale: Float[Array, "B 1 D"]
@@ -55,10 +55,10 @@ def _zero_linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> Linear:
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """A generation layer has the geometry of the VLM layer whose weights it starts from."""
+    """Geometry and options; the geometry is that of the VLM layer whose weights a generation layer starts from."""
 
     text: TextConfig
-    residual_attention: str = "probabilities"  # what is carried on: the map, its "logits", or "none"
+    residual_attention: str = "probabilities"  # what the next layer adds: the map, its "logits", or "none"
     residual_gate: str = "head"  # one gate for each "head", or one for the "layer"
 
     def __post_init__(self):
@@ -74,7 +74,7 @@ class LayerConfig:
 
 
 class GenerationLayer(nnx.Module):
-    """`decoder` holds the VLM layer's own weights (Blend) or a replica of them (Couple); all else is generation's."""
+    """`decoder` has the VLM layer's own weights (Blend) or a replica of them (Couple); the rest is generation's."""
 
     def __init__(self, config: LayerConfig, *, rngs: nnx.Rngs):
         width, eps = config.text.hidden_size, config.text.rms_norm_eps
@@ -87,7 +87,7 @@ class GenerationLayer(nnx.Module):
             self.residual_gate = _zero_linear(width, config.num_gates, rngs)
 
     def modulate(self, c: Float[Array, "B D"]) -> Modulation:
-        """Computes the layer's share of the time conditioning; it depends on t alone."""
+        """Computes the layer's modulation from c."""
         attention_scale, mlp_scale, norm_scale, norm_shift = jnp.split(
             self.modulation(jax.nn.silu(c))[:, None], 4, axis=-1
         )
@@ -106,9 +106,9 @@ class GenerationLayer(nnx.Module):
         context_mask: Bool[Array, "B T"],
         previous_map: Float[Array, "B H N N"] | None,
     ) -> tuple[Float[Array, "B N D"], Float[Array, "B H N N"] | None]:
-        """Runs the layer; returns the new hidden states and what the next layer takes up of the attention map.
+        """Runs the layer; returns the new hidden states and the part of the attention map that the next layer adds.
 
-        `previous_map` is None in the first layer of a group, which starts afresh, and without residual attention.
+        `previous_map` is None in the first layer of a group, and without residual attention.
         """
         mixed, attention_map = self.attention(h, modulation, rotary, context, context_mask, previous_map)
         h = (h + modulation.attention_scale * self.attention_norm(mixed)).astype(h.dtype)
@@ -124,7 +124,7 @@ class GenerationLayer(nnx.Module):
         context_mask: Bool[Array, "B T"],
         previous_map: Float[Array, "B H N N"] | None,
     ) -> tuple[Float[Array, "B N D"], Float[Array, "B H N N"]]:
-        """The first half of the layer, before the norm after it; and the image-to-image map, or its logits."""
+        """The first half of the layer, without the norm after it; also returns the image-to-image map or its logits."""
         q, k, v = self.decoder.attention.project(self.decoder.input_norm(h), rotary)
         residual = None
         if previous_map is not None:
@@ -135,7 +135,7 @@ class GenerationLayer(nnx.Module):
         return self.decoder.attention.output(mixed), attention_map
 
     def feed_forward(self, h: Float[Array, "B N D"], modulation: Modulation) -> Float[Array, "B N D"]:
-        """The second half, before the norm after it."""
+        """The second half of the layer, without the norm after it."""
         x = self.decoder.post_attention_norm(h) * (1 + modulation.mlp_norm_scale) + modulation.mlp_norm_shift
         return self.decoder.mlp(x.astype(h.dtype))
 
@@ -151,7 +151,7 @@ def attend(
     """Attention over context and image under one softmax, as two products.
 
     `residual` is added to the image-to-image block of the map, or of its logits. Returns the mixed values and that
-    block, with what was added.
+    block, including the residual.
     """
     groups = image.keys.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)  # the softmax is at least float32

@@ -1,17 +1,17 @@
-"""LaTtE-Flow whole: a VLM that reads, a generation pathway that draws, and how the two are joined.
+"""The complete LaTtE-Flow model: a VLM that reads, a generation pathway that draws, and the connection between them.
 
-LaTtE-Flow (arXiv 2506.06952) names two variants. How their weights differ is in this file: `VARIANTS`, `init` and
-`pathway`. Everything else asks `ModelConfig.shares_layers`: whether a second stream of batches trains answers, whether
-contexts can be made ahead, and which weights answer once that stage has begun.
+LaTtE-Flow (arXiv 2506.06952) has two variants. How their weights differ is in this file: `VARIANTS`, `init` and
+`pathway`. All other code checks `ModelConfig.shares_layers`: whether a second stream of batches trains answers, whether
+contexts can be computed in advance, and which weights answer once that stage has begun.
 
 - Couple: the VLM is frozen. Each generation layer has a trained replica of the VLM layer at its depth. Prompts never
-  see image tokens, so their contexts depend on nothing that is trained, and are made once.
-- Blend: image tokens pass through the VLM's own layers, which are trained on flow matching and on language modelling
-  together; flow matching reaches them through the contexts too. Only the conditioning (modulation, norms, gates) and
-  both ends are generation's own. The text's path is the VLM's, unchanged. What exactly is shared the paper leaves open;
-  we chose the layers of the language model, and leave its vocabulary and the vision tower as they are.
+  attend to image tokens, so their contexts depend on nothing that is trained, and are computed once.
+- Blend: image tokens pass through the VLM's own layers, which are trained on flow matching and language modelling
+  together; flow matching also trains them through the contexts. Only the conditioning (modulation, norms, gates) and
+  both ends belong to generation. The text path is the VLM's, unchanged. The paper leaves open what exactly is shared;
+  we share the layers of the language model, and leave its vocabulary and the vision tower frozen.
 
-The pathway sees a prompt through the VLM's keys and values, layer by layer: the ordinary KV cache.
+The pathway attends to a prompt through the VLM's keys and values at each layer: the ordinary KV cache.
 
 Parameters are one tree: `vlm/text`, `vlm/vision`, `embedding`, `time`, `experts`, `head`.
 """
@@ -27,7 +27,7 @@ from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.layers import Layers
 from lattejax.models.qwen2_vl import Prompts, VLMConfig
 
-# For each variant, what its second stage of training changes: patterns that a parameter's path starts with.
+# The parameters that each variant's second stage trains: patterns for the start of a path.
 VARIANTS = {
     "couple": ("embedding/", "time/", "experts/", "head/"),
     "blend": ("embedding/", "time/", "experts/", "head/", "vlm/text/layers/"),
@@ -56,7 +56,7 @@ class ModelConfig:
 
 
 def init(config: ModelConfig, vlm: Params, key: jax.Array) -> Params:
-    """Returns all parameters, stacked: those of `vlm`, and a fresh generation pathway."""
+    """Returns all parameters, stacked: those of `vlm`, and a newly initialized generation pathway."""
     layers = None if config.shares_layers else vlm["text"]["layers"]
     return {"vlm": vlm, **generation.init(config.generation, layers, key)}
 
@@ -64,7 +64,7 @@ def init(config: ModelConfig, vlm: Params, key: jax.Array) -> Params:
 def pathway(config: ModelConfig, params: Params) -> Params:
     """Returns the generation pathway's weights, with a decoder in each layer: its own, or the VLM's.
 
-    `params` are stacked or have a list of layers; also a tree of gradients will do.
+    `params` are stacked or have a list of layers; a tree of gradients works too.
     """
     own = {name: params[name] for name in ("embedding", "time", "experts", "head")}
     if not config.shares_layers:
@@ -84,11 +84,11 @@ def unstack(params: Params) -> Params:
 
 
 def split_trained(config: ModelConfig, params: Params) -> tuple[Params, Params]:
-    """Splits parameters into those that the second stage trains, and those that it leaves alone."""
+    """Splits parameters into those that the second stage trains, and the frozen rest."""
     return functional.partition(params, VARIANTS[config.variant])
 
 
 def read_prompts(config: ModelConfig, vlm: Params, prompts: Prompts, remat: str = "none") -> Context:
-    """Returns the prompts' contexts at all L layers: stacked, or as a list if the VLM's layers are one."""
+    """Returns the prompts' contexts at all L layers: stacked, or a list if the VLM's layers are a list."""
     _, layers = qwen2_vl.forward(config.vlm, vlm, prompts, remat)
     return Context(layers, prompts.mask, qwen2_vl.next_positions(prompts))

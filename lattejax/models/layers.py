@@ -1,8 +1,8 @@
-"""A stack of layers, in one of two forms, and what is done with either.
+"""A stack of layers in one of two forms, with operations that work on both.
 
-Stacked: one tree, whose leaves have a leading axis L. So layers are trained, sharded and stored. A list: a tree for
-each layer. So they draw and decode, because slicing a layer out of a stack inside a compiled loop copies its weights at
-every step, which at batch 1 costs more than the layer itself. Nothing outside this file asks which of the two it has.
+Stacked: one tree, whose leaves have a leading axis L; the form for training, sharding and storage. A list: a tree for
+each layer; the form for drawing and decoding, because slicing a layer out of a stack inside a compiled loop copies its
+weights at every step, which at batch 1 costs more than the layer itself. Code outside this file works with both forms.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """A view of what stands for each of L layers: weights, keys and values, modulations. Methods return plain trees, in
-    the form that this one has."""
+    """A view of the data of L layers: weights, keys and values, or modulations. Methods return plain trees, in the same
+    form."""
 
     tree: Any
 
@@ -31,25 +31,25 @@ class Layers:
         return isinstance(self.tree, list)
 
     def __getitem__(self, own: slice) -> Any:
-        """Some of the layers."""
+        """A slice of the layers."""
         return self.tree[own] if self._is_list else jax.tree.map(lambda x: x[own], self.tree)
 
     def map(self, function: Callable[[Any], Any]) -> Any:
-        """What a function makes of each layer."""
+        """Applies a function to each layer."""
         return [function(layer) for layer in self.tree] if self._is_list else jax.vmap(function)(self.tree)
 
     def map_arrays(self, function: Callable[[jax.Array], jax.Array]) -> Any:
-        """What a function makes of each array of each layer."""
+        """Applies a function to each array of each layer."""
         return self.map(lambda layer: jax.tree.map(function, layer))
 
     def with_part(self, name: str, layers: Any) -> Any:
-        """The layers, dicts, with one more part each; `layers` has it for each, in the same form."""
+        """Adds a part to each layer, which is a dict; `layers` has that part for each layer, in the same form."""
         if self._is_list:
             return [layer | {name: part} for layer, part in zip(self.tree, layers, strict=True)]
         return self.tree | {name: layers}
 
     def zip(self, *others: Any) -> "Layers":
-        """Layers of tuples; each of the others has the same form, or is None for all layers."""
+        """Zips layers into tuples; each of the others has the same form, or is None for all layers."""
         if not self._is_list:
             return Layers((self.tree, *others))
         others = [[None] * len(self.tree) if other is None else other for other in others]
@@ -63,15 +63,15 @@ class Layers:
         *,
         unrolled: Callable[[Any], Any] = lambda carry: carry,
     ) -> tuple[Any, Any]:
-        """Runs `body(carry, layer) -> (carry, output)` through the layers, in order; returns the last carry, and the
-        outputs of all. A stacked tree is scanned, a list unrolled.
+        """Runs `body(carry, layer) -> (carry, output)` over the layers, in order; returns the last carry and the
+        outputs. A stacked tree is scanned, a list unrolled.
 
         Args:
-          body: what a layer does.
-          carry: what the first layer is given.
+          body: the computation of a layer.
+          carry: the first layer's carry.
           remat: what a layer keeps for the backward pass, one of `REMAT_POLICIES`.
-          unrolled: makes of `carry` what the first layer is given where layers are unrolled. A scan's carry has one
-            shape throughout; there it need not.
+          unrolled: converts `carry` for the first layer if layers are unrolled. A scan's carry needs a constant shape;
+            an unrolled one does not.
         """
         if remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=self._is_list)
@@ -84,10 +84,9 @@ class Layers:
         return carry, outputs
 
     def unstack(self, release: bool = False) -> list[Any]:
-        """Splits a stacked tree into a list, each leaf an array of its own.
+        """Splits a stacked tree into a list of trees with separate arrays.
 
-        With `release` each stacked leaf's memory is given back as soon as it is split, and the stack cannot be used
-        again.
+        With `release`, the memory of each stacked leaf is freed as soon as it is split; the stack is then unusable.
         """
         leaves, tree = jax.tree.flatten(self.tree)
         split = []

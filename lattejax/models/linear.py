@@ -1,8 +1,8 @@
 """The linear map of all transformers here.
 
-Its weight stands as [outputs, inputs], as in PyTorch and not as in Flax: on CPUs a product with few rows of x, such as
-a decoded token or the 64 tokens of an image, is faster so. Outputs may have several axes: those of an attention's
-projections have one for the heads, so that a mesh can tell whole heads.
+Its weight is [outputs, inputs], as in PyTorch and unlike Flax: on CPUs this makes a product with few rows of x, such as
+a decoded token or the 64 tokens of an image, faster. Outputs may have several axes: attention projections have an axis
+of heads, so that a mesh shards complete heads.
 """
 
 import math
@@ -16,7 +16,7 @@ zeros = nnx.initializers.zeros
 
 
 class Linear(nnx.Module):
-    """x · weightᵀ + bias; weights start lecun-normal or as `init` says, the bias at zero."""
+    """x · weightᵀ + bias; weights start lecun-normal or as `init` defines, the bias at zero."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "..."]:
         """Returns y [*rows, *outputs]."""
-        # One axis of rows: summing over several, CPUs would turn the operands of the weight's gradient in memory first.
-        # And one of outputs, which CPUs want too; but an axis before the heads would hide from a mesh where these are.
+        # Rows on one axis: to sum over several, CPUs would first transpose the operands of the weight's gradient.
+        # Outputs on one axis, also for CPUs; but merging an axis before the heads would hide the heads from a mesh.
         weight = self.weight[...]
         flat = weight.reshape(*weight.shape[:-3], -1, weight.shape[-1])
         y = jnp.einsum("ri,...oi->r...o", x.reshape(-1, x.shape[-1]), flat)

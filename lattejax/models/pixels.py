@@ -1,4 +1,4 @@
-"""No autoencoder at all: latents are grey pixels, for images so small that nothing need be compressed.
+"""No autoencoder: latents are grey pixels, for images too small to need compression.
 
 Axes: B batch, H row, W column.
 """
@@ -21,7 +21,7 @@ class Encoder(nnx.Module):
     """The mean of the three colours."""
 
     def __init__(self, config: PixelConfig, *, rngs: nnx.Rngs):
-        del config, rngs  # nothing to draw
+        del config, rngs  # no weights
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 1"]:
         return jnp.mean(images, axis=-1, keepdims=True)

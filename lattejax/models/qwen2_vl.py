@@ -1,4 +1,4 @@
-"""Qwen2-VL: the vision-language model that reads, and whose keys and values the generation pathway looks at.
+"""Qwen2-VL: the vision-language model, whose keys and values the generation pathway attends to.
 
 Axes: B batch, T token, S cache slot, L layer, D width, V vocabulary.
 """
@@ -39,7 +39,7 @@ class Prompts(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """What one-token decoding carries: each layer's cache, the open slots, and where the next token goes."""
+    """The state of one-token decoding: each layer's cache, the open slots, and the next token's slot and position."""
 
     cache: KeysValues | list[KeysValues]
     open: Bool[Array, "B S"]
@@ -69,7 +69,7 @@ def next_positions(prompts: Prompts) -> Int[Array, "B"]:
 def forward(
     config: VLMConfig, params: Params, prompts: Prompts, remat: str = "none"
 ) -> tuple[Float[Array, "B T D"], KeysValues | list[KeysValues]]:
-    """Reads whole prompts; returns the last hidden states and every layer's keys (rotated) and values."""
+    """Reads complete prompts; returns the last hidden states and every layer's keys (rotated) and values."""
     vocabulary = functional.bind(Vocabulary, config.text, params=params["text"]["vocabulary"])
     x = vocabulary.embed(prompts.input_ids)
     if prompts.images is not None:
@@ -82,7 +82,7 @@ def forward(
 
 
 def logits(config: VLMConfig, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Returns next-token logits of hidden states that `forward` returned."""
+    """Returns next-token logits for the hidden states of `forward`."""
     return functional.bind(Vocabulary, config.text, params=params["text"]["vocabulary"]).logits(hidden)
 
 

@@ -1,6 +1,6 @@
 """Rotary position embeddings: M-RoPE over (time, row, column) for tokens, and the vision tower's (row, column) form.
 
-Written after Qwen2-VL (arXiv 2409.12191, section 2.1) and its implementation in transformers.
+Follows Qwen2-VL (arXiv 2409.12191, section 2.1) and its implementation in transformers.
 
 Axes: B batch, T token, I image, P patch, d head dimension.
 """
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# Cosines and sines, each with one row of d entries a token; they broadcast over heads.
+# Cosines and sines, each with one row of d entries per token; they broadcast over heads.
 Rotary = tuple[Float[Array, "... T d"], Float[Array, "... T d"]]
 
 
@@ -22,7 +22,7 @@ def multimodal_rotary(
 ) -> Rotary:
     """Returns the cosines and sines of M-RoPE.
 
-    The head's d/2 frequencies are dealt out in `sections`: the first section turns with the time position, the second
+    The head's d/2 frequencies are split into `sections`: the first section rotates with the time position, the second
     with the row, the third with the column. A text token has the same position on all three, which is ordinary RoPE.
     """
     axis = np.repeat(np.arange(3), sections)  # [d/2]: the axis that each frequency follows
@@ -40,7 +40,7 @@ def vision_rotary(positions: Int[Array, "I P 2"], head_dim: int, theta: float = 
 
 
 def rotate(x: Float[Array, "B T heads d"], rotary: Rotary) -> Float[Array, "B T heads d"]:
-    """Turns each pair (x[i], x[i + d/2]) by its angle; in at least float32, and rounded once."""
+    """Rotates each pair (x[i], x[i + d/2]) by its angle; in at least float32, and rounded once."""
     cos, sin = (table[..., None, :] for table in rotary)
     first, second = jnp.split(x, 2, axis=-1)
     return (x * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
@@ -51,8 +51,8 @@ def token_positions(
 ) -> np.ndarray:
     """Returns the (time, row, column) positions [3, T] of one unpadded prompt; runs on the host.
 
-    Text counts up on all three axes at once. An image's tokens share the time position p that comes next and stand at
-    (p, p + row, p + column); the text after it goes on at one more than the largest position so far.
+    Text positions increase on all three axes at once. An image's tokens share the next time position p and are at
+    (p, p + row, p + column); the text after it starts at one more than the largest position so far.
 
     Args:
       input_ids: token ids [T], with one `image_token` for each merged patch.

@@ -1,7 +1,7 @@
-"""TAESD, the tiny autoencoder: plain convolutions, quick to run, for latents of the Stable Diffusion families.
+"""TAESD, the tiny autoencoder: plain convolutions, fast, for latents of the Stable Diffusion families.
 
-Written after github.com/madebyollin/taesd and its implementation in diffusers (AutoencoderTiny). Modules and their
-attributes have diffusers' names, so that a weight's path here is its name there.
+Follows github.com/madebyollin/taesd and its implementation in diffusers (AutoencoderTiny). Modules and their attributes
+have diffusers' names, so a weight's path here is its name there.
 
 Axes: B batch, H row, W column, C channel.
 """
@@ -39,7 +39,7 @@ class ReLU(nnx.Module):
 
 
 class Double(nnx.Module):
-    """Repeats each pixel twice both ways."""
+    """Repeats each pixel twice in both directions."""
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
         return repeat(x, "B H W C -> B (H r) (W s) C", r=2, s=2)

@@ -1,7 +1,7 @@
 """Qwen2-VL's language model: a pre-norm decoder with grouped-query attention, M-RoPE and a gated feed-forward network.
 
-Written after Qwen2-VL (arXiv 2409.12191) and its implementation in transformers. `Attention.project` and
-`Attention.output` stand apart, because the generation pathway puts its own attention between them.
+Follows Qwen2-VL (arXiv 2409.12191) and its implementation in transformers. `Attention.project` and `Attention.output`
+are separate, because the generation pathway has its own attention between them.
 
 Axes: B batch, T token, S cached token, L layer, H query head, G KV head, D width, d head dimension, V vocabulary.
 """
@@ -54,14 +54,14 @@ class TextConfig:
 
 
 class KeysValues(NamedTuple):
-    """One layer's keys, after rotation, and values; with a leading axis L, a stack's."""
+    """One layer's keys, after rotation, and values; or a stack's, with a leading axis L."""
 
     keys: Float[Array, "B S G d"]
     values: Float[Array, "B S G d"]
 
 
 class Attention(nnx.Module):
-    """The projections around attention; what happens between them is the caller's."""
+    """The projections around attention; the caller computes attention between them."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         width, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
@@ -93,7 +93,7 @@ class FeedForward(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """One layer of the language model. Its weights are also what a generation layer starts from."""
+    """One layer of the language model. A generation layer starts from the same weights."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         self.input_norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
@@ -111,8 +111,8 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeysValues]:
         """Runs the layer on T tokens.
 
-        Without a cache the tokens attend among themselves (S = T). With one, their keys and values are first written
-        into it from `slot` on, and they attend over all of its S slots that `mask` opens.
+        Without a cache the tokens attend to each other (S = T). With a cache, their keys and values are first written
+        into it from `slot` on, and they attend to all of its S slots that `mask` allows.
         """
         q, k, v = self.attention.project(self.input_norm(x), rotary)
         if cache is not None:
@@ -163,7 +163,7 @@ def decode(
 ) -> tuple[Float[Array, "B T D"], KeysValues | list[KeysValues]]:
     """Runs every layer on T tokens; returns hidden states, before the final norm, and every layer's keys and values.
 
-    `layers` and `cache` have one of the forms of `models.layers`, and so have the keys and values that come back.
+    `layers` and `cache` have one of the forms of `models.layers`; the returned keys and values have the same form.
     """
     rotary = multimodal_rotary(position_ids, config.head_dim, config.rope_theta, config.mrope_section)
 

@@ -1,9 +1,9 @@
 """Qwen2-VL's vision tower: patches of an image to tokens of the language model's width.
 
-Written after Qwen2-VL (arXiv 2409.12191) and its implementation in transformers. Images of one call are padded to the
-same number of patches, and each attends only to itself.
+Follows Qwen2-VL (arXiv 2409.12191) and its implementation in transformers. Images of one call are padded to the same
+number of patches, and each attends only to itself.
 
-Axes: B batch, T text token, I image, P patch (in the processor's order: those that merge stand together), D text width,
+Axes: B batch, T text token, I image, P patch (in the processor's order: patches that merge are adjacent), D text width,
 E vision width.
 """
 
@@ -40,15 +40,15 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one flattened patch: channel, frame, row, column."""
+        """The size of one flattened patch: channel, frame, row, column."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
 
 class Images(NamedTuple):
-    """Preprocessed images, and where their tokens go.
+    """Preprocessed images, and the positions of their tokens.
 
-    Every row has I images of P patches; padding stands at the end of both axes. `index` names, for each text token of
-    the row, the merged patch in the row's flattened [I · P / merge²] that takes its place, or -1.
+    Every row has I images of P patches; padding is at the end of both axes. For each text token of the row, `index` is
+    the index of the merged patch that replaces it, in the row's flattened [I · P / merge²], or -1.
     """
 
     patches: Float[Array, "B I P patch_dim"]
@@ -118,7 +118,7 @@ def init(config: VisionConfig, key: jax.Array) -> Params:
 
 
 def encode(config: VisionConfig, params: Params, images: Images) -> Float[Array, "B I merged D"]:
-    """Returns the tokens of every image; those of padding mean nothing."""
+    """Returns the tokens of every image; those of padding are meaningless."""
     patches, positions, mask = (
         rearrange(x, "B I P ... -> (B I) P ...") for x in (images.patches, images.positions, images.mask)
     )
@@ -137,7 +137,7 @@ def encode(config: VisionConfig, params: Params, images: Images) -> Float[Array,
 def place(
     embeddings: Float[Array, "B T D"], tokens: Float[Array, "B I merged D"], index: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """Puts a row's image tokens where `index` is not -1."""
+    """Replaces embeddings by the row's image tokens where `index` is not -1."""
     tokens = rearrange(tokens, "B I merged D -> B (I merged) D")
     chosen = jnp.take_along_axis(tokens, jnp.maximum(index, 0)[..., None], axis=1)
     return jnp.where(index[..., None] >= 0, chosen, embeddings)

@@ -1,4 +1,4 @@
-"""Language modelling of answers: what the VLM is trained by, and in Blend the layers that it shares."""
+"""Language modelling of answers: the loss of the VLM, and in Blend of the layers that it shares."""
 
 import dataclasses
 import math
@@ -17,8 +17,8 @@ Metrics = dict[str, Array]
 
 
 def weigh_answers(batch: dict[str, Any]) -> dict[str, Any]:
-    """Scales the weights of the questions' tokens, so that the mean over rows of a row's weighted loss is the mean over
-    all answer tokens of the batch: of all its processes and micro-batches, however long each row's answer."""
+    """Scales the questions' token weights so that the mean over rows of the weighted losses is the mean over all answer
+    tokens of the batch, over all processes and micro-batches, whatever the lengths of the answers."""
     if "questions" not in batch:
         return batch
     weights = batch["questions"]["target_weights"]
@@ -29,7 +29,7 @@ def weigh_answers(batch: dict[str, Any]) -> dict[str, Any]:
 def answer_loss(
     config: VLMConfig, vlm: Params, questions: dict[str, Any], remat: str, unroll: bool
 ) -> Float[Array, ""]:
-    """Cross-entropy of the answers' tokens, and of no others."""
+    """Cross-entropy of the answer tokens only."""
     prompts: Prompts = questions["prompts"]
     vlm = qwen2_vl.unstack(vlm) if unroll else vlm
     hidden, _ = qwen2_vl.forward(config, vlm, prompts, remat)
@@ -40,7 +40,7 @@ def answer_loss(
 
 @dataclasses.dataclass(frozen=True)
 class AnswerLoss:
-    """The first stage's loss: the VLM alone."""
+    """The first stage's loss, which trains only the VLM."""
 
     config: ModelConfig
     dtype: jnp.dtype

@@ -21,22 +21,22 @@ from lattejax.objectives.answers import Metrics, answer_loss
 
 
 class Frozen(NamedTuple):
-    """What flow matching reads and does not train."""
+    """The frozen inputs of flow matching."""
 
-    params: Params  # those weights of the model that the loss needs and the stage does not train, cast and stacked
+    params: Params  # the untrained weights of the model that the loss needs, cast and stacked
     contexts: Context | None = None  # a table of captions' contexts, the empty prompt's last, if they never change
-    captions: Prompts | None = None  # else those captions, whose contexts are made in each step
-    unconditional: Prompts | None = None  # the empty prompt as a batch of one, where each row brings its own prompt
+    captions: Prompts | None = None  # otherwise those captions, whose contexts are computed in each step
+    unconditional: Prompts | None = None  # the empty prompt as a batch of one, if each row has its own prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowLoss:
-    """The second stage's loss: mean squared error of velocities; in Blend, that of answers besides.
+    """The second stage's loss: mean squared error of velocities; in Blend, also the answers' loss.
 
-    A row's flow time, noise and prompt dropout are functions of its key. Stratified, each group has rows of its own,
-    [K, b], each draws its t from the density restricted to its group's interval, and the loss is Σ P_k·loss_k, P_k
-    being the group's share of the density. Otherwise rows are [B], t comes from the whole density, every group runs
-    every row, and only the owner's result counts: the same loss on average, K times as dear.
+    A row's flow time, noise and prompt dropout are functions of its key. If stratified, each group has its own rows
+    [K, b], whose t are drawn from the density restricted to the group's interval; the loss is Σ P_k·loss_k, where P_k
+    is the group's share of the density. Otherwise rows are [B], t is drawn from the full density, every group runs
+    every row, and only the owner's result counts: the same loss on average, at K times the cost.
     """
 
     config: ModelConfig
@@ -86,10 +86,10 @@ class FlowLoss:
     def read(
         self, params: Params, frozen: Frozen, images: dict[str, Any], dropped: Array
     ) -> tuple[Context, Int[Array, "*rows"] | None]:
-        """Returns a table of contexts and each row's place in it, its caption's number or its own; or, where groups
-        have rows of their own and those bring their prompts, each group's contexts [K, L, b, …] and None."""
+        """Returns a table of contexts and each row's index in it. If groups have their own rows, and rows their own
+        prompts, returns each group's contexts [K, L, b, …] and None instead."""
         if "prompts" in images and dropped.ndim == 2:
-            # Each group reads its own rows: on a mesh none of it leaves the group's devices.
+            # Each group reads its own rows: on a mesh, nothing leaves the group's devices.
             prompts = jax.vmap(drop, in_axes=(0, None, 0))(images["prompts"], frozen.unconditional, dropped)
             return jax.vmap(lambda prompts: self.contexts(params["vlm"], prompts))(prompts), None
         if "prompts" in images:
@@ -109,16 +109,17 @@ class FlowLoss:
         return contexts
 
     def of_shares(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:
-        """The loss, and each group's, if every group runs rows of its own."""
+        """The loss and each group's loss, if every group runs its own rows."""
         per_group = self.losses(params, contexts, *rows, self.intervals.draw(u, self.density)).mean(axis=1)
         return jnp.sum(per_group * self.intervals.masses(self.density)), per_group
 
     def of_owners(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:
-        """The loss, and an unbiased estimate of each group's, if every group runs all rows and t says who counts."""
+        """The loss and an unbiased estimate of each group's loss, if every group runs all rows and only the owner of t
+        counts."""
         t = self.density.quantile(u)
         everywhere = self.for_all_groups((*rows, t))
         owned = self.intervals.owners(t) == jnp.arange(self.config.generation.num_groups)[:, None]
-        losses = self.losses(params, contexts, *everywhere[:-1], self.intervals.hold(everywhere[-1]))
+        losses = self.losses(params, contexts, *everywhere[:-1], self.intervals.clip(everywhere[-1]))
         shares = jnp.mean(jnp.where(owned, losses, 0), axis=1)
         return jnp.sum(shares), shares / self.intervals.masses(self.density)
 
@@ -138,7 +139,7 @@ class FlowLoss:
         noise: Float[Array, "K b h w C"],
         t: Float[Array, "K b"],
     ) -> Float[Array, "K b"]:
-        """Returns each row's mean squared error; of training and of held-out rows alike."""
+        """Returns each row's mean squared error, for training and held-out rows."""
         x_t = interpolate(latents, noise, t)
         pathway = latte_flow.pathway(self.config, params)
         velocities = generation.group_velocities(
@@ -151,9 +152,9 @@ class FlowLoss:
     ) -> Float[Array, "K b"]:
         """Returns each group's losses on some of `total` held-out rows.
 
-        Flow times and noise depend on a row's `index` alone: the midpoint of one of `total` equal cells of the group's
-        interval, whatever the density of training, and noise by number. So the mean does not depend on how rows are cut
-        into batches.
+        Flow times and noise depend only on a row's `index`: t is the midpoint of one of `total` equal cells of the
+        group's interval, whatever the density of training. So the mean does not depend on how rows are split into
+        batches.
         """
         params, latents = self.assemble(trained, frozen), images["latents"]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index)
@@ -164,7 +165,7 @@ class FlowLoss:
 
 
 def drop(prompts: Prompts, unconditional: Prompts, dropped: Array) -> Prompts:
-    """Puts the empty prompt, without images, in the place of those rows that are dropped."""
+    """Replaces the prompts of dropped rows by the empty prompt, without images."""
 
     def either(prompt, empty):
         return jnp.where(dropped.reshape(-1, *[1] * (prompt.ndim - 1)), empty, prompt)

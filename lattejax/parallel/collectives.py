@@ -1,4 +1,4 @@
-"""Which collectives a compiled program runs, and what each chip sends in them, read off its HLO text."""
+"""Which collectives a compiled program runs, and how much each chip sends in them, parsed from its HLO text."""
 
 import collections
 import dataclasses
@@ -19,7 +19,7 @@ _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of one kind of collective: how often it runs in a call of the program, and what a chip sends."""
+    """One kind of collective: how often it runs in a call of the program, and how much a chip sends."""
 
     count: int = 0
     sent_bytes: float = 0.0
@@ -34,17 +34,17 @@ class Traffic:
 def traffic(hlo: str, num_devices: int) -> dict[str, Traffic]:
     """Returns the traffic of each kind of collective in a call of a compiled program.
 
-    What stands in a loop counts as often as the loop runs. Of n chips that take part, each sends 2(n-1)/n of what is
-    all-reduced, (n-1)/n of what an all-gather makes, a reduce-scatter takes, or an all-to-all exchanges, and all that
-    it permutes: what the best algorithms on a ring send. A TPU's compiler hides a collective behind several
-    computations, and names it in each of them: what has one channel is one collective.
+    A collective in a loop counts as often as the loop runs. With n participating chips, each sends 2(n-1)/n of an
+    all-reduce's data, (n-1)/n of an all-gather's output, a reduce-scatter's input or an all-to-all's data, and all of
+    a permutation's: the cost of the best ring algorithms. The TPU compiler may spread a collective over several
+    computations and name it in each of them, so a channel counts as one collective.
 
     Args:
       hlo: the program's text, `compiled.as_text()`.
       num_devices: of the mesh.
 
     Raises:
-      ValueError: a loop with collectives in it does not say how often it runs.
+      ValueError: the trip count of a loop with collectives is unknown.
     """
     bodies, entry = _computations(hlo)
     done: dict[str, dict[str, Traffic]] = {}
@@ -99,7 +99,7 @@ def _one(collective: re.Match, num_devices: int, computation: str) -> tuple[str,
     sizes = [_size(*shape) for shape in _SHAPE.findall(re.sub(r"u32\[\](\{[^}]*\})?", "", shapes))]
     members, total = _members(rest, num_devices), sum(sizes)
     if kind == "collective-permute":
-        return kind, Traffic(1, total / 2 if start else total)  # a started one's result names what is sent, too
+        return kind, Traffic(1, total / 2 if start else total)  # the result of a -start also lists its operand
     if kind in ("all-gather", "reduce-scatter") and start:
         total = total * members / (members + 1)
     elif kind == "reduce-scatter":
@@ -118,8 +118,8 @@ def _size(kind: str, dimensions: str) -> int:
 
 
 def _members(attributes: str, num_devices: int) -> int:
-    """How many chips take part in each instance: groups are listed, or written as [groups,members]<=[…], or by the axes
-    of a mesh."""
+    """The number of chips in each replica group. Groups are listed, or written as [groups,members]<=[…] or as mesh
+    axes."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return listed[1].count(",") + 1
     if shape := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
@@ -138,4 +138,4 @@ def _trip_count(line: str, condition: list[str]) -> int:
         for name in operand.split(","):
             if name.strip().split(" ")[-1].lstrip("%") in constants:
                 return int(constants[name.strip().split(" ")[-1].lstrip("%")])
-    raise ValueError(f"a loop does not say how often it runs: {line.strip()[:200]}")
+    raise ValueError(f"the trip count of a loop is unknown: {line.strip()[:200]}")

@@ -1,4 +1,4 @@
-"""Several processes that work as one: how they find each other, and what they agree on."""
+"""Multi-process runs: connecting the processes, and agreeing on values."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ CLUSTERS = ("none", "auto", "explicit")
 
 
 def connect(cluster: str, coordinator: str = "", processes: int = 0, process: int = 0, seconds: int = 300) -> None:
-    """Joins the processes of a job; to be called before anything asks for devices.
+    """Joins the processes of a job; call it before anything asks for devices.
 
     Args:
-      cluster: "none": this process is alone; "auto": a TPU pod's, SLURM's or another scheduler's own description is
-        used, and has to be there; "explicit": what follows.
+      cluster: "none": a single process; "auto": the description of a TPU pod, SLURM or another scheduler, which must
+        exist; "explicit": the arguments below.
       coordinator: host:port of process 0, reachable from all.
-      processes: how many there are.
-      process: which of them this one is, from 0.
+      processes: the number of processes.
+      process: this process's index, from 0.
       seconds: how long to wait for the others.
 
     Raises:
-      UserError: they do not find each other.
+      UserError: the processes cannot connect.
     """
     if cluster == "none":
         return
@@ -31,35 +31,35 @@ def connect(cluster: str, coordinator: str = "", processes: int = 0, process: in
     if cluster == "explicit":
         if not coordinator or not 0 <= process < processes:
             raise UserError(
-                f"--cluster=explicit needs --coordinator=host:port, --processes and --process from 0 to one below; "
+                f"--cluster=explicit needs --coordinator=host:port, --processes and 0 <= --process < --processes; "
                 f"found {coordinator!r}, {processes} and {process}"
             )
         explicit = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
-    # JAX's own preemption service takes SIGTERM for itself; here the training loop agrees on when to stop.
+    # JAX's own preemption service would handle SIGTERM itself; here the training loop agrees on when to stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**explicit, initialization_timeout=seconds)
     except (RuntimeError, ValueError, OSError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--cluster={cluster}: the processes do not find each other: {first_line}") from error
+        raise UserError(f"--cluster={cluster}: the processes cannot connect: {first_line}") from error
     print(
         f"process {jax.process_index()} of {jax.process_count()}, with {jax.local_device_count()} devices", flush=True
     )
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what all share."""
+    """Whether this is the process that writes the shared files."""
     return jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when all processes have come here."""
+    """A barrier: returns when all processes have called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def fetch(tree: Any) -> Any:
-    """Returns a tree of NumPy arrays, whole on every process, wherever its arrays' parts are."""
+    """Returns a tree of complete NumPy arrays on every process, however the tree's arrays are sharded."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(
@@ -73,7 +73,7 @@ def fetch(tree: Any) -> Any:
 
 
 def all_agree(good: bool) -> bool:
-    """Whether it is so on every process; all have to ask."""
+    """Whether `good` holds on every process; all processes must call it."""
     if jax.process_count() == 1:
         return good
     return bool(np.all(multihost_utils.process_allgather(np.asarray(good))))

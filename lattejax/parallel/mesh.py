@@ -1,4 +1,4 @@
-"""The mesh of devices: axes `expert`, `data`, `fsdp` and `tensor`, any of which may be 1."""
+"""The device mesh: axes `expert`, `data`, `fsdp` and `tensor`, any of which may have size 1."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,15 +9,15 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("expert", "data", "fsdp", "tensor")
-ROW_AXES = ("expert", "data", "fsdp")  # those that rows are split over, in this order
+ROW_AXES = ("expert", "data", "fsdp")  # rows are sharded over these, in this order
 
 
 def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
-    """Returns the sizes of all axes for so many devices.
+    """Returns the sizes of all axes for `count` devices.
 
     Args:
-      sizes: of the axes; those that are not named are 1, and one may be -1: all that is left.
-      count: of the devices.
+      sizes: sizes by axis; missing axes are 1, and one may be -1: all remaining devices.
+      count: the number of devices.
 
     Raises:
       ValueError: an axis is unknown, or the sizes do not multiply to the number of devices.
@@ -26,10 +26,10 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
         if name not in AXES:
             raise ValueError(f"mesh axis {name!r} is unknown; use {', '.join(AXES)}")
         if size < 1 and size != -1:
-            raise ValueError(f"mesh axis {name}={size} must be positive, or -1 for all that is left")
+            raise ValueError(f"mesh axis {name}={size} must be positive, or -1 for all remaining devices")
     shape = [sizes.get(axis, 1) for axis in AXES]
     if shape.count(-1) > 1:
-        raise ValueError(f"the mesh {dict(sizes)} leaves two axes open; only one may be -1")
+        raise ValueError(f"the mesh {dict(sizes)} has two axes of -1; only one may be -1")
     if -1 in shape:
         shape[shape.index(-1)] = max(1, count // math.prod(size for size in shape if size != -1))
     if math.prod(shape) != count:
@@ -39,11 +39,11 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges devices in a mesh, those of a TPU so that neighbours on an axis are linked.
+    """Arranges devices in a mesh; on a TPU, neighbours on an axis are physically linked.
 
     Args:
       sizes: see `mesh_shape`.
-      devices: to use; None: all there are, of all processes.
+      devices: the devices to use; None: all devices of all processes.
 
     Raises:
       ValueError: the sizes do not fit the devices.
@@ -58,18 +58,18 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def one_device() -> Mesh:
-    """The mesh of this process's first device alone."""
+    """A mesh of this process's first device only."""
     return make_mesh({}, jax.local_devices()[:1])
 
 
 def row_shares(mesh: Mesh) -> int:
-    """Into how many shares rows are split that any device may take."""
+    """The number of shards of rows that are sharded over all row axes."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def batches_of(total: int, batch_size: int, mesh: Mesh) -> Iterator[np.ndarray]:
-    """Cuts the numbers 0 to total - 1 into batches of one size: `batch_size`, or less if there are fewer, rounded up so
-    that every device gets as many. The last one is filled up with the last number."""
+    """Splits the indices 0 to total - 1 into batches of equal size: `batch_size`, or `total` if that is smaller,
+    rounded up so that every device gets the same number. The last batch is padded with the last index."""
     shares = row_shares(mesh)
     size = -(-min(batch_size, total) // shares) * shares
     for start in range(0, total, size):

@@ -1,7 +1,7 @@
 """Which device takes which rows of a batch.
 
-Row j of batch n is the same record, with the same noise and the same flow time, on every mesh. Rows fall to groups in
-contiguous blocks; within its block, a group's rows fall to micro-batches, and those to the devices that hold the group.
+Row j of batch n is the same record, with the same noise and the same flow time, on every mesh. Groups take contiguous
+blocks of rows. A group's block is split into micro-batches, and those are sharded over the devices that hold the group.
 
 Axes: A micro-batch, K group, b rows of one group's share of a micro-batch.
 """
@@ -28,27 +28,27 @@ class Rows:
     groups: int | None = None  # blocks of rows, one for each group; None: any device takes any row
 
     @property
-    def numbers(self) -> Int[np.ndarray, "A b"] | Int[np.ndarray, "A K b"]:
-        """Which row stands where."""
-        numbers = np.arange(self.batch_size, dtype=np.int32)
+    def indices(self) -> Int[np.ndarray, "A b"] | Int[np.ndarray, "A K b"]:
+        """The row index at each place of the arranged batch."""
+        indices = np.arange(self.batch_size, dtype=np.int32)
         if self.groups is None:
-            return rearrange(numbers, "(A b) -> A b", A=self.accumulation)
-        return rearrange(numbers, "(K A b) -> A K b", K=self.groups, A=self.accumulation)
+            return rearrange(indices, "(A b) -> A b", A=self.accumulation)
+        return rearrange(indices, "(K A b) -> A K b", K=self.groups, A=self.accumulation)
 
     @property
     def spec(self) -> PartitionSpec:
-        """How those leading axes are cut."""
+        """How those leading axes are sharded."""
         return PartitionSpec(None, ROW_AXES) if self.groups is None else PartitionSpec(None, "expert", ROW_AXES[1:])
 
     @staticmethod
     def flat_sharding(mesh: Mesh) -> NamedSharding:
-        """Of rows on one leading axis, which any device may take."""
+        """The sharding of rows on one leading axis over all row axes of the mesh."""
         return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
     @staticmethod
     def place_flat(mesh: Mesh, tree: Any) -> Any:
-        """Splits arrays that every process has over all devices, by rows on the leading axis; those must be a multiple
-        of `row_shares`."""
+        """Shards arrays that every process has over all devices, by rows on the leading axis, whose length must be a
+        multiple of `row_shares`."""
 
         def placed(x):
             x = np.asarray(x)
@@ -71,31 +71,31 @@ class Rows:
             raise ValueError(f"{name}={self.batch_size} must be a multiple of {' times '.join(parts)}")
 
     def of_process(self, mesh: Mesh) -> list[int]:
-        """The numbers of the rows that this process's devices take, in order."""
-        numbers = self.numbers
-        taken = self.sharding(mesh).addressable_devices_indices_map(numbers.shape).values()
-        return np.unique(np.concatenate([numbers[index].ravel() for index in taken])).tolist()
+        """The sorted indices of the rows that this process's devices take."""
+        indices = self.indices
+        slices = self.sharding(mesh).addressable_devices_indices_map(indices.shape).values()
+        return np.unique(np.concatenate([indices[index].ravel() for index in slices])).tolist()
 
     def place(self, mesh: Mesh, batch: Any) -> Any:
-        """Makes arrays over the mesh out of those rows that this process has read: `of_process`, on the leading axis
-        of each leaf."""
-        numbers, mine = self.numbers, np.asarray(self.of_process(mesh))
-        lead = numbers.ndim
+        """Makes arrays over the mesh from the rows that this process has read: those of `of_process`, on the leading
+        axis of each leaf."""
+        indices, own = self.indices, np.asarray(self.of_process(mesh))
+        lead = indices.ndim
 
         def placed(leaf):
             leaf = np.asarray(leaf)
 
             def shard(index):
-                return leaf[np.searchsorted(mine, numbers[index[:lead]])]
+                return leaf[np.searchsorted(own, indices[index[:lead]])]
 
-            shape = (*numbers.shape, *leaf.shape[1:])
+            shape = (*indices.shape, *leaf.shape[1:])
             return jax.make_array_from_callback(shape, self.sharding(mesh), shard)
 
         return jax.tree.map(placed, batch)
 
     def abstract(self, mesh: Mesh, batch: Any) -> Any:
-        """Describes what `place` makes of a whole batch."""
+        """Describes the arrays that `place` makes of a complete batch."""
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((*self.numbers.shape, *x.shape[1:]), x.dtype, sharding=self.sharding(mesh)),
+            lambda x: jax.ShapeDtypeStruct((*self.indices.shape, *x.shape[1:]), x.dtype, sharding=self.sharding(mesh)),
             batch,
         )

@@ -1,9 +1,9 @@
-"""Which array is cut along which axis of the mesh: a table of path patterns.
+"""Which array is sharded over which mesh axes: a table of path patterns.
 
-Layers stand on a leading axis L; along `expert` it is cut into blocks of whole groups, so that a device has its own
-groups' weights, optimizer state and contexts, and no others. Matrices are cut over `tensor` along the axis that heads
-or hidden units stand on, so that a layer's two halves need one sum, and over `fsdp` along the other. Whatever no rule
-names is replicated, and if it is a matrix, that is said.
+Layers are stacked on a leading axis L, which is sharded over `expert` in blocks of complete groups: a device has the
+weights, optimizer state and contexts of its own groups only. Matrices are sharded over `tensor` on the axis of heads or
+hidden units, so that each half of a layer needs one sum, and over `fsdp` on the other axis. An array that matches no
+rule is replicated; if it is a matrix, a warning names it.
 """
 
 import functools
@@ -21,10 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lattejax.models.functional import Params
 from lattejax.parallel.mesh import AXES
 
-# Where an array has an entry for each of the L layers on its leading axis, which falls to the groups.
-OF_GROUPS = r"(^|/)(experts|contexts/layers)/"
+# Arrays whose leading axis has an entry for each of the L layers; that axis is sharded over `expert`.
+LAYER_STACKS = r"(^|/)(experts|contexts/layers)/"
 
-# A pattern that a path ends with, and what the array's last dimensions are cut over.
+# A pattern for the end of a path, and the mesh axes that the array's last dimensions are sharded over.
 RULES = (
     (r"vocabulary/embedding", ("tensor", "fsdp")),
     (r"lm_head/weight", ("tensor", "fsdp")),
@@ -36,51 +36,51 @@ RULES = (
     (r"(gate_proj|up_proj|fc1)/weight", ("tensor", "fsdp")),
     (r"fc1/bias", ("tensor",)),
     (r"(o_proj|down_proj|attention/proj|fc2)/weight", ("fsdp", "tensor")),
-    # Its outputs are four parts of D; what it reads is whole on every device.
+    # Its outputs are four parts of D; its input is replicated.
     (r"modulation/weight", (None, ("fsdp", "tensor"))),
-    # Small, and the same on every device.
+    # Small, therefore replicated.
     (r"(embedding/proj|head/proj|residual_gate)/weight", ()),
 )
-MATRICES = ("weight", "embedding")  # the last names of their paths
-# What stands by KV heads is repeated along `tensor` where that does not divide them: there are few of them.
+MATRICES = ("weight", "embedding")  # the last component of a matrix's path
+# Arrays with an axis of KV heads are replicated over `tensor` if it does not divide the few KV heads.
 KV_HEADS = r"(k_proj|v_proj)/(weight|bias)$"
 
 
 def spec(mesh: Mesh, path: str, shape: Sequence[int], axes: Sequence[str] = AXES) -> PartitionSpec:
-    """Returns how the array at a path ("experts/decoder/mlp/up_proj/weight") is cut.
+    """Returns how the array at a path ("experts/decoder/mlp/up_proj/weight") is sharded.
 
     Args:
       mesh: the mesh.
-      path: names separated by slashes. What it begins with does not matter: an optimizer's moments are cut as the
+      path: names separated by slashes. Its beginning does not matter: an optimizer's moments are sharded like the
         weights that they belong to.
-      shape: the array's.
-      axes: of the mesh that are to be used; along the others it is replicated.
+      shape: the array's shape.
+      axes: the mesh axes to use; over the others it is replicated.
 
     Raises:
-      ValueError: a dimension is no multiple of the mesh axes that it is cut over.
+      ValueError: a dimension is not a multiple of the mesh axes that it is sharded over.
     """
-    last = next((cut for pattern, cut in RULES if re.search(f"{pattern}$", path)), None)
+    last = next((partition for pattern, partition in RULES if re.search(f"{pattern}$", path)), None)
     if last is None:
         if axes and path.rpartition("/")[2] in MATRICES:
-            _warn_of(path)
+            _warn_unmatched(path)
         last = ()
-    cuts = [()] * (len(shape) - len(last)) + [(cut or ()) if not isinstance(cut, str) else (cut,) for cut in last]
-    stacked = re.search(OF_GROUPS + r"(?!\d+/)", path)  # not in a list, where each layer is a tree of its own
+    partitions = [()] * (len(shape) - len(last)) + [(over,) if isinstance(over, str) else over or () for over in last]
+    stacked = re.search(LAYER_STACKS + r"(?!\d+/)", path)  # not in a list, where each layer is a separate tree
     if stacked and shape:
-        cuts[0] = ("expert",)
+        partitions[0] = ("expert",)
     if re.search(KV_HEADS, path) and shape[-len(last)] % mesh.shape["tensor"]:
         axes = [axis for axis in axes if axis != "tensor"]
-    cuts = [tuple(axis for axis in cut if axis in axes) for cut in cuts]
-    for size, cut in zip(shape, cuts, strict=True):
-        if size % math.prod(mesh.shape[axis] for axis in cut):
-            sizes = " * ".join(f"{axis}={mesh.shape[axis]}" for axis in cut)
+    partitions = [tuple(axis for axis in over if axis in axes) for over in partitions]
+    for size, over in zip(shape, partitions, strict=True):
+        if size % math.prod(mesh.shape[axis] for axis in over):
+            sizes = " * ".join(f"{axis}={mesh.shape[axis]}" for axis in over)
             raise ValueError(f"mesh axis {sizes} does not divide {path} of shape {tuple(shape)}")
-    return PartitionSpec(*((cut if len(cut) > 1 else cut[0]) if cut else None for cut in cuts))
+    return PartitionSpec(*((over if len(over) > 1 else over[0]) if over else None for over in partitions))
 
 
-@functools.cache  # once for each
-def _warn_of(path: str) -> None:
-    logging.warning("no rule of parallel.rules names the matrix %s; every device keeps a copy", path)
+@functools.cache  # warns once per path
+def _warn_unmatched(path: str) -> None:
+    logging.warning("no rule of parallel.rules matches the matrix %s; every device keeps a copy", path)
 
 
 def shardings(mesh: Mesh, tree: Any, axes: Sequence[str] = AXES) -> Any:
@@ -103,20 +103,20 @@ def abstract(mesh: Mesh, tree: Any, axes: Sequence[str] = AXES) -> Any:
 
 
 def place(mesh: Mesh, tree: Params, axes: Sequence[str] = AXES) -> Params:
-    """Puts a tree's arrays, wherever they are, to where the rules say. What is not on a mesh of all processes yet must
-    be the same on each of them."""
+    """Moves a tree's arrays to where the rules place them. An array that is not yet on a mesh of all processes must be
+    the same on each of them."""
     return put(tree, shardings(mesh, tree, axes))
 
 
 def put(tree: Any, placed: Any) -> Any:
-    """`jax.device_put` that also serves devices of other processes."""
+    """`jax.device_put` that also works with devices of other processes."""
     if jax.process_count() == 1:
         return jax.device_put(tree, placed)
     return jax.jit(lambda tree: tree, out_shardings=placed)(jax.tree.map(_unbound, tree))
 
 
 def _unbound(x: Any) -> Any:
-    """What this process alone has is bound to one of its devices, and must not be."""
+    """Detaches an array that only this process has from its device, as `put` requires."""
     if not isinstance(x, jax.Array) or not x.is_fully_addressable or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x
     return np.asarray(x)

@@ -1,4 +1,4 @@
-"""TPU chips: their data sheets, and the compiler that makes programs for them on a machine without one."""
+"""TPU chips: their data sheets, and their compiler, which runs on a machine without a TPU."""
 
 import dataclasses
 import importlib.metadata
@@ -15,12 +15,12 @@ from lattejax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU chip, by Google's data sheets (cloud.google.com/tpu/docs); memory as its compiler states it."""
+    """A TPU chip, from Google's data sheets (cloud.google.com/tpu/docs); memory as the compiler states it."""
 
     hbm_gib: float
     teraflops: float  # bfloat16
     hbm_gigabytes_per_second: float
-    ici_gigabytes_per_second: float  # sent, over all links together: half of the "bidirectional" figure
+    ici_gigabytes_per_second: float  # sent over all links together: half of the "bidirectional" figure
 
 
 CHIPS = {
@@ -40,8 +40,8 @@ def open_topology(name: str) -> tuple[Chip, list[Any]]:
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
         raise UserError(f"--topology={name} must be one of {', '.join(CHIPS)} and a shape, like v5e:4x4 or v5p:2x2x4")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it looks for a TPU's metadata server, and waits
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody takes a TPU from another by compiling
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise it waits for a TPU's metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling does not occupy a TPU
     check_compiler()
     try:
         return CHIPS[kind], list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
@@ -56,14 +56,14 @@ def pods_compiler() -> str:
 
 
 def check_compiler() -> None:
-    """Raises `UserError` unless the compiler is here that a pod with this JAX has: another one makes other programs."""
+    """Raises `UserError` unless the pod's compiler for this JAX is installed: another version makes other programs."""
     wanted = Requirement(pods_compiler())
     try:
         found = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
             f"a plan needs the TPU's compiler, which runs without a TPU: pip install --target=tpu_compiler '{wanted}', "
-            "and put that directory on PYTHONPATH; in the environment itself it would slow every command down"
+            "and put that directory on PYTHONPATH; installed in the environment it would slow every command down"
         ) from None
     if not wanted.specifier.contains(found):
-        raise UserError(f"libtpu {found} is here, and a pod with JAX {jax.__version__} has {wanted}; install that")
+        raise UserError(f"libtpu {found} is installed, but a pod with JAX {jax.__version__} has {wanted}; install that")

@@ -1,7 +1,7 @@
-"""What a pod would do with a config, found out without one: the programs that would run are compiled for its chips.
+"""Plans a config's run on a pod without having one, by compiling its programs for the pod's chips.
 
-Compiled and read off: what arrays and temporaries take on a chip, and which collectives there are. In closed form:
-model FLOPs. From the chips' data sheets: their rates. The time that follows is a lower bound, not a forecast.
+From the compiled program: the memory of arrays and temporaries on a chip, and the collectives. In closed form: model
+FLOPs. From the chips' data sheets: their rates. The resulting time is a lower bound, not a forecast.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ GIB = 2**30
 
 
 def make_plan(config: Config, topology: str, captions: int, sample: bool = False) -> dict[str, Any]:
-    """Compiles a config's train step, or its sampler, for a topology, and returns what follows from it.
+    """Compiles a config's train step, or its sampler, for a topology, and returns the plan.
 
     Args:
-      config: the config, its mesh to be laid over the topology's chips.
-      topology: as in "v5e:16x16".
-      captions: how many distinct ones the data has, where `train.share_contexts` keeps their contexts.
-      sample: a sampling call instead of a train step.
+      config: the config; its mesh is made of the topology's chips.
+      topology: e.g. "v5e:16x16".
+      captions: the number of distinct captions, if `train.share_contexts` is set.
+      sample: plan a sampling call instead of a train step.
 
     Raises:
-      UserError: topology or mesh do not fit, libtpu is missing, or the compiler finds that memory does not suffice.
+      UserError: topology or mesh do not fit, libtpu is missing, or the compiler runs out of the chip's memory.
     """
     chip, devices = open_topology(topology)
     try:
@@ -54,7 +54,7 @@ def make_plan(config: Config, topology: str, captions: int, sample: bool = False
     memory = compiled.memory_analysis()
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     hbm = {name: _on_a_chip(tree) / GIB for name, tree in parts.items()}
-    arguments = sum(size for name, size in hbm.items() if name != "vlm")  # which reads the prompts before
+    arguments = sum(size for name, size in hbm.items() if name != "vlm")  # the VLM has read the prompts before
     hbm["padding"] = memory.argument_size_in_bytes / GIB - arguments
     hbm["activations"] = (memory.temp_size_in_bytes + output) / GIB
     hbm["program"] = memory.generated_code_size_in_bytes / GIB
@@ -92,44 +92,44 @@ def make_plan(config: Config, topology: str, captions: int, sample: bool = False
 
 
 def _on_a_chip(tree: Any) -> int:
-    """Bytes that a tree's arrays take on one chip."""
+    """The bytes of a tree's arrays on one chip."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-ASSUMPTIONS = """compiled: memory, collectives and how often each runs, for exactly these chips and this mesh
-in closed form: model FLOPs, recomputation not counted
-by the data sheet: the chip's rates; that links in all directions are busy at once
-assumed: arrays are read or written once, temporaries both, and nothing else is; the slowest of the three bounds hides
-  the others. So no step is shorter than this; how much longer it is, only a chip can tell
-not in it: reading data, evaluations, checkpoints; of a sampling call, reading the prompts and decoding the images"""
+ASSUMPTIONS = """compiled: memory, collectives and their counts, for exactly these chips and this mesh
+in closed form: model FLOPs, without recomputation
+from the data sheet: the chip's rates, with links in all directions busy at once
+assumed: arrays are read or written once, temporaries both, and nothing else; the slowest of the three bounds hides the
+  others. So no step is shorter than this; only a measurement on a chip can show how much longer it is
+not included: reading data, evaluations, checkpoints; for a sampling call, reading prompts and decoding images"""
 
 
 def describe(plan: dict[str, Any]) -> str:
-    """The plan for a reader."""
+    """The plan as readable text."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     call = "step" if plan["program"] == "train" else "call"
     lines = [
-        f"{plan['topology']}: {plan['chips']} chips as {mesh}; {plan['images']:,} images a {call}",
+        f"{plan['topology']}: {plan['chips']} chips as {mesh}; {plan['images']:,} images per {call}",
         "",
-        f"memory on a chip             {plan['hbm_gib']:8.2f} GiB of {plan['hbm_capacity_gib']}",
+        f"memory per chip              {plan['hbm_gib']:8.2f} GiB of {plan['hbm_capacity_gib']}",
         *(f"  {name:26} {size:8.2f} GiB" for name, size in plan["hbm_parts_gib"].items()),
-        f"model FLOPs, a chip and {call} {plan['tflops_per_chip']:8.2f} TFLOP",
-        f"sent by a chip in a {call}     {plan['collective_bytes'] / GIB:8.3f} GiB",
+        f"model FLOPs per chip, {call}   {plan['tflops_per_chip']:8.2f} TFLOP",
+        f"sent per chip and {call}       {plan['collective_bytes'] / GIB:8.3f} GiB",
         *(
             f"  {kind:26} {one['sent_bytes'] / GIB:8.3f} GiB in {one['count']:,}"
             for kind, one in plan["collectives"].items()
         ),
         f"a {call} takes at least        {1e3 * plan['step_seconds_lower_bound']:8.1f} ms",
         *(f"  by {bound:23} {1e3 * seconds:8.1f} ms" for bound, seconds in plan["bounds_seconds"].items()),
-        f"so at most                   {plan['images_per_second']:8,.0f} images a second",
+        f"so at most                   {plan['images_per_second']:8,.0f} images per second",
     ]
     if plan["program"] == "train":
-        lines.append(f"and for all of train.steps   {plan['days']:8.2f} days at least")
+        lines.append(f"all of train.steps, at least {plan['days']:8.2f} days")
     return "\n".join([*lines, "", ASSUMPTIONS])
 
 
 def sampler_flops(config: Config, size: int) -> float:
-    """Of a sampling call, in closed form."""
+    """The FLOPs of a sampling call, in closed form."""
     model = config.model_config.generation
     segments = split_steps(model.intervals, config.eval.sampling)
     stages = sum(len(one.steps) * (1 + one.guided) * (1 + (one.solver == "heun")) for one in segments)

@@ -1,4 +1,4 @@
-"""The programs that training and sampling run, and what goes into them, by shapes alone."""
+"""The programs of training and sampling, and the shapes of their inputs."""
 
 import dataclasses
 import functools
@@ -27,11 +27,11 @@ from lattejax.training.generation_stage import flow_loss, flow_step, make_frozen
 from lattejax.training.layout import stage_rows
 from lattejax.training.step import abstract_state, compile_for
 
-# ---- What goes into them
+# ---- Their inputs
 
 
 def abstract_prompts(config: Config, rows: int, length: int, pictures: int = 0) -> Prompts:
-    """Describes a batch of prompts, each with so many pictures of the largest size."""
+    """Describes a batch of prompts, each with a number of pictures of the largest size."""
     vision = config.model.vision
     merged = config.data.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
     images = (pictures, merged * vision.spatial_merge_size**2, vision.patch_dim)
@@ -39,14 +39,14 @@ def abstract_prompts(config: Config, rows: int, length: int, pictures: int = 0) 
 
 
 def abstract_frozen(config: Config, mesh: Mesh, captions: int) -> Frozen:
-    """Describes what the loss reads besides what it trains; where captions are read once for all, of so many."""
+    """Describes the frozen inputs of the loss; `captions` is the number of captions, if contexts are shared."""
     fixed = _cast(config, latte_flow.split_trained(config.model_config, {"vlm": abstract_params(config)["vlm"]})[1])
     prompts = abstract_prompts(config, 1 + captions * config.train.share_contexts, config.data.prompt_length)
     return jax.eval_shape(functools.partial(make_frozen, config, mesh), fixed, prompts)
 
 
 def abstract_batch(config: Config) -> dict[str, Any]:
-    """Describes a complete batch of the second stage, its rows still on one axis."""
+    """Describes a complete batch of the second stage, with its rows on one axis."""
     stage, data, make = config.train, config.data, jax.ShapeDtypeStruct
 
     def prompts() -> Prompts:
@@ -68,7 +68,7 @@ def _cast(config: Config, params: Params) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function, and what it is called with, by shapes; and the trees among it that take memory, by name."""
+    """A jitted function, the shapes of its arguments, and by name those trees among them that take memory."""
 
     function: jax.stages.Wrapped
     arguments: tuple[Any, ...]
@@ -92,8 +92,7 @@ def train_step(config: Config, mesh: Mesh, captions: int) -> Program:
 
 
 def sampling_call(config: Config, mesh: Mesh) -> Program:
-    """A sampling call of eval.batch_size images, as `ImageSampler` makes it of the longest prompts that the config
-    allows."""
+    """A sampling call of eval.batch_size images, as `ImageSampler` makes it for the config's maximum prompt length."""
     model, shares = config.model_config, row_shares(mesh)
     size = -(-config.eval.batch_size // shares) * shares
     params = _cast(config, abstract_params(config))

@@ -1,9 +1,9 @@
-"""Orbax checkpoints: what a killed run goes on from, and what sampling and chatting read.
+"""Orbax checkpoints: a killed run resumes from them, and sampling and chatting read them.
 
-A stage's checkpoint has four items: `params`, `ema` and `optimizer`, arrays, and `progress`, a JSON object with the
-data iterator's state and a fingerprint of each of the others. Each is read on its own, so that sampling reads the
-average alone. Orbax commits a checkpoint as a whole: one that a kill has cut short is never taken for a checkpoint.
-Arrays are read to wherever they are asked for, so another mesh or number of devices is as good as the one that wrote.
+A stage's checkpoint has four items: the arrays `params`, `ema` and `optimizer`, and `progress`, a JSON object with the
+data iterator's state and a fingerprint of each array item. Each item is read separately, so that sampling reads only
+the average. Orbax commits checkpoints atomically: an incomplete one is never taken for a checkpoint. Arrays are read to
+the requested devices, so a checkpoint can be restored on another mesh or number of devices.
 """
 
 import hashlib
@@ -30,26 +30,26 @@ FINGERPRINTS = "fingerprints"  # in `progress`
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint whose bytes do not decode, or are not what was written."""
+    """A checkpoint whose bytes do not decode, or differ from those written."""
 
 
 class Checkpoints:
-    """One stage's checkpoints in a directory, local or remote; writing goes on in the background."""
+    """One stage's checkpoints in a directory, local or remote; they are written in the background."""
 
     def __init__(self, directory: epath.Path, *, keep: int | None = None, keep_every: int = 0):
         """Opens a directory.
 
         Args:
-          directory: of the checkpoints, each in one of its own with its step for a name.
-          keep: how many stay there when new ones are written; None: all.
-          keep_every: those of steps that this divides stay besides; 0: none.
+          directory: the directory; each checkpoint is a subdirectory, named by its step.
+          keep: how many of the latest to keep when new ones are written; None: all.
+          keep_every: checkpoints at multiples of this step are kept too; 0: none.
         """
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
         self._directory, self._manager = directory, ocp.CheckpointManager(directory, options=options)
 
     @property
     def steps(self) -> list[int]:
-        """Those there are, the latest last."""
+        """The steps of all checkpoints, in increasing order."""
         return sorted(self._manager.all_steps())
 
     @property
@@ -66,15 +66,16 @@ class Checkpoints:
         """Reads the named arrays into trees like `targets`, and `progress`.
 
         Raises:
-          DamagedCheckpoint: they do not decode, or are not what was written.
-          UserError: they are of another model; or they could not be read, several times, for a reason that may pass.
+          DamagedCheckpoint: they do not decode, or differ from what was written.
+          UserError: they belong to another model, or could not be read in several attempts, for a reason that may
+            be temporary.
         """
         targets = {name: like(tree) for name, tree in targets.items()}
         name, restored = f"the checkpoint {self._directory / str(step)}", {}
-        problem, is_damage = "", False  # and not the error, which would keep what was read
+        problem, is_damage = "", False  # not the error itself, which would keep the arrays read alive
         try:
-            restored = _read_patiently(lambda: self._read(step, targets), name)
-        except Exception as error:  # Orbax and TensorStore raise whatever they meet
+            restored = _read_with_retries(lambda: self._read(step, targets), name)
+        except Exception as error:  # Orbax and TensorStore raise many types
             problem, is_damage = _first_line(error), _is_damage(error)
         if not hosts.all_agree(not problem):
             problem = problem or "another process cannot read it"
@@ -94,13 +95,13 @@ class Checkpoints:
         read = dict(self._manager.restore(step, args=args))
         return read | {name: layouts.as_wanted(read[name], tree) for name, tree in targets.items()}
 
-    def restore_latest(self, put_aside: bool = True, **targets: Any) -> tuple[int, dict[str, Any]]:
-        """Reads the latest checkpoint that is whole, and returns its step with it; a damaged one is named, and put
-        aside where it can be looked at, unless `put_aside` is false.
+    def restore_latest(self, move_damaged: bool = True, **targets: Any) -> tuple[int, dict[str, Any]]:
+        """Reads the latest undamaged checkpoint; returns its step and its items. Warns of damaged ones, and moves
+        them away for inspection unless `move_damaged` is false.
 
         Raises:
-          DamagedCheckpoint: none is whole.
-          UserError: as `restore`; then none is put aside.
+          DamagedCheckpoint: there is no undamaged one.
+          UserError: as `restore`; then none is moved.
         """
         damaged = {}
         for step in reversed(self.steps):
@@ -109,25 +110,25 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 damaged[step] = str(error)
                 continue
-            if put_aside:
-                self._put_aside(damaged)
+            if move_damaged:
+                self._move_damaged(damaged)
             elif hosts.is_first():
                 for problem in damaged.values():
-                    logging.warning("%s; that of step %s is taken", problem, step)
+                    logging.warning("%s; using that of step %s", problem, step)
             return step, restored
         raise DamagedCheckpoint("; ".join(damaged.values()) or f"{self._directory} has no checkpoint")
 
-    def _put_aside(self, damaged: dict[int, str]) -> None:
+    def _move_damaged(self, damaged: dict[int, str]) -> None:
         for step, error in damaged.items():
-            aside = self._directory.parent / "damaged" / f"{self._directory.name}_{step}"
+            target = self._directory.parent / "damaged" / f"{self._directory.name}_{step}"
             if hosts.is_first():
-                logging.warning("%s; it is put aside as %s, and an earlier one is taken", error, aside)
-                if aside.exists():
-                    aside.rmtree()
-                aside.parent.mkdir(parents=True, exist_ok=True)
-                (self._directory / str(step)).rename(aside)
+                logging.warning("%s; moved to %s, using an earlier one", error, target)
+                if target.exists():
+                    target.rmtree()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (self._directory / str(step)).rename(target)
         if damaged:
-            hosts.wait_for_all("damaged checkpoints are put aside")
+            hosts.wait_for_all("damaged checkpoints are moved")
             self._manager.reload()
 
     def wait(self) -> None:
@@ -140,18 +141,18 @@ class Checkpoints:
         self._manager.close()
 
 
-# ---- What a read error means
+# ---- Classifying read errors
 
-RETRY_SECONDS = (1, 5, 20)  # between one try and the next
-# TensorStore's words for bytes that are not there or do not decode, and Orbax's for those of another model.
+RETRY_SECONDS = (1, 5, 20)  # between attempts
+# TensorStore's messages for bytes that are missing or do not decode, and Orbax's for a checkpoint of another model.
 DAMAGE = re.compile(r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|Error decoding|checksum|decompress|Item .* was not found")
 ANOTHER_MODEL = re.compile(r"tree structures do not match|not compatible with the stored shape")
 
 
-def _read_patiently(read: Callable[[], Any], name: str) -> Any:
-    """Reads, and tries again after an error that may pass: of a network, a bucket, memory.
+def _read_with_retries(read: Callable[[], Any], name: str) -> Any:
+    """Reads, and retries after an error that may be temporary: of a network, a bucket, memory.
 
-    Several processes read together, and try once: a second try of one would wait for the others, who make none.
+    Several processes read together and only once: a retry of one would wait for the others, which do not retry.
     """
     for seconds in RETRY_SECONDS if jax.process_count() == 1 else ():
         try:
@@ -165,7 +166,7 @@ def _read_patiently(read: Callable[[], Any], name: str) -> Any:
 
 
 def _is_damage(error: BaseException | None) -> bool:
-    """Whether bytes are missing or do not decode; any other error may be the way there."""
+    """Whether bytes are missing or do not decode; any other error may be temporary."""
     while error is not None:
         if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | FileNotFoundError) or DAMAGE.search(
             str(error)
@@ -183,7 +184,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def fingerprints(arrays: dict[str, Any]) -> dict[str, str]:
-    """Returns a hash of each tree's bits, computed where they are: the same on every mesh."""
+    """Returns a hash of each tree's bits, computed on their devices; it is the same on every mesh."""
     sums = hosts.fetch(_bit_sums(arrays))
     return {
         name: hashlib.sha256(np.asarray(jax.tree.leaves(tree), np.uint32).tobytes()).hexdigest()[:16]
@@ -193,7 +194,7 @@ def fingerprints(arrays: dict[str, Any]) -> dict[str, str]:
 
 @jax.jit
 def _bit_sums(tree: Any) -> Any:
-    """For each array a sum of 32 bits over its elements, in which each counts by its place."""
+    """For each array a 32-bit sum over its elements that depends on their positions."""
 
     def bit_sum(x: Array) -> UInt32[Array, ""]:
         x = x.astype(jnp.uint8) if x.dtype == bool else x

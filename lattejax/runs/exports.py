@@ -1,4 +1,4 @@
-"""A model's weights as safetensors: one tensor for each of our arrays, named by its path with dots for slashes."""
+"""A model's weights as safetensors: one tensor for each of our arrays, named by its path, with dots for slashes."""
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,17 @@ from lattejax.weights.trees import check_shapes
 
 
 def write(directory: epath.Path, params: Params) -> None:
-    """Writes weights, in the dtype they have."""
+    """Writes weights, in their dtypes."""
     flat = traverse_util.flatten_dict(params, sep=".")
-    dealt = shards.split({name: array.nbytes for name, array in flat.items()})
-    shards.write(directory, ({name: np.asarray(flat[name]) for name in names} for names in dealt), len(dealt))
+    files = shards.split({name: array.nbytes for name, array in flat.items()})
+    shards.write(directory, ({name: np.asarray(flat[name]) for name in names} for names in files), len(files))
 
 
 def read(directory: epath.Path, target: Params, only: str = "") -> Params:
-    """Reads weights into a tree of the paths, shapes and dtypes of `target`; `only` names a part of it to be read.
+    """Reads weights into a tree with the paths, shapes and dtypes of `target`; `only` is a prefix of the names to read.
 
     Raises:
-      UserError: names or shapes of the whole differ, or a file is missing or cut short.
+      UserError: names or shapes in the complete `target` differ, or a file is missing or truncated.
     """
     stored = Shards.open(directory)
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in stored.shapes.items()}

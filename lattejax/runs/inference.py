@@ -1,4 +1,4 @@
-"""Weights for drawing and answering: in the dtype of the computation, and where they are used."""
+"""Weights for drawing and answering: in the dtype of the computation, and on the devices that use them."""
 
 import functools
 
@@ -12,25 +12,24 @@ from lattejax.parallel import rules
 
 
 def sampling_axes(part: str) -> tuple[str, ...]:
-    """Over which axes of a mesh a part of the model is cut for drawing and answering.
+    """The mesh axes over which a part of the model is sharded for drawing and answering.
 
-    The pathway's over `tensor` alone: each device draws images of its own, and in every one of their steps another
-    group works. The VLM's over `fsdp` too, since it reads a prompt once.
+    The pathway is sharded only over `tensor`: devices draw different images, and the steps of an image use different
+    groups. The VLM is also sharded over `fsdp`, because it reads each prompt once.
     """
     return ("fsdp", "tensor") if part == "vlm" else ("tensor",)
 
 
 def inference_weights(config: Config, params: Params, mesh: Mesh) -> Params:
-    """Casts weights to the dtype of the computation, cuts them by `sampling_axes`, and gives each layer a tree of its
-    own."""
+    """Casts weights to the dtype of the computation, shards them over `sampling_axes`, and unstacks the layers."""
     placed = {}
     for name, part in params.items():
         placed |= rules.shardings(mesh, {name: part}, sampling_axes(name))
     leaves, tree = jax.tree.flatten(placed)
-    return latte_flow.unstack(_cast_and_cut(config.dtype, tree, tuple(leaves))(params))
+    return latte_flow.unstack(_cast_and_shard(config.dtype, tree, tuple(leaves))(params))
 
 
 @functools.lru_cache(maxsize=8)
-def _cast_and_cut(dtype: str, tree: jax.tree_util.PyTreeDef, leaves: tuple[NamedSharding, ...]) -> jax.stages.Wrapped:
-    """Kept, so that a run's evaluations after the first compile nothing."""
+def _cast_and_shard(dtype: str, tree: jax.tree_util.PyTreeDef, leaves: tuple[NamedSharding, ...]) -> jax.stages.Wrapped:
+    """Cached, so that a run's evaluations after the first compile nothing."""
     return jax.jit(functools.partial(functional.cast_floats, dtype=dtype), out_shardings=tree.unflatten(leaves))

@@ -1,4 +1,4 @@
-"""What a run has recorded in its `metrics.jsonl`: one JSON object a line."""
+"""The records in a run's `metrics.jsonl`: one JSON object per line."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""How a run is read: by `sample`, by `chat`, and by runs that start from it."""
+"""Reading a run, for `sample`, `chat`, and runs that start from it."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from lattejax.data import tokenizer as tokenizers
 from lattejax.data.identity import Identity
 from lattejax.data.prompts import PromptEncoder, prompt_encoder
 from lattejax.errors import UserError
-from lattejax.files import located, new_directory, read_json, write_whole
+from lattejax.files import new_directory, read_json, resolve_path, write_atomically
 from lattejax.models import functional, latte_flow
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
@@ -30,7 +30,7 @@ from lattejax.weights.pretrained import Pretrained, is_converted
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run opened for reading; its weights are read straight to where `parallel.rules` wants them on the mesh."""
+    """A run opened for reading; its weights are read directly to their devices on the mesh, see `parallel.rules`."""
 
     workdir: Workdir
     config: Config
@@ -38,7 +38,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | epath.Path, mesh: Mesh | None = None) -> "Run":
-        """Opens a run, for one device if no mesh is given. Raises `UserError` where there is none."""
+        """Opens a run, for one device if no mesh is given. Raises `UserError` if there is none."""
         workdir = Workdir.at(path)
         if not workdir.config.exists():
             raise UserError(f"{path} is not the workdir of a run: it has no config.json")
@@ -54,47 +54,47 @@ class Run:
 
     @property
     def is_export(self) -> bool:
-        """Whether this is what `export` has written: weights to be read, but no run to go on with."""
+        """Whether this was written by `export`: it has weights, but cannot resume training."""
         return shards.are_stored(self.workdir.path)
 
     @property
     def has_vlm(self) -> bool:
-        """Whether the first stage has ended."""
+        """Whether the first stage has finished."""
         return trees.is_complete(self.workdir.vlm) or self.workdir.vlm_reference.exists()
 
     def pretrained_vlm(self, dtype: str = "float32") -> Params:
-        """Reads the weights that the first stage ended with, stacked.
+        """Reads the final weights of the first stage, stacked.
 
         Raises:
-          UserError: it has not ended, or the converted weights that it has taken are gone, or others.
+          UserError: it has not finished, or the converted weights that it refers to are missing or have changed.
         """
         if (converted := self.converted_vlm()) is not None:
             return converted.params(dtype, self.mesh)
         if not self.has_vlm:
-            raise UserError(f"{self.workdir.path} has no finished VLM yet; let its first stage of training end")
+            raise UserError(f"{self.workdir.path} has no finished VLM yet; complete its first stage of training")
         vlm = trees.load_weights(self.workdir.vlm, rules.abstract(self.mesh, abstract_params(self.config)["vlm"]))
         return functional.cast_floats(vlm, dtype)
 
     def converted_vlm(self) -> Pretrained | None:
-        """The converted weights that the run has taken as they are, if it has."""
+        """The converted weights that the run uses unchanged, if it does."""
         if not self.workdir.vlm_reference.exists():
             return None
         reference = read_json(self.workdir.vlm_reference)
         source = Pretrained.open(reference["path"])
         if source.record["sha256"] != reference["sha256"]:
-            raise UserError(f"{reference['path']} holds other weights than {self.workdir.path} was trained beside")
+            raise UserError(f"{reference['path']} holds other weights than {self.workdir.path} was trained with")
         return source
 
     def refer_to(self, source: Pretrained) -> None:
-        """Takes converted weights for the first stage's, without a copy of them."""
+        """Uses converted weights as those of the first stage, without copying them."""
         reference = {"path": str(source.directory), "sha256": source.record["sha256"]}
-        write_whole(self.workdir.vlm_reference, (json.dumps(reference, indent=2) + "\n").encode())
+        write_atomically(self.workdir.vlm_reference, (json.dumps(reference, indent=2) + "\n").encode())
 
     def open_autoencoder(self, path: str = "") -> StoredAutoencoder:
-        """Opens the autoencoder of the run's latents, where the config says, or at `path` if it has moved.
+        """Opens the autoencoder of the run's latents, at the config's path, or at `path` if it has moved.
 
         Raises:
-          UserError: there is none, or another one: other weights, scale or shift.
+          UserError: there is none, or its weights, scale or shift differ.
         """
         path = path or self.config.data.autoencoder
         stored = StoredAutoencoder.open(path)
@@ -102,47 +102,47 @@ class Run:
         return stored
 
     def trained(self, target: Config | None = None) -> Params:
-        """Reads the average of what the second stage trains, float32, from the latest checkpoint that is whole."""
+        """Reads the average of the second stage's trained weights, float32, from its latest undamaged checkpoint."""
         if self.is_export:
-            whole = exports.read(self.workdir.path, abstract_params(target or self.config))
-            return rules.place(self.mesh, latte_flow.split_trained(self.config.model_config, whole)[0])
+            params = exports.read(self.workdir.path, abstract_params(target or self.config))
+            return rules.place(self.mesh, latte_flow.split_trained(self.config.model_config, params)[0])
         if self.trained_step is None:
             raise UserError(f"{self.workdir.path} has no checkpoint of the generation pathway yet; train it first")
         average = rules.abstract(self.mesh, abstract_trained(target or self.config))
-        item = "ema" if self.config.train.ema_decay else "params"  # which are then their own average
+        item = "ema" if self.config.train.ema_decay else "params"  # without averaging, the weights themselves
         checkpoints = Checkpoints(self.workdir.checkpoints("train"))
-        return checkpoints.restore_latest(put_aside=False, **{item: average})[1][item]
+        return checkpoints.restore_latest(move_damaged=False, **{item: average})[1][item]
 
     @property
     def trained_step(self) -> int | None:
-        """The second stage's latest checkpoint, if it has one."""
+        """The step of the second stage's latest checkpoint, if it has one."""
         directory = self.workdir.checkpoints("train")
         return Checkpoints(directory).latest_step if directory.exists() else None
 
     def params(self, dtype: str = "float32") -> Params:
-        """Reads the whole model's weights: the VLM's, and over them the average of what was trained."""
+        """Reads the complete model's weights: the VLM's, overridden by the average of the trained weights."""
         if self.is_export:
-            whole = functional.cast_floats(exports.read(self.workdir.path, abstract_params(self.config)), dtype)
-            return rules.place(self.mesh, whole)
+            params = functional.cast_floats(exports.read(self.workdir.path, abstract_params(self.config)), dtype)
+            return rules.place(self.mesh, params)
         trained = functional.cast_floats(self.trained(), dtype)
         return functional.merge({"vlm": self.pretrained_vlm(dtype)}, trained)
 
     def vlm(self) -> Params:
-        """Reads the weights that read and answer: the first stage's, in Blend as far as the second has trained them."""
+        """Reads the VLM's weights: the first stage's, or in Blend those that the second stage has trained so far."""
         if self.is_export:
-            whole = exports.read(self.workdir.path, abstract_params(self.config), only="vlm.")
-            return rules.place(self.mesh, whole["vlm"])
+            params = exports.read(self.workdir.path, abstract_params(self.config), only="vlm.")
+            return rules.place(self.mesh, params["vlm"])
         if self.config.model_config.shares_layers and self.trained_step is not None:
             return self.params()["vlm"]
         return self.pretrained_vlm()
 
     def export(self, out: str | epath.Path) -> None:
-        """Writes the run's average weights as safetensors, in a directory that can be opened like the run's.
+        """Writes the run's average weights as safetensors, in a directory that can be opened like a run's.
 
         Raises:
-          UserError: there is something at `out` or it is remote, or the run has no checkpoint of the pathway.
+          UserError: `out` exists or is remote, or the run has no checkpoint of the pathway.
         """
-        shards.check_local(located(out))
+        shards.check_local(resolve_path(out))
         with new_directory(out) as directory:
             exports.write(directory, self.params())
             tokenizers.save(self.encoder.tokenizer, Workdir(directory).tokenizer)
@@ -151,12 +151,12 @@ class Run:
 
 
 def open_vlm(path: str | epath.Path, mesh: Mesh | None = None) -> Run | Pretrained:
-    """Opens what has a VLM to start from: converted weights, or a run (for `mesh`, see `Run.open`)."""
-    return Pretrained.open(path) if is_converted(located(path)) else Run.open(path, mesh)
+    """Opens a VLM to start from: converted weights, or a run (for `mesh`, see `Run.open`)."""
+    return Pretrained.open(path) if is_converted(resolve_path(path)) else Run.open(path, mesh)
 
 
 def open_mesh(config: Config) -> Mesh:
-    """Arranges all devices, of all processes, as the config says; raises `UserError` if they do not fit."""
+    """Makes the config's mesh of all devices of all processes; raises `UserError` if they do not fit."""
     try:
         return make_mesh(dataclasses.asdict(config.mesh))
     except ValueError as error:

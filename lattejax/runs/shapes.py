@@ -1,4 +1,4 @@
-"""The weights of a config's model, by shapes alone."""
+"""The shapes of a config's weights."""
 
 import functools
 
@@ -9,7 +9,7 @@ from lattejax.models import latte_flow, qwen2_vl
 from lattejax.models.functional import Params
 
 
-@functools.lru_cache(maxsize=16)  # it takes a quarter of a second, and is asked for a dozen times a run
+@functools.lru_cache(maxsize=16)  # it takes a quarter of a second, and a run calls it a dozen times
 def abstract_params(config: Config) -> Params:
     """Shapes and dtypes of all of the model's weights."""
     model = config.model_config
@@ -21,5 +21,5 @@ def abstract_params(config: Config) -> Params:
 
 
 def abstract_trained(config: Config) -> Params:
-    """Shapes and dtypes of what the second stage trains."""
+    """Shapes and dtypes of the weights that the second stage trains."""
     return latte_flow.split_trained(config.model_config, abstract_params(config))[0]

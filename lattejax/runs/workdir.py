@@ -1,13 +1,13 @@
 """A run's directory.
 
 config.json           the resolved config
-tokenizer/            the tokenizer, as transformers writes it
-vlm/                  the VLM's weights as the first stage ends with them, written once
-vlm.json              instead of them, where converted weights are taken as they are: where those are, and their hashes
-autoencoder.json      which autoencoder the latents are of
-data.json             which data set the run is trained on
-checkpoints/<stage>/  the stage's latest checkpoints; in checkpoints/damaged/ what was found damaged
-metrics.jsonl         one JSON object a line; also in tensorboard/
+tokenizer/            the tokenizer, in transformers' format
+vlm/                  the VLM's weights at the end of the first stage, written once
+vlm.json              instead of vlm/, if converted weights are used unchanged: their path and hashes
+autoencoder.json      the identity of the latents' autoencoder
+data.json             the identity of the data set
+checkpoints/<stage>/  the stage's latest checkpoints; damaged ones are moved to checkpoints/damaged/
+metrics.jsonl         one JSON object per line; also in tensorboard/
 samples/              a grid of samples for each evaluation
 results.json          the final scores
 """
@@ -16,19 +16,19 @@ import dataclasses
 
 from etils import epath
 
-from lattejax.files import located
+from lattejax.files import resolve_path
 
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """Where a run keeps its files."""
+    """The paths of a run's files."""
 
     path: epath.Path
 
     @classmethod
     def at(cls, path: str | epath.Path) -> "Workdir":
-        """Takes a local path, also a relative one, or a remote one."""
-        return cls(located(path))
+        """Opens a local path, absolute or relative, or a remote one."""
+        return cls(resolve_path(path))
 
     @property
     def config(self) -> epath.Path:

@@ -1,8 +1,8 @@
-"""Answering: prompts in, text out, token by token with a KV cache.
+"""Answering prompts with text, token by token with a KV cache.
 
-Two compiled functions do it: one reads the prompts and chooses the first token, one reads a token and chooses the next.
-Prompts, images and caches are padded to a few sizes (`sampling.padding`), so that both serve many lengths without
-compiling anew.
+There are two compiled functions: one reads the prompts and chooses the first token, one reads a token and chooses the
+next. Prompts, images and caches are padded to a few sizes (`sampling.padding`), so that both work for many lengths
+without recompilation.
 
 Axes: B batch, V vocabulary.
 """
@@ -27,18 +27,18 @@ from lattejax.parallel import hosts
 from lattejax.sampling.padding import bucket, padded
 from lattejax.weights.pretrained import Pretrained
 
-LEAST_TEMPERATURE = 1e-6  # below, logits over it leave float32
+LEAST_TEMPERATURE = 1e-6  # below this, logits divided by it overflow float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How answers are drawn from the model's distribution.
+    """How answers are decoded.
 
-    `temperature` 0 takes the likeliest token. Otherwise tokens are drawn among the likeliest that make up `top_p` of
-    the distribution at that temperature; the draws of the n-th prompt are a function of `seed` and n.
+    `temperature` 0 takes the likeliest token. Otherwise tokens are sampled at that temperature from the likeliest
+    tokens with a total probability of `top_p`; the samples of the n-th prompt are a function of `seed` and n.
     """
 
-    max_tokens: int = 256  # of an answer, its end included
+    max_tokens: int = 256  # of an answer, including the stop token
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -54,8 +54,8 @@ class Decoding:
                 raise ValueError(f"{name}={getattr(self, name)} must be {expected}")
 
 
-class Chance(NamedTuple):
-    """What a draw takes: a key for each row, and how the distribution is bent."""
+class TokenSampling(NamedTuple):
+    """Sampling parameters, and a PRNG key for each row."""
 
     keys: Key[Array, "B"]
     temperature: Float[Array, ""]
@@ -63,7 +63,7 @@ class Chance(NamedTuple):
 
 
 def keep_top(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """Leaves the likeliest tokens whose probabilities first reach `top_p` together, and closes the rest (-inf)."""
+    """Keeps the fewest likeliest tokens whose total probability reaches `top_p`, and masks the rest with -inf."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
@@ -73,7 +73,8 @@ def keep_top(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Arra
 
 
 class Penalty(NamedTuple):
-    """Makes tokens less likely that have been read or said, as transformers does (Keskar et al., arXiv 1909.05858)."""
+    """Repetition penalty: makes tokens that have been read or generated less likely, as in transformers (Keskar et al.,
+    arXiv 1909.05858)."""
 
     scale: Float[Array, ""]  # above 1
     seen: Bool[Array, "B V"]
@@ -87,15 +88,15 @@ class Penalty(NamedTuple):
 
 
 def choose(
-    logits: Float[Array, "B V"], chance: Chance | None, count: Int[Array, ""], penalty: Penalty | None = None
+    logits: Float[Array, "B V"], sampling: TokenSampling | None, count: Int[Array, ""], penalty: Penalty | None = None
 ) -> Int[Array, "B"]:
-    """The next token: the likeliest one, or by chance; `count` tells the draws of one answer apart."""
+    """The next token: the likeliest, or sampled; `count` distinguishes the samples of one answer."""
     if penalty is not None:
         logits = penalty.of(logits)
-    if chance is None:
+    if sampling is None:
         return jnp.argmax(logits, axis=-1)
-    logits = keep_top(logits.astype(jnp.float32) / chance.temperature, chance.top_p)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(chance.keys, count)
+    logits = keep_top(logits.astype(jnp.float32) / sampling.temperature, sampling.top_p)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(sampling.keys, count)
     return jax.vmap(jax.random.categorical)(keys, logits)
 
 
@@ -104,14 +105,14 @@ def read(
     config: VLMConfig,
     params: Params,
     prompts: Prompts,
-    chance: Chance | None,
+    sampling: TokenSampling | None,
     penalty: Penalty | None = None,
     *,
     capacity: int,
 ):
-    """Reads whole prompts; returns each answer's first token, and the state to go on from."""
+    """Reads complete prompts; returns each answer's first token, and the state to continue from."""
     logits, state = qwen2_vl.prefill(config, params, prompts, capacity)
-    return choose(logits, chance, jnp.zeros((), jnp.int32), penalty), state
+    return choose(logits, sampling, jnp.zeros((), jnp.int32), penalty), state
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -120,25 +121,25 @@ def read_token(
     params: Params,
     state: DecodeState,
     token: Int[Array, "B"],
-    chance: Chance | None,
+    sampling: TokenSampling | None,
     count: Int[Array, ""],
     penalty: Penalty | None = None,
 ):
-    """Reads one token of every answer; returns the next one, the `count`-th from 0, and the state and penalty after."""
+    """Reads one token of every answer; returns the next token, the `count`-th from 0, and the new state and penalty."""
     logits, state = qwen2_vl.decode_token(config, params, state, token)
     if penalty is not None:
         penalty = penalty.after(token)
-    return choose(logits, chance, count, penalty), state, penalty
+    return choose(logits, sampling, count, penalty), state, penalty
 
 
 class Answerer:
-    """A VLM that answers.
+    """Answers prompts with a VLM.
 
     Args:
-      config: its geometry.
+      config: the VLM's geometry.
       params: its weights, a tree for each layer (`qwen2_vl.unstack`). Their dtype is the computation's.
-      encoder: of its prompts.
-      repetition_penalty: the model's own, see `Penalty`; 1: none.
+      encoder: its prompt encoder.
+      repetition_penalty: the model's repetition penalty, see `Penalty`; 1: none.
     """
 
     def __init__(self, config: VLMConfig, params: Params, encoder: PromptEncoder, repetition_penalty: float = 1.0):
@@ -147,9 +148,9 @@ class Answerer:
 
     @classmethod
     def load(cls, weights: str | epath.Path, dtype: str = "bfloat16", mesh: Mesh | None = None) -> "Answerer":
-        """Opens what `lattejax.convert` has written; see `Pretrained.params`."""
+        """Opens weights that `lattejax.convert` wrote; see `Pretrained.params`."""
         pretrained = Pretrained.open(weights)
-        encoder = pretrained.encoder  # complains before the weights are read
+        encoder = pretrained.encoder  # raises before the weights are read
         penalty = pretrained.generation.repetition_penalty
         params = qwen2_vl.unstack(pretrained.params(dtype, mesh), release=True)
         return cls(pretrained.vlm_config, params, encoder, penalty)
@@ -157,10 +158,10 @@ class Answerer:
     def generate(
         self, prompts: Sequence[EncodedPrompt], decoding: Decoding = Decoding(), batch_size: int = 8
     ) -> list[str]:
-        """Returns the answers to prompts of any lengths, with any images, in their order."""
+        """Returns the answers to prompts of any lengths, with any images, in order."""
         answers = []
         for start in range(0, len(prompts), batch_size):
-            # The last batch is filled up, so that every call has one shape, and cut below.
+            # The last batch is padded, so that every call has the same shape, and truncated below.
             rows = np.minimum(np.arange(start, start + min(batch_size, len(prompts))), len(prompts) - 1)
             batch = padded(self.encoder, [prompts[row] for row in rows], prompts)
             tokens = np.stack(list(self.tokens(batch, decoding, rows)), axis=1)
@@ -168,43 +169,43 @@ class Answerer:
         return [text.strip() for text in answers[: len(prompts)]]
 
     def stream(self, prompt: EncodedPrompt, decoding: Decoding = Decoding()) -> Iterator[str]:
-        """Yields one answer piece by piece, as soon as its tokens make whole characters."""
+        """Yields one answer in pieces, whenever its tokens form complete characters."""
         tokens: list[int] = []
-        said = text = ""
+        yielded = text = ""
         for token in self.tokens(padded(self.encoder, [prompt]), decoding):
             tokens.append(int(token[0]))
             text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                yield text[len(said) :]
-                said = text
-        yield text[len(said) :]
+                yield text[len(yielded) :]
+                yielded = text
+        yield text[len(yielded) :]
 
     def tokens(
         self, prompts: Prompts, decoding: Decoding = Decoding(), rows: Sequence[int] | None = None
     ) -> Iterator[np.ndarray]:
-        """Yields the answers' tokens [B], one at a time, until every row has met a stop token.
+        """Yields the answers' tokens [B], one at a time, until every row has reached a stop token.
 
-        A row that is done goes on yielding the first stop token.
+        A finished row keeps yielding the first stop token.
 
         Args:
-          prompts: up to where the answers are to be given.
+          prompts: the prompts, up to where the answers begin.
           decoding: how tokens are chosen.
-          rows: the numbers by which the rows' draws differ; None: 0, 1, …
+          rows: the indices that seed the rows' samples; None: 0, 1, …
         """
         size, length = prompts.input_ids.shape
         capacity = bucket(length + decoding.max_tokens) - length
-        chance = None
+        sampling = None
         if decoding.temperature > 0:
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
                 jax.random.key(decoding.seed), np.arange(size) if rows is None else np.asarray(rows)
             )
-            chance = Chance(keys, decoding.temperature, decoding.top_p)
+            sampling = TokenSampling(keys, decoding.temperature, decoding.top_p)
         penalty = self._penalty(prompts)
-        token, state = read(self.config, self.params, prompts, chance, penalty, capacity=capacity)
+        token, state = read(self.config, self.params, prompts, sampling, penalty, capacity=capacity)
         stops, done = self.encoder.stop_tokens, np.zeros(size, bool)
         for count in range(1, decoding.max_tokens + 1):
-            if count < decoding.max_tokens:  # under way before this token is waited for
-                following, state, penalty = read_token(self.config, self.params, state, token, chance, count, penalty)
+            if count < decoding.max_tokens:  # dispatched before waiting for this token
+                following, state, penalty = read_token(self.config, self.params, state, token, sampling, count, penalty)
             chosen = np.where(done, stops[0], hosts.fetch(token))
             yield chosen
             done |= np.isin(chosen, stops)

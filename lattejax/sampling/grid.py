@@ -1,4 +1,4 @@
-"""Pictures in rows, each under its prompt."""
+"""A grid of pictures, in rows under their prompts."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ MARGIN, LABEL_HEIGHT, SMALLEST_TILE = 4, 18, 64
 
 
 def labelled_grid(images: np.ndarray, labels: Sequence[str], columns: int = 8) -> Image.Image:
-    """Lays out equally many images [labels · n, H, W, 3] for each label, in order; small ones are enlarged.
+    """Lays out images [labels · n, H, W, 3], the same number for each label, in order; small ones are enlarged.
 
     Args:
       images: uint8 images, the first label's first.
       labels: one line of text above each block of images.
-      columns: images in a row at most.
+      columns: the maximum number of images in a row.
     """
     per_label = len(images) // len(labels)
     columns = min(columns, per_label)

@@ -1,6 +1,6 @@
 """Drawing images: one context pass for all prompts, then compiled loops, each over steps of one group.
 
-The noise of an image is a function of (seed, sample index) alone, so a set of images does not depend on how it is cut
+The noise of an image is a function of only (seed, sample index), so a set of images does not depend on how it is split
 into batches.
 
 Axes: B batch, U prompts with the empty one last, C latent channel.
@@ -63,18 +63,18 @@ def draw_latents(
 ) -> Float[Array, "B h w C"]:
     """Integrates the flow from noise to latents.
 
-    Conditional and unconditional velocities come out of one batch of 2·B rows, both from the group that owns the step.
-    A row's two stand side by side, so that on a mesh they are on one device.
+    Conditional and unconditional velocities are computed in one batch of 2·B rows, by the group that owns the step. The
+    two rows of an image are adjacent, so that on a mesh they are on one device.
 
     Args:
       config: the model's geometry.
-      pathway: the generation pathway (`latte_flow.pathway`), its experts a list of L layers.
-      contexts: of U prompts at all L layers, as a list.
-      prompts: each row's prompt.
-      unconditional: what each row is guided away from: the empty prompt, or one of its own.
-      noise: where the rows start, at t = 0.
+      pathway: the generation pathway (`latte_flow.pathway`), with its experts as a list of L layers.
+      contexts: the contexts of U prompts at all L layers, as a list.
+      prompts: the index of each row's prompt.
+      unconditional: the index of the prompt to guide each row away from, empty or negative.
+      noise: the rows at t = 0.
       guidance: the guidance scale s in v_uncond + s·(v_cond − v_uncond).
-      segments: the steps, see `split_steps`; those that are not guided skip the unconditional pass.
+      segments: the steps, see `split_steps`; those without guidance skip the unconditional pass.
     """
     x = noise
     for segment in segments:
@@ -92,7 +92,7 @@ def draw_latents(
             both = generation.velocity(config.generation, own, context, jnp.repeat(x, 2, axis=0), conditioning)
             return guide(*rearrange(both, "(B two) h w C -> two B h w C", two=2), guidance)
 
-        # Ahead of the loop, so that its steps need not read the weights of time embedding and modulations.
+        # Computed before the loop, so that its steps need not read the weights of time embedding and modulations.
         condition = functools.partial(generation.condition, config.generation, own)
         conditions = jax.vmap(lambda start, end, of=condition: of(Step(start[None], end[None])))
         x = SOLVERS[segment.solver](velocity, conditions, x, segment.steps)
@@ -103,20 +103,20 @@ def draw_latents(
 def decode_images(
     autoencoder: Autoencoder, decoder: Params, latents: Float[Array, "B h w C"]
 ) -> UInt8[Array, "B H W 3"]:
-    """Decodes latents and quantises once: clip(127.5·x + 128), rounded down."""
+    """Decodes latents and quantises them once: clip(127.5·x + 128), rounded down."""
     return jnp.clip(127.5 * autoencoder.decode(decoder, latents) + 128, 0, 255).astype(jnp.uint8)
 
 
 class ImageSampler:
-    """Draws images from prompts: the one sampler, for commands, for evaluation and during training.
+    """Draws images from prompts; commands, evaluation and training all use this sampler.
 
     Args:
       config: the model's geometry.
-      autoencoder: what decodes the latents.
-      encoder: of the prompts.
-      params: the whole model's weights, a tree for each layer (`latte_flow.unstack`).
-      decoder: the autoencoder's weights.
-      mesh: the devices that the weights are on, and that draw a share of the images each; None: one.
+      autoencoder: decodes the latents.
+      encoder: the prompt encoder.
+      params: the complete model's weights, a tree for each layer (`latte_flow.unstack`).
+      decoder: the weights of the autoencoder's decoder.
+      mesh: the devices that hold the weights and share the images; None: one device.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class ImageSampler:
 
     @classmethod
     def of(cls, run: Run, params: Params, autoencoder: str = "") -> "ImageSampler":
-        """The sampler of a run with any weights, as while it is trained; for `autoencoder` see `load`."""
+        """The sampler of a run with the given weights, e.g. during training; for `autoencoder` see `load`."""
         stored = run.open_autoencoder(autoencoder)
         weights, decoder = inference_weights(run.config, params, run.mesh), stored.weights("decoder")
         return cls(run.config.model_config, stored.autoencoder, run.encoder, weights, decoder, run.mesh)
@@ -146,21 +146,21 @@ class ImageSampler:
         """Reads a run's average weights.
 
         Args:
-          workdir: the run's, or an export.
-          autoencoder: where the run's autoencoder is now; empty: where the run's config says.
-          mesh: the devices to draw on; None: one.
+          workdir: a run's directory, or an export.
+          autoencoder: the current path of the run's autoencoder; empty: the path in the run's config.
+          mesh: the devices to draw on; None: one device.
 
         Raises:
-          UserError: there is no run, it has no checkpoint of the pathway, or the autoencoder is another one.
+          UserError: there is no run, it has no checkpoint of the pathway, or the autoencoder differs.
         """
         run = Run.open(workdir, mesh)
         return cls.of(run, run.params(run.config.dtype), autoencoder)
 
     def read(self, prompts: Sequence[EncodedPrompt]) -> Context:
-        """Returns the contexts of the prompts and, last, of the empty one.
+        """Returns the contexts of the prompts and, last, of the empty prompt.
 
-        Both their lengths and their number are rounded up, the number by more empty prompts, so that other prompts are
-        read and drawn by the same programs.
+        Their lengths and their number are rounded up, the number with more empty prompts, so that other prompts use the
+        same compiled programs.
         """
         empty = [self.encoder.unconditional()] * (bucket(len(prompts) + 1) - len(prompts))
         return read_prompts(self.config, self.vlm, padded(self.encoder, [*prompts, *empty]))
@@ -179,11 +179,11 @@ class ImageSampler:
 
         Args:
           prompts: what to draw, see `PromptEncoder.drawing`.
-          sampling: how.
-          images_per_prompt: how many of each.
-          batch_size: images drawn at a time, rounded up so that every device draws as many.
-          seed: of the noise.
-          negative: for each prompt what its images are guided away from; none: the empty prompt for all.
+          sampling: the steps, guidance and solver.
+          images_per_prompt: the number of images for each prompt.
+          batch_size: images per batch, rounded up so that every device draws the same number.
+          seed: the seed of the noise.
+          negative: for each prompt, the prompt to guide away from; empty: the empty prompt for all.
 
         Raises:
           ValueError: there are negative prompts, but not one for each prompt.

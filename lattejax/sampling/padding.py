@@ -1,4 +1,4 @@
-"""Prompts padded to a few sizes, so that programs are compiled for a size and not for a length."""
+"""Padding prompts to a few sizes, so that programs are compiled per size, not per length."""
 
 from collections.abc import Sequence
 
@@ -9,20 +9,20 @@ LEAST_TOKENS = 32
 
 
 def bucket(size: int) -> int:
-    """Rounds up to the next of 1, 2, …, 8, 10, 12, 14, 16, 20, …: four sizes to a doubling, at most a quarter more."""
+    """Rounds up to the next of 1, 2, …, 8, 10, 12, 14, 16, 20, …: four sizes per doubling, at most a quarter more."""
     step = max(1, 2 ** ((size - 1).bit_length() - 3))
     return -(-size // step) * step
 
 
 def padded_length(tokens: int) -> int:
-    """Tokens that prompts are padded to, the longest of which has so many."""
+    """The length to which prompts are padded if the longest has `tokens` tokens."""
     return max(LEAST_TOKENS, bucket(tokens))
 
 
 def padded(
     encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], among: Sequence[EncodedPrompt] | None = None
 ) -> Prompts:
-    """Pads prompts to the sizes that suit all the prompts that they are `among`; None: to their own."""
+    """Pads prompts to sizes that fit all prompts in `among`; None: that fit these prompts."""
     among = prompts if among is None else among
     length = max(len(prompt.input_ids) for prompt in among)
     images = max(len(prompt.images) for prompt in among)

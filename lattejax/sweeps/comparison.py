@@ -1,7 +1,7 @@
-"""Comparing the runs of a sweep: one table, as CSV and as Markdown, and the plots beside it.
+"""Comparing the runs of a sweep: a table, as CSV and Markdown, and plots.
 
-Everything is read from what the runs have written: `results.json`, `metrics.jsonl`, and the sweep's `sampling.json`.
-Figures are means over seeds, with the sample standard deviation where there are several.
+Everything is read from files: the runs' `results.json` and `metrics.jsonl`, and the sweep's `sampling.json`. Figures
+are means over seeds, with the sample standard deviation if there are several.
 """
 
 import csv
@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from lattejax.files import write_whole, write_with
+from lattejax.files import write_atomically, write_with
 from lattejax.runs.records import read_records
 from lattejax.runs.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NO_SCORES = ("stage", "step", "seconds", "variant", "steps", "seconds_per_image")  # of a record
+NOT_SCORES = ("stage", "step", "seconds", "variant", "steps", "seconds_per_image")  # keys of a record
 
 
 def common_scores(records: Iterable[dict[str, Any]]) -> list[str]:
-    """The names of the figures that all records have, in the first one's order; vectors are left out."""
+    """The names of the figures that all records have, in the first record's order, without vectors."""
     first, *others = records
     return [
         name
         for name, value in first.items()
-        if isinstance(value, int | float) and name not in NO_SCORES and all(name in other for other in others)
+        if isinstance(value, int | float) and name not in NOT_SCORES and all(name in other for other in others)
     ]
 
 
@@ -47,9 +47,9 @@ def write_comparison(directory: epath.Path, runs: dict[tuple[str, int], Run]) ->
         for name in columns:
             values = [score[name] for score in scores]
             rows[-1] |= {name: np.mean(values), f"{name}_std": np.std(values, ddof=1) if len(values) > 1 else np.nan}
-    write_whole(directory / "table.csv", _csv(rows).encode())
+    write_atomically(directory / "table.csv", _csv(rows).encode())
     table = _markdown(rows, columns)
-    write_whole(directory / "table.md", table.encode())
+    write_atomically(directory / "table.md", table.encode())
     figures = {
         "score_by_training_steps": _by_training_steps(variants, evaluations),
         "score_by_sampling_time": _by_sampling_time(variants, sampling),
@@ -92,7 +92,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def _by_training_steps(variants: Sequence[str], evaluations: dict) -> "Figure":
-    """Scores while training, the mean over seeds and the range of them."""
+    """Scores by training step: the mean over seeds, and their range."""
     known = common_scores(record for own in evaluations.values() for record in own)
     figure = new_figure(4.3 * len(known), 4)
     for axes, score in zip(figure.subplots(1, len(known), squeeze=False)[0], known, strict=True):
@@ -108,7 +108,7 @@ def _by_training_steps(variants: Sequence[str], evaluations: dict) -> "Figure":
 
 
 def _by_sampling_time(variants: Sequence[str], sampling: Sequence[dict[str, Any]]) -> "Figure":
-    """Scores of one run of each variant by what an image costs, a mark for each number of steps."""
+    """Scores of one run of each variant by time per image, with a marker for each number of steps."""
     known = common_scores(sampling)
     figure = new_figure(4.5 * len(known), 4)
     for axes, score in zip(figure.subplots(1, len(known), squeeze=False)[0], known, strict=True):
@@ -117,7 +117,7 @@ def _by_sampling_time(variants: Sequence[str], sampling: Sequence[dict[str, Any]
             milliseconds = [1000 * record["seconds_per_image"] for record in own]
             axes.plot(milliseconds, [record[score] for record in own], marker="o", markersize=4, label=variant)
         steps = ", ".join(str(record["steps"]) for record in own)
-        axes.set(xlabel=f"milliseconds an image ({steps} steps)", title=score.replace("_", " "), xscale="log")
+        axes.set(xlabel=f"milliseconds per image ({steps} steps)", title=score.replace("_", " "), xscale="log")
     axes.legend(fontsize="small")
     return figure
 

@@ -3,8 +3,8 @@
 Its directory:
 
 vlm/                    the run that pretrains the VLM
-runs/<variant>_<seed>/  a run each
-sampling.json           scores and times by number of sampling steps, of each variant's run with the first seed
+runs/<variant>_<seed>/  a run for each variant and seed
+sampling.json           scores and times by number of sampling steps, for each variant's run with the first seed
 table.csv, table.md     the comparison, see `sweeps.comparison`
 *.png                   its plots
 """
@@ -27,7 +27,7 @@ from lattejax.data.prompts import prompt_encoder
 from lattejax.errors import UserError
 from lattejax.evaluation.protocol import DrawingScore
 from lattejax.evaluation.registry import drawing_scores, open_evaluators
-from lattejax.files import write_whole
+from lattejax.files import write_atomically
 from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
 from lattejax.runs.shapes import abstract_params
@@ -45,7 +45,7 @@ KEYS = ("base", "variants", "seeds", "sample_steps")
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a sweep's config says: for each variant its name and its config, still without a seed and a VLM."""
+    """A resolved sweep config: for each variant its name and its config, with seed and VLM not set yet."""
 
     base: Config
     variants: dict[str, Config]
@@ -54,14 +54,14 @@ class Sweep:
 
 
 def resolve_sweep(config: ConfigDict) -> Sweep:
-    """Checks a sweep's config as a whole, before anything is trained; raises `UserError`."""
+    """Checks a complete sweep config, before anything is trained; raises `UserError`."""
     values = config.to_dict()
     if set(values) != set(KEYS):
         raise UserError(f"a sweep's config has the keys {', '.join(KEYS)}; this one has {', '.join(values)}")
     for name, least in (("seeds", 0), ("sample_steps", 1)):
-        numbers = values[name]
-        if not numbers or len(set(numbers)) != len(numbers) or not all(type(n) is int and n >= least for n in numbers):
-            raise UserError(f"config.{name}={numbers!r} must be different whole numbers from {least} on")
+        given = values[name]
+        if not given or len(set(given)) != len(given) or not all(type(n) is int and n >= least for n in given):
+            raise UserError(f"config.{name}={given!r} must be different integers, at least {least}")
     names = [name for name, _ in values["variants"]]
     if not names or len(set(names)) != len(names) or not all(re.fullmatch(r"\w+", name) for name in names):
         raise UserError(f"config.variants must have different names of letters, digits and underscores, not {names}")
@@ -73,23 +73,23 @@ def resolve_sweep(config: ConfigDict) -> Sweep:
         score, batch = drawing_score(variant, name), variant.eval.batch_size
         if batch % score.num_prompts or score.images % batch:
             raise UserError(
-                f"variant {name}: eval.batch_size={batch} must be a multiple of {score.num_prompts}, the prompts that "
-                f"are scored, and divide their {score.images} images"
+                f"variant {name}: eval.batch_size={batch} must be a multiple of the {score.num_prompts} scored "
+                f"prompts, and divide the {score.images} scored images"
             )
         if not variant.train.steps:
-            raise UserError(f"variant {name}: train.steps=0 trains nothing that could be compared")
+            raise UserError(f"variant {name}: train.steps=0 trains nothing to compare")
     return Sweep(base, variants, tuple(values["seeds"]), tuple(values["sample_steps"]))
 
 
 def drawing_score(config: Config, name: str) -> DrawingScore:
-    """What a variant's drawings are scored by; raises `UserError` where nothing does, or no held-out loss is taken."""
+    """The score of a variant's drawings; raises `UserError` if there is none, or the held-out loss is not taken."""
     if config.eval.evaluators.get("held_out_loss", {"at": "never"}).get("at", "training") != "training":
         raise UserError(f"variant {name}: a sweep compares held-out losses; list held_out_loss in eval.evaluators")
     score = next(drawing_scores(open_evaluators(config, open_data(config))), None)
     if score is None:
         raise UserError(
-            f"variant {name}: a sweep compares drawings, and nothing scores them; list what does in eval.evaluators, "
-            "with at='end'"
+            f"variant {name}: a sweep compares drawings, but has no score of them; list one in eval.evaluators, with "
+            "at='end'"
         )
     return score
 
@@ -112,11 +112,11 @@ def _override(base: dict[str, Any], name: str, overrides: dict[str, Any]) -> Con
 
 
 def run_sweep(sweep: Sweep, path: str | epath.Path, guard: InterruptGuard) -> str:
-    """Trains what is not trained yet, scores, and returns the comparison's table as Markdown.
+    """Trains the runs that are not finished, scores them, and returns the comparison's table as Markdown.
 
     Raises:
-      UserError: a directory there belongs to another config.
-      Interrupted: a signal came; everything that is trained is saved.
+      UserError: one of the runs' directories belongs to another config.
+      Interrupted: on a signal; all training is saved.
     """
     directory = Workdir.at(path).path
     source = open_data(sweep.base)
@@ -140,23 +140,23 @@ def _train(variant: Config, seed: int, vlm: epath.Path, workdir: Workdir, guard:
     pretrained = dataclasses.replace(variant.pretrain, init_from=str(vlm), steps=0)
     config = dataclasses.replace(variant, seed=seed, pretrain=pretrained)
     print(f"---- {workdir.path.name}", flush=True)
-    if not (workdir.results.exists() and _same_but_place(configuration.load(workdir.config), config)):
+    if not (workdir.results.exists() and _same_except_location(configuration.load(workdir.config), config)):
         train(config, workdir.path, guard)
     return Run.open(workdir.path)
 
 
-def _same_but_place(theirs: Config, ours: Config) -> bool:
-    """Whether a finished run is the one that is asked for; the sweep's directory may have moved since."""
+def _same_except_location(theirs: Config, ours: Config) -> bool:
+    """Whether a finished run has the requested config; the sweep's directory may have moved since."""
     moved = dataclasses.replace(theirs.pretrain, init_from=ours.pretrain.init_from)
     return dataclasses.replace(theirs, pretrain=moved) == ours
 
 
 def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: InterruptGuard) -> None:
-    """Draws from one run of each variant at each number of steps; writes scores, and seconds an image.
+    """Draws images with one run of each variant and each number of steps; writes scores and seconds per image.
 
-    The draws of all variants alternate, so that a machine whose speed drifts is as fast for one as for the other; a
-    draw's time is the median over its batches, context pass included and compilation not. All of it is measured in one
-    go, and again if a run or a number of steps is another.
+    The variants alternate, so that a drift in the machine's speed affects all of them equally. A time is the median
+    over batches, with the context pass but without compilation. All are measured in one process, and again if a run or
+    a number of steps has changed.
     """
     cells = [(name, steps) for name in runs for steps in sweep.sample_steps]
     results = {name: json.loads(run.workdir.results.read_text()) for name, run in runs.items()}
@@ -180,17 +180,17 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
                 raise Interrupted(guard.signum)
     draws = []
     for name, steps in cells:
-        # Each batch has as many of each prompt, in order: so must the whole have.
+        # Each batch has the same number of each prompt, in order; so must the concatenation.
         drawn, score = np.stack(images[name, steps]), scores[name]
         by_prompt = drawn.reshape(len(drawn), score.num_prompts, -1, *drawn.shape[2:])
         by_prompt = by_prompt.swapaxes(0, 1).reshape(-1, *drawn.shape[2:])
         timed = {"variant": name, "steps": steps, "seconds_per_image": float(np.median(seconds[name, steps]))}
         draws.append(timed | score.score(by_prompt))
-    write_whole(path, (json.dumps({"runs": results, "draws": draws}, indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps({"runs": results, "draws": draws}, indent=2) + "\n").encode())
 
 
 def _drawer(run: Run, score: DrawingScore) -> Callable[[int, int], np.ndarray]:
-    """Returns what draws one batch, as many of each prompt, given the number of steps and a seed."""
+    """Returns a function of a number of steps and a seed that draws one batch, with the same number for each prompt."""
     config = run.config
     sampler = ImageSampler.of(run, run.params())
     prompts = score.prompts(run.encoder)

@@ -1,4 +1,4 @@
-"""What is checked before any work starts: that config, data, weights and workdir go together."""
+"""Checks before any work starts: that config, data, weights and workdir fit together."""
 
 import dataclasses
 
@@ -24,10 +24,10 @@ from lattejax.weights.pretrained import Pretrained
 
 
 def refuse_other_data(config: Config, workdir: Workdir, source: Source, autoencoder: Identity) -> None:
-    """Raises `UserError` if what stands where the config says is not what the run has been trained on so far."""
+    """Raises `UserError` if the config's data or autoencoder are not those that the run has been trained on so far."""
     Identity.load(workdir.autoencoder).check(autoencoder, f"the run {workdir.path}", config.data.autoencoder)
     if read_json(workdir.data).get("identity") not in source.identities:
-        raise UserError(f"{config.data.latents} holds other latents than those that {workdir.path} was trained on")
+        raise UserError(f"{config.data.latents} holds other latents than those {workdir.path} was trained on")
 
 
 def refuse_another_config(config: Config, workdir: Workdir) -> None:
@@ -36,7 +36,7 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
         raise UserError(f"{workdir.path} holds exported weights; use another --workdir, and set init_from to this one")
     if workdir.config.exists():
         theirs = configuration.load(workdir.config)
-        # Another mesh computes the same, and what pictures were made into latents is told by the latents.
+        # Another mesh computes the same results, and the latents' identity covers the pictures they were made from.
         free = {name: getattr(theirs, name) for name in ("images", "mesh", "most_skipped_steps")}
         different = configuration.differences(dataclasses.replace(config, **free), theirs)
         if different:
@@ -47,8 +47,8 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
 
 
 def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenizers.Tokenizer:
-    """Returns the run's tokenizer: the saved one, else that of the run to start from, else the one that the config
-    names, else one trained on the data's texts."""
+    """Returns the run's tokenizer: the saved one if it exists, otherwise that of the run to start from, otherwise the
+    config's, otherwise one trained on the data's texts."""
     if tokenizers.is_saved(workdir.tokenizer):
         return tokenizers.load(workdir.tokenizer)
     if config.pretrain.init_from:
@@ -59,7 +59,7 @@ def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenize
 
 
 def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity) -> None:
-    """Raises `UserError` if tokenizer or the weights to start from do not fit the config."""
+    """Raises `UserError` if the tokenizer or the weights to start from do not fit the config."""
     entries, room = len(encoder.tokenizer), config.model.text.vocab_size
     if entries > room:
         raise UserError(f"the tokenizer has {entries} entries, more than config.model.text.vocab_size={room}")
@@ -73,7 +73,7 @@ def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity) -> 
 
 
 def warn_of_another_pathway(config: Config, theirs: Config) -> None:
-    """Says where weights to start from were trained as another function than the config's, which shapes do not show."""
+    """Warns if the weights to start from were trained with another pathway config, which shapes alone do not show."""
     ours, before = (dataclasses.asdict(either.model_config.generation) for either in (config, theirs))
     different = [f"{key}: {before[key]!r} -> {ours[key]!r}" for key in ours if ours[key] != before[key]]
     if different:
@@ -81,7 +81,7 @@ def warn_of_another_pathway(config: Config, theirs: Config) -> None:
 
 
 def check_questions(config: Config, source: Source) -> None:
-    """Raises `UserError` if questions are to be trained on, and the data has none."""
+    """Raises `UserError` if the config trains on questions but the data has none."""
     asked = {"pretrain.steps": bool(config.pretrain.steps), "model.variant='blend'": config.trains_answers}
     if wanted := [key for key, is_asked in asked.items() if is_asked and not source.has_questions]:
         raise UserError(
@@ -93,7 +93,8 @@ def check_lengths(config: Config, encoder: PromptEncoder, source: Source) -> Non
     """Raises `UserError` if contexts cannot be shared, or a prompt of the data set is longer than the config allows."""
     if config.train.share_contexts and not source.captions:
         raise UserError(
-            f"{config.data.latents} has more captions than can be read ahead; set config.train.share_contexts=False"
+            f"{config.data.latents} has too many captions to compute their contexts in advance; set "
+            "config.train.share_contexts=False"
         )
     caption_prompts(config, encoder, source.captions)
     for split in ("train", "test"):
@@ -108,7 +109,7 @@ def check_lengths(config: Config, encoder: PromptEncoder, source: Source) -> Non
 
 
 def check_same_vlm(config: Config, encoder: PromptEncoder, source: Run | Pretrained) -> None:
-    """Raises `UserError` unless the VLM to start from is the config's, and sees images as the config has it."""
+    """Raises `UserError` unless the VLM to start from has the config's geometry and image preprocessing."""
     ours, theirs = (dataclasses.asdict(vlm) for vlm in (config.model_config.vlm, source.vlm_config))
     different = [
         f"config.model.{tower}.{key} is {ours[tower][key]!r}, theirs {theirs[tower][key]!r}"

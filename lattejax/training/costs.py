@@ -3,7 +3,7 @@
 from lattejax.configuration import Config
 from lattejax.models import flops
 
-TRAINING_PASSES = 3  # in forward passes: a backward pass costs two
+TRAINING_PASSES = 3  # in units of a forward pass: a backward pass costs two
 
 
 def question_flops(config: Config) -> int:
@@ -12,7 +12,7 @@ def question_flops(config: Config) -> int:
 
 
 def generation_flops(config: Config, num_captions: int) -> float:
-    """Of one image's share of a training step; captions that are read ahead of training are not in it."""
+    """The FLOPs of one image in a training step, without contexts that are computed before training."""
     model, stage, tokens = config.model_config, config.train, config.data.prompt_length
     reading = flops.reading(model.vlm.text, tokens)
     passes = TRAINING_PASSES * flops.velocity(model.generation, tokens)

@@ -33,11 +33,11 @@ from lattejax.training.loop import StageRecipe
 from lattejax.training.step import TrainState, make_train_step
 from lattejax.training.vlm_stage import question_batches
 
-PROMPTS_AT_A_TIME = 128  # when contexts are made ahead
+PROMPTS_AT_A_TIME = 128  # when contexts are computed in advance
 
 
 def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
-    """Trains the generation pathway, from the run's VLM or another run's pathway; in Blend the VLM's layers too."""
+    """Trains the generation pathway, from the run's VLM or another run's pathway; in Blend also the VLM's layers."""
     config, encoder, source = run.config, run.encoder, open_data(run.config)
     stage, model = config.train, config.model_config
     init_key, step_key = jax.random.split(key)
@@ -46,13 +46,13 @@ def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
     def read_fixed() -> Params:
         return latte_flow.split_trained(model, {"vlm": run.pretrained_vlm(config.dtype)})[1]
 
-    # With contexts made ahead, training itself has no more use for the VLM, which is not kept between evaluations.
+    # If contexts are computed in advance, training no longer needs the VLM: it is not kept between evaluations.
     frozen = frozen_inputs(config, encoder, source.captions, read_fixed(), run.mesh)
     make_batch = image_batcher(config, encoder, source.captions)
     held_out = HeldOutLoss(config, loss, source.drawings("test", encoder), make_batch, run.mesh)
     scheduled = open_evaluators(config, source)
     stored = run.open_autoencoder()
-    # Read now, when nothing is lost if it cannot be; kept on the host until an evaluation draws.
+    # Read now, so that an unreadable autoencoder costs no work; kept on the host until an evaluation draws.
     autoencoder, decoder = stored.autoencoder, jax.device_get(stored.weights("decoder"))
 
     def init() -> Params:
@@ -131,26 +131,26 @@ def flow_step(config: Config, loss: FlowLoss) -> Callable:
 
 
 def frozen_inputs(config: Config, encoder: PromptEncoder, captions: Sequence[str], fixed: Params, mesh: Mesh) -> Frozen:
-    """What the loss reads besides what it trains, see `make_frozen`."""
+    """The frozen inputs of the loss, see `make_frozen`."""
     shared = captions if config.train.share_contexts else ()
     return make_frozen(config, mesh, fixed, caption_prompts(config, encoder, shared))
 
 
 def make_frozen(config: Config, mesh: Mesh, fixed: Params, prompts: Prompts) -> Frozen:
-    """What the loss reads besides what it trains. Prompts that repeat are read once: in Couple here and now.
+    """The frozen inputs of the loss. The contexts of repeated prompts are computed once; in Couple, here.
 
     Args:
-      config: the run's.
-      mesh: where it is to stand.
+      config: the run's config.
+      mesh: the mesh to place them on.
       fixed: the VLM's weights that the second stage does not train, in the dtype of the computation.
-      prompts: of the captions that are read once for all, and last the empty one.
+      prompts: the captions with shared contexts, and last the empty prompt.
     """
     model = config.model_config
     if not config.train.share_contexts:
         return rules.place(mesh, Frozen(fixed, unconditional=prompts))
     if config.trains_answers:
         return rules.place(mesh, Frozen(fixed, captions=prompts))
-    # So many at a time, so that a thousand prompts do not need a thousand prompts' activations.
+    # In batches, so that a thousand prompts do not need the activations of a thousand prompts at once.
     starts = range(0, len(prompts.mask), PROMPTS_AT_A_TIME)
     tables = [
         read_prompts(model, fixed["vlm"], jax.tree.map(lambda x, i=i: x[i : i + PROMPTS_AT_A_TIME], prompts))
@@ -166,6 +166,6 @@ def make_frozen(config: Config, mesh: Mesh, fixed: Params, prompts: Prompts) -> 
 
 
 def caption_prompts(config: Config, encoder: PromptEncoder, captions: Sequence[str]) -> Prompts:
-    """The prompts of captions, and last the empty one."""
+    """The prompts of the captions, and last the empty prompt."""
     prompts = [encoder.drawing(caption) for caption in captions]
     return encoder.batch([*prompts, encoder.unconditional()], config.data.prompt_length)

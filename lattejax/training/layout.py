@@ -1,4 +1,4 @@
-"""How the rows of each stage's batches are arranged, and whether they and the weights fit a mesh."""
+"""The arrangement of rows in each stage's batches, and the check that rows and weights fit a mesh."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     """Raises `UserError` unless weights and batches can be sharded over the mesh."""
     names = {"questions": "answer_batch_size", "images": "batch_size"}
     try:
-        if mesh.shape["expert"] != config.mesh.expert:  # which was -1, and so has not been checked
+        if mesh.shape["expert"] != config.mesh.expert:  # it was -1, so the config could not check it
             dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh.shape))
         for stage, streams in stage_rows(config).items():
             for stream, rows in streams.items():

@@ -1,4 +1,4 @@
-"""The training loop of one stage: what changes over time, and when it is logged, saved and evaluated."""
+"""The training loop of one stage: its state, and when it is logged, saved and evaluated."""
 
 import collections
 import contextlib
@@ -29,24 +29,24 @@ from lattejax.training.step import TrainState, abstract_state, compile_for, init
 
 @dataclasses.dataclass(frozen=True)
 class StageRecipe:
-    """Everything that tells one stage of training from another."""
+    """Everything that differs between the stages of training."""
 
     name: str
     settings: Stage
     mesh: Mesh
     rows: Mapping[str, Rows]  # of each stream of batches
     trained: Params  # shapes and dtypes of what is trained
-    init: Callable[[], Params]  # draws or loads the first weights
+    init: Callable[[], Params]  # initializes or loads the first weights
     step: Callable  # see `make_train_step`
     key: jax.Array
-    frozen: Any  # read by every step, trained by none
+    frozen: Any  # read by every step, never trained
     batches: Streams
     evaluate: Callable[[TrainState], Report]
-    flops_per_example: float  # of a training step, in closed form
+    flops_per_example: float  # in a training step, in closed form
     profile: Profile = Profile(start=0, steps=0)
 
     def place(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Puts what this process has read of a batch to its devices."""
+        """Moves the rows of a batch that this process has read to its devices."""
         return {name: self.rows[name].place(self.mesh, stream) for name, stream in batch.items()}
 
 
@@ -55,10 +55,10 @@ def run_stage(
 ) -> TrainState:
     """Trains a stage to its last step, from its latest checkpoint if there is one, and returns its final state.
 
-    An evaluation comes after a checkpoint of its step: while it runs, nothing is unsaved.
+    A step is saved before it is evaluated: nothing is unsaved while an evaluation runs.
 
     Raises:
-      Interrupted: a signal came; the state after a step that all processes agreed on is saved.
+      Interrupted: on a signal; the state after a step that all processes agreed on is saved.
       UserError: too many steps were skipped, or no checkpoint can be read.
     """
     settings, keep = recipe.settings, config.checkpoint
@@ -87,15 +87,17 @@ def run_stage(
         guard.saved(checkpoints.wait)
 
     if settings.steps == 0 and not checkpoints.steps:
-        save(0)  # a stage of no steps hands on what it starts from
+        save(0)  # a stage of no steps passes on its initial weights
 
     # ---- The steps
     log = MetricsLog(workdir, clock, recipe.name, first_step, settings.steps)
-    log.say(f"{recipe.name}: {count(state.params):,} trained parameters, steps {first_step} to {settings.steps}")
+    log.print(
+        f"{recipe.name}: {parameter_count(state.params):,} trained parameters, steps {first_step} to {settings.steps}"
+    )
     train_step = compile_for(recipe.mesh, recipe.step, state, recipe.frozen, recipe.rows)
     key = rules.put(recipe.key, rules.replicated(recipe.mesh))
     rate, stop = learning_rate(settings), Stop(guard, recipe.mesh)
-    skipped_before = int(hosts.fetch(state.skipped)) - len(window.skipped())  # in steps that have their line
+    skipped_before = int(hosts.fetch(state.skipped)) - len(window.skipped())  # those already logged
 
     def is_evaluated(step: int) -> bool:
         return step == settings.steps or bool(config.eval.every and step % config.eval.every == 0)
@@ -107,7 +109,7 @@ def run_stage(
         log.write(step, report.figures)
 
     if first_step and is_evaluated(first_step) and not log.has_evaluation(first_step):
-        evaluate(first_step)  # an earlier process was stopped at it
+        evaluate(first_step)  # an earlier process stopped before it
     for step in range(first_step + 1, settings.steps + 1):
         last = step == settings.steps
         if recipe.profile.steps and step == recipe.profile.start:
@@ -117,7 +119,7 @@ def run_stage(
         batch = recipe.place(next(recipe.batches))
         window.stop_waiting()
         if step == first_step + 1:
-            with window.left_out():
+            with window.excluded():
                 train_step = train_step.lower(state, recipe.frozen, batch, key).compile()
         guard.unsaved()
         state, metrics = train_step(state, recipe.frozen, batch, key)
@@ -133,7 +135,7 @@ def run_stage(
             skipped_before += len(skipped)
             log.write(step, means | {"learning_rate": rate(step - 1 - skipped_before)} | timing, **remarks)
             for n, records in remarks.get("skipped_records", {}).items():
-                log.say(f"{recipe.name} {n}: skipped, loss or gradient is not finite; {first_few(records)}")
+                log.print(f"{recipe.name} {n}: skipped, loss or gradient is not finite; {first_few(records)}")
             if skipped_before > config.most_skipped_steps:
                 checkpoints.close()
                 raise UserError(
@@ -149,7 +151,7 @@ def run_stage(
             log.close()
             raise Interrupted(guard.signum)
         if is_evaluated(step):
-            with window.left_out():
+            with window.excluded():
                 evaluate(step)
     checkpoints.close()
     guard.saved()
@@ -158,10 +160,10 @@ def run_stage(
 
 
 class Stop:
-    """Whether to stop after this step: the same answer on every process, whichever was asked.
+    """Whether to stop after this step: the same answer on every process, whichever received the signal.
 
-    Of several processes none may stop alone. So each tells the others, in a tiny computation beside the step, whether
-    it was asked, and reads the answer two steps later, by when no device has to be waited for.
+    No process of several may stop alone. So each shares its signal with the others, in a tiny computation beside the
+    step, and reads the result two steps later, when reading it no longer waits for a device.
     """
 
     LAG = 2
@@ -174,9 +176,9 @@ class Stop:
     def __call__(self) -> bool:
         if jax.process_count() == 1:
             return self._guard.signum is not None
-        asked = np.full(self._each.mesh.size, self._guard.signum or 0, np.int32)
-        told = jax.make_array_from_callback(asked.shape, self._each, lambda index: asked[index])
-        self._answers.append(self._any(told))
+        own = np.full(self._each.mesh.size, self._guard.signum or 0, np.int32)
+        signals = jax.make_array_from_callback(own.shape, self._each, lambda index: own[index])
+        self._answers.append(self._any(signals))
         if len(self._answers) <= self.LAG:
             return False
         answer = int(self._answers.popleft())
@@ -186,7 +188,7 @@ class Stop:
 
 
 class Window:
-    """The steps since the last line of metrics: their means and rates. Nothing waits for the device until `close`."""
+    """The steps since the last line of metrics: their means and rates. Only `close` waits for the device."""
 
     def __init__(self):
         self._metrics: dict[int, dict[str, jax.Array]] = {}
@@ -200,25 +202,25 @@ class Window:
         self._waited += time.perf_counter() - self._wait_started
 
     def dumped(self) -> dict[str, dict[str, Any]]:
-        """Its metrics as JSON, for a run that goes on in the middle of a window."""
+        """Its metrics as JSON, for a run that resumes in the middle of a window."""
         fetched = hosts.fetch(self._metrics)
         return {str(step): {name: x.tolist() for name, x in metrics.items()} for step, metrics in fetched.items()}
 
     @classmethod
     def loaded(cls, values: dict[str, dict[str, Any]]) -> "Window":
-        """A window that goes on where another was `dumped`."""
+        """Restores a window from its `dumped` metrics."""
         window = cls()
         for step, metrics in values.items():
             window.add(int(step), {name: np.asarray(value, np.float32) for name, value in metrics.items()})
         return window
 
     def skipped(self) -> list[int]:
-        """Which of its steps changed nothing; waits for the device."""
+        """Which of its steps were skipped; waits for the device."""
         return [step for step, metrics in hosts.fetch(self._metrics).items() if metrics["skipped"]]
 
     @contextlib.contextmanager
-    def left_out(self) -> Iterator[None]:
-        """What is done meanwhile does not count as training time."""
+    def excluded(self) -> Iterator[None]:
+        """Excludes the time in this context from the training time."""
         started = time.perf_counter()
         yield
         self._started += time.perf_counter() - started
@@ -229,8 +231,8 @@ class Window:
     def close(
         self, batch_size: int, flops_per_example: float
     ) -> tuple[dict[str, np.ndarray], list[int], dict[str, float]]:
-        """Returns means over the window's steps, those left out that were skipped; which those are; and rates. A new
-        window begins."""
+        """Returns the means over the window's steps without the skipped ones, the skipped steps, and rates; starts a
+        new window."""
         fetched = hosts.fetch(self._metrics)
         skipped = [step for step, metrics in fetched.items() if metrics.pop("skipped")]
         finite = [metrics for step, metrics in fetched.items() if step not in skipped]
@@ -247,13 +249,13 @@ class Window:
 
 
 def first_few(records: dict[str, list[int]], most: int = 8) -> str:
-    """The first of each stream's records."""
+    """Lists the first few of each stream's records."""
     return "; ".join(
-        f"{name}: records {', '.join(map(str, numbers[:most]))}{', …' * (len(numbers) > most)}"
-        for name, numbers in records.items()
+        f"{name}: records {', '.join(map(str, indices[:most]))}{', …' * (len(indices) > most)}"
+        for name, indices in records.items()
     )
 
 
-def count(params: Params) -> int:
-    """Numbers in a tree of weights."""
+def parameter_count(params: Params) -> int:
+    """The number of parameters in a tree of weights."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.jsonl`, TensorBoard, and the terminal."""
+"""Metrics output: `metrics.jsonl`, TensorBoard, and the terminal."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from etils import epy
 from PIL import Image
 from tqdm import tqdm
 
-from lattejax.files import write_whole, write_with
+from lattejax.files import write_atomically, write_with
 from lattejax.parallel import hosts
 from lattejax.runs.records import read_records
 from lattejax.runs.workdir import Workdir
@@ -21,7 +21,7 @@ with epy.lazy_imports():
 
 
 class RunClock:
-    """Seconds of work on a run, those of earlier processes up to their last line of metrics included."""
+    """Seconds of work on a run, including earlier processes up to their last line of metrics."""
 
     def __init__(self, workdir: Workdir):
         self._before = max((record["seconds"] for record in read_records(workdir.metrics)), default=0.0)
@@ -35,8 +35,8 @@ class RunClock:
 class MetricsLog:
     """One stage's metrics.
 
-    `metrics.jsonl` is written whole each time, since remote stores cannot append; a resumed run first drops what an
-    earlier one wrote after the checkpoint that it goes on from. Of several processes only the first writes and prints.
+    `metrics.jsonl` is rewritten completely each time, because remote stores cannot append. A resumed run first drops
+    the lines after the checkpoint that it resumes from. Only the first of several processes writes and prints.
     """
 
     def __init__(self, workdir: Workdir, clock: RunClock, stage: str, first_step: int, last_step: int):
@@ -51,30 +51,30 @@ class MetricsLog:
             self._bar = tqdm(total=last_step, initial=first_step, desc=stage, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Advances the progress bar by a step."""
         if self._bar is not None:
             self._bar.update()
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether that of a step is recorded."""
+        """Whether an evaluation at this step is recorded."""
         own = (record for record in self._records if record["stage"] == self._stage and record["step"] == step)
         return any("learning_rate" not in record for record in own)
 
     def write(self, step: int, metrics: dict[str, Any], **remarks: Any) -> None:
-        """Records metrics: scalars, and vectors with an entry for each group. Remarks are for the file alone."""
+        """Records metrics: scalars, and vectors with an entry for each group. Remarks go only to the file."""
         metrics = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         record = {"stage": self._stage, "step": step, "seconds": self._clock.seconds} | metrics | remarks
         self._records.append(record)
         if self._tensorboard is None:
             return
-        write_whole(self._workdir.metrics, "".join(json.dumps(r) + "\n" for r in self._records).encode())
+        write_atomically(self._workdir.metrics, "".join(json.dumps(r) + "\n" for r in self._records).encode())
         for name, value in metrics.items():
             if isinstance(value, list):
                 for group, item in enumerate(value):
                     self._tensorboard.add_scalar(f"{name}/{group}", item, step)
             else:
                 self._tensorboard.add_scalar(name, value, step)
-        self.say(f"{self._stage} {step}: {', '.join(f'{name} {_short(value)}' for name, value in metrics.items())}")
+        self.print(f"{self._stage} {step}: {', '.join(f'{name} {_short(value)}' for name, value in metrics.items())}")
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """Writes an image as PNG, and shows it in TensorBoard."""
@@ -83,7 +83,7 @@ class MetricsLog:
         write_with(self._workdir.image(name, self._stage, step), lambda file: image.save(file, format="PNG"))
         self._tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stdout)

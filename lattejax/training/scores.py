@@ -1,4 +1,4 @@
-"""The scores of a run as it ends, and those that are asked for later."""
+"""The scores at the end of a run, and scores on demand."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ from lattejax.training.generation_stage import flow_loss, frozen_inputs
 
 
 def final_scores(run: Run) -> dict[str, Any]:
-    """The last held-out loss, and the scores that are taken at the end; writes their pictures."""
+    """Returns the last held-out loss and the scores at the end of a run; writes their pictures."""
     source = open_data(run.config)
     evaluated = [record for record in read_records(run.workdir.metrics) if "held_out_loss" in record]
 
@@ -45,12 +45,12 @@ def scores_on_demand(run: Run, names: Sequence[str]) -> Report:
     """Takes scores of a run, or of an export.
 
     Args:
-      run: opened on the mesh that is to compute them.
-      names: of config.eval.evaluators, or of the registry, which are then taken with their default settings; none: all
-        that the config has for the end of a run or for when they are asked for.
+      run: opened on the mesh that computes them.
+      names: names in config.eval.evaluators, or in the registry, for a score with its default settings; empty: all that
+        the config lists for the end of a run or on demand.
 
     Raises:
-      UserError: one is unknown, or does not go with config or data.
+      UserError: one is unknown, or does not fit the config or the data.
     """
     source, listed = open_data(run.config), run.config.eval.evaluators
     if names:
@@ -64,7 +64,7 @@ def scores_on_demand(run: Run, names: Sequence[str]) -> Report:
 
 
 def measure_losses(run: Run, source: Source) -> Float[np.ndarray, "K"]:
-    """Each group's loss on held-out drawings, of the weights that the run draws with."""
+    """Each group's loss on held-out drawings, with the weights that the run samples with."""
     config = run.config
     trained, fixed = latte_flow.split_trained(config.model_config, run.params())
     fixed = functional.cast_floats(fixed, config.dtype)

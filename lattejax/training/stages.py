@@ -12,7 +12,7 @@ from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import prompt_encoder
 from lattejax.evaluation.registry import open_evaluators
-from lattejax.files import write_whole
+from lattejax.files import write_atomically
 from lattejax.parallel import hosts
 from lattejax.runs.data import open_data
 from lattejax.runs.run import Run, open_mesh, open_vlm
@@ -38,13 +38,13 @@ from lattejax.weights.pretrained import Pretrained
 
 
 def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict[str, Any]:
-    """Trains both stages and scores the result; goes on where an interrupted run with the same config was.
+    """Trains both stages and scores the result; resumes an interrupted run with the same config.
 
     Returns the final scores, which are also in the workdir's `results.json`.
 
     Raises:
       UserError: the workdir belongs to another config, or the tokenizer does not fit the model.
-      Interrupted: a signal came; everything is saved.
+      Interrupted: on a signal; everything is saved.
     """
     run, clock = open_workdir(config, path)
     _, train_key = jax.random.split(jax.random.key(config.seed))
@@ -54,19 +54,19 @@ def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict
     results = final_scores(run)
     results["seconds"] = clock.seconds
     if hosts.is_first():
-        write_whole(run.workdir.results, (json.dumps(results, indent=2) + "\n").encode())
+        write_atomically(run.workdir.results, (json.dumps(results, indent=2) + "\n").encode())
     hosts.wait_for_all("results are written")
     return results
 
 
 def pretrain(config: Config, path: str | epath.Path, guard: InterruptGuard) -> None:
-    """Trains the first stage alone; other runs can start from its workdir. Raises as `train` does."""
+    """Trains the first stage only; other runs can start from its workdir. Raises as `train` does."""
     run, clock = open_workdir(config, path)
     train_vlm(run, clock, guard)
 
 
 def train_vlm(run: Run, clock: RunClock, guard: InterruptGuard) -> None:
-    """Runs the first stage, unless it has finished. Of no steps, it takes the weights to start from as they are."""
+    """Runs the first stage, unless it has finished. With no steps, it takes the weights to start from unchanged."""
     workdir, config = run.workdir, run.config
     key, _ = jax.random.split(jax.random.key(config.seed))
     if not run.has_vlm:
@@ -84,7 +84,7 @@ def train_vlm(run: Run, clock: RunClock, guard: InterruptGuard) -> None:
 
 
 def converted_vlm(config: Config) -> Pretrained | None:
-    """The converted weights that the config starts from, itself or through a run that has left them as they are."""
+    """The converted weights that the config starts from, directly or through a run that has not changed them."""
     source = open_vlm(config.pretrain.init_from) if config.pretrain.init_from else None
     if not isinstance(source, Run):
         return source
@@ -95,7 +95,7 @@ def converted_vlm(config: Config) -> Pretrained | None:
 
 
 def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]:
-    """Checks that everything fits, and makes the workdir a run's, or finds that it is this run's."""
+    """Checks that everything fits, and initializes the workdir or confirms that it belongs to this run."""
     workdir, mesh = Workdir.at(path), open_mesh(config)
     refuse_another_config(config, workdir)
     check_mesh(config, mesh)
@@ -110,11 +110,11 @@ def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]
         check_lengths(config, encoder, source)
     else:
         refuse_other_data(config, workdir, source, autoencoder)
-    hosts.wait_for_all("the workdir is looked at")
+    hosts.wait_for_all("the workdir is checked")
     if is_new and hosts.is_first():
         tokenizers.save(encoder.tokenizer, workdir.tokenizer)
         autoencoder.save(workdir.autoencoder)
-        write_whole(workdir.data, (json.dumps({"identity": source.identities[0]}) + "\n").encode())
+        write_atomically(workdir.data, (json.dumps({"identity": source.identities[0]}) + "\n").encode())
         configuration.save(config, workdir.config)
-    hosts.wait_for_all("the workdir is a run's")
+    hosts.wait_for_all("the workdir is initialized")
     return dataclasses.replace(Run.open(workdir.path, mesh), config=config), RunClock(workdir)

@@ -1,5 +1,5 @@
-"""One optimizer step: gradients over micro-batches, clipping, AdamW, and the moving average; and how it is compiled for
-a mesh."""
+"""One optimizer step: gradients over micro-batches, clipping, AdamW and the moving average; and its compilation for a
+mesh."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -20,8 +20,8 @@ Loss = Callable[[Params, Any, Any, dict[str, Key[Array, "*rows"]]], tuple[Array,
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. `params` and `ema` are float32; `skipped` counts the steps that changed nothing. Where
-    the weights are their own average, `ema` is None."""
+    """Everything that a step changes. `params` and `ema` are float32; `skipped` counts the steps that changed nothing.
+    `ema` is None if there is no averaging."""
 
     step: Int[Array, ""]
     skipped: Int[Array, ""]
@@ -31,12 +31,12 @@ class TrainState(NamedTuple):
 
     @property
     def average(self) -> Params:
-        """What evaluation and sampling use."""
+        """The weights for evaluation and sampling."""
         return self.params if self.ema is None else self.ema
 
     @property
     def arrays(self) -> dict[str, Any]:
-        """What a checkpoint holds, by name."""
+        """The arrays of a checkpoint, by name."""
         kept = {"params": self.params, "ema": self.ema, "optimizer": self.optimizer}
         return {name: tree for name, tree in kept.items() if tree is not None}
 
@@ -50,16 +50,16 @@ def learning_rate(stage: Stage) -> optax.Schedule:
         "linear": optax.linear_schedule(stage.learning_rate, 0.0, after),
     }[stage.decay]
     warmup = optax.linear_schedule(0.0, stage.learning_rate, max(stage.warmup_steps, 1))
-    # The first step is counted as step 1, so that it does not go to waste on a rate of zero.
+    # The first step counts as step 1, so that its rate is not zero.
     joined = optax.join_schedules([warmup, tail], [stage.warmup_steps])
     return lambda count: joined(count + 1)
 
 
 def make_optimizer(stage: Stage) -> optax.GradientTransformation:
-    """AdamW on clipped gradients, with decay on matrices alone."""
+    """AdamW on clipped gradients, with weight decay on matrices only."""
 
     def decay(updates: Params, params: Params) -> Params:
-        # Not optax.masked, whose state stands elsewhere in the tree than that of checkpoints made without.
+        # Not optax.masked: its state has another tree structure than existing checkpoints.
         return jax.tree.map(
             lambda u, p, is_one: u + stage.weight_decay * p if is_one else u, updates, params, are_matrices(params)
         )
@@ -73,18 +73,18 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
 
 
 def are_matrices(params: Params) -> Any:
-    """Which weights are matrices, by the last name of their path; norms' scales and biases are not."""
+    """Which weights are matrices, by the last component of their path; scales of norms and biases are not."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key in ("weight", "embedding"), params)
 
 
 def init_state(stage: Stage, params: Params) -> TrainState:
-    """The state before the first step; the average starts as a copy of the weights, or with no decay is none."""
+    """The state before the first step; the average starts as a copy of the weights, or is None with ema_decay=0."""
     zero, average = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params) if stage.ema_decay else None
     return TrainState(zero, zero, params, average, make_optimizer(stage).init(params))
 
 
 def abstract_state(stage: Stage, params: Params, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state of weights like `params`: moments and average are cut as the weights.
+    """Shapes, dtypes and shardings of the state of weights like `params`: moments and average are sharded like them.
 
     Raises:
       ValueError: the mesh does not fit the weights.
@@ -92,12 +92,12 @@ def abstract_state(stage: Stage, params: Params, mesh: Mesh) -> TrainState:
     return rules.abstract(mesh, jax.eval_shape(functools.partial(init_state, stage), params))
 
 
-def row_keys(key: Key[Array, ""], numbers: Int[Array, "*rows"]) -> Key[Array, "*rows"]:
-    """Each row's key of a step's, by the row's number."""
+def row_keys(key: Key[Array, ""], indices: Int[Array, "*rows"]) -> Key[Array, "*rows"]:
+    """Derives each row's PRNG key from the step's key and the row's index."""
     fold = functools.partial(jax.random.fold_in, key)
-    for _ in numbers.shape:
+    for _ in indices.shape:
         fold = jax.vmap(fold)
-    return fold(numbers)
+    return fold(indices)
 
 
 def make_train_step(
@@ -109,23 +109,23 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, Any, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
     """Returns `step(state, frozen, batch, key) -> (state, metrics)`, to be jitted with the state donated.
 
-    A batch has one or more streams of rows, by name. Row j's key is a function of (key, step, j), whatever the
-    micro-batches and the devices. A step whose loss or gradient is not finite leaves all as it was, but for the count
-    of steps, with which the next one draws anew, and that of skipped ones.
+    A batch has one or more streams of rows, by name. Row j's key is a function of (key, step, j) alone, independent of
+    micro-batches and devices. A step whose loss or gradient is not finite changes only the counts of steps and of
+    skipped steps; the next step uses new PRNG keys, because the count of steps has changed.
 
     Args:
       stage: the stage's settings.
       loss: see `objectives`; a mean over rows.
       rows: how each stream's rows are arranged on the leading axes of its arrays, micro-batches first.
       gradient_metrics: more metrics, of the gradients before clipping.
-      prepare: what is to be done with a batch while it is whole, before it falls into micro-batches.
+      prepare: transforms the complete batch, before it is split into micro-batches.
     """
     optimizer = make_optimizer(stage)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
-        keys = {name: row_keys(key, rows[name].numbers) for name in batch}
+        keys = {name: row_keys(key, rows[name].indices) for name in batch}
         batch = prepare(batch)
         if stage.accumulation == 1:
             batch, keys = jax.tree.map(lambda x: x[0], (batch, keys))
@@ -144,18 +144,18 @@ def make_train_step(
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(total_loss) & jnp.isfinite(norm)
 
-        # Behind a condition every array is updated where it stands; choosing between old and new would keep both.
-        def move(params, ema, optimizer_state):
+        # A condition updates every array in place; selecting between old and new would keep both in memory.
+        def update(params, ema, optimizer_state):
             updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
             params = optax.apply_updates(params, updates)
             if ema is not None:
                 ema = optax.incremental_update(params, ema, 1 - stage.ema_decay)
             return params, ema, optimizer_state
 
-        moved = jax.lax.cond(finite, move, lambda *same: same, state.params, state.ema, state.optimizer)
+        updated = jax.lax.cond(finite, update, lambda *same: same, state.params, state.ema, state.optimizer)
         skipped = (~finite).astype(jnp.int32)
         metrics |= {"grad_norm": norm, "skipped": skipped} | gradient_metrics(gradients)
-        return TrainState(state.step + 1, state.skipped + skipped, *moved), metrics
+        return TrainState(state.step + 1, state.skipped + skipped, *updated), metrics
 
     return step
 
@@ -169,7 +169,7 @@ def compile_for(
       mesh: the mesh.
       step: see `make_train_step`.
       state: the state, or its description.
-      frozen: what every step reads, or its description.
+      frozen: the frozen inputs of every step, or their description.
       rows: how each stream's rows are arranged.
     """
     everywhere = rules.replicated(mesh)

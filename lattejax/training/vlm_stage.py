@@ -58,7 +58,7 @@ def vlm_recipe(run: Run, key: jax.Array) -> StageRecipe:
 
 
 def first_vlm(config: Config, key: jax.Array, mesh: Mesh) -> Params:
-    """What the first stage starts from: another run's VLM, converted weights, or random ones."""
+    """The first stage's initial weights: another run's VLM, converted weights, or random ones."""
     if config.pretrain.init_from:
         source = open_vlm(config.pretrain.init_from, mesh)
         return source.vlm() if isinstance(source, Run) else source.params("float32", mesh)

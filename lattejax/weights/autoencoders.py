@@ -1,11 +1,11 @@
-"""An autoencoder's directory: what `lattejax.convert` makes of a checkpoint, and how it is read.
+"""An autoencoder's directory, which `lattejax.convert` makes from a checkpoint, and its reader.
 
-encoder/, decoder/   float32 weights (Orbax); encoding reads the one, drawing the other
+encoder/, decoder/   float32 weights (Orbax); encoding reads the encoder, drawing the decoder
 config.json          geometry, as diffusers writes it
 autoencoder.json     scale and shift of the latents, and the hash of every weight file; written last
 
-Latents are of no use with another scale, shift or network than they were made with, and nothing would show it but bad
-images. So the three go wherever latents go, as an `Identity`, and are compared wherever latents meet an autoencoder.
+Latents are useless with another scale, shift or network than they were made with, and only bad images would reveal it.
+So these three are stored with latents, as an `Identity`, and compared whenever latents are used with an autoencoder.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from etils import epath
 from lattejax.configuration import Data
 from lattejax.data.identity import Identity
 from lattejax.errors import UserError
-from lattejax.files import located, new_directory, read_json
+from lattejax.files import new_directory, read_json, resolve_path
 from lattejax.models.autoencoders import PIXELS, Autoencoder
 from lattejax.models.functional import Params
 from lattejax.models.pixels import PixelConfig
@@ -37,10 +37,10 @@ class StoredAutoencoder:
 
     @classmethod
     def open(cls, path: str) -> "StoredAutoencoder":
-        """Opens a converted autoencoder, or "pixels"; raises `UserError` where there is none, or none whole."""
+        """Opens a converted autoencoder, or "pixels"; raises `UserError` if there is none, or it is incomplete."""
         if path == PIXELS:
             return cls(None, Autoencoder(PixelConfig()), Identity(PIXELS, 1.0, 0.0))
-        directory = located(path)
+        directory = resolve_path(path)
         if not (directory / RECORD).is_file():
             raise UserError(f"{path} holds no converted autoencoder: it has no {RECORD}; make it with lattejax.convert")
         record = read_json(directory / RECORD)
@@ -53,7 +53,7 @@ class StoredAutoencoder:
 
     @classmethod
     def open_for(cls, data: Data) -> "StoredAutoencoder":
-        """Opens a config's autoencoder; raises `UserError` also where image size and latents' shape do not fit it."""
+        """Opens a config's autoencoder; raises `UserError` also if image size or latent shape do not fit it."""
         stored = cls.open(data.autoencoder)
         try:
             shape = stored.autoencoder.latent_shape(data.image_size)
@@ -67,7 +67,7 @@ class StoredAutoencoder:
         return stored
 
     def weights(self, part: str) -> Params:
-        """Reads the weights of the "encoder" or the "decoder"; raises `UserError` where they are damaged."""
+        """Reads the weights of the "encoder" or the "decoder"; raises `UserError` if they are damaged."""
         if self.directory is None:
             return {}
         abstract = jax.eval_shape(self.autoencoder.init, jax.random.key(0))
@@ -75,9 +75,9 @@ class StoredAutoencoder:
 
 
 def _fingerprint(hashes: dict[str, str], autoencoder: Autoencoder) -> str:
-    """One hash for those of all files, whatever the files' names, and for the geometry."""
-    told = [*sorted(hashes.values()), json.dumps(dataclasses.asdict(autoencoder.network))]
-    return hashlib.sha256(" ".join(told).encode()).hexdigest()
+    """One hash of the geometry and of all files' hashes, independent of the files' names."""
+    parts = [*sorted(hashes.values()), json.dumps(dataclasses.asdict(autoencoder.network))]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def convert(source: str, out: str | epath.Path, scale: float | None = None, shift: float | None = None) -> None:
@@ -85,12 +85,12 @@ def convert(source: str, out: str | epath.Path, scale: float | None = None, shif
 
     Args:
       source: a hub id or a local directory.
-      out: the directory to make.
-      scale: of the latents; None: as the checkpoint states.
-      shift: likewise.
+      out: the directory to create.
+      scale: the scale of the latents; None: as the checkpoint states.
+      shift: the shift of the latents; None: as the checkpoint states.
 
     Raises:
-      UserError: the checkpoint is not whole, states no scale, or another one; or `out` exists. Nothing is left there.
+      UserError: the checkpoint is incomplete, states no scale or another scale, or `out` exists. Nothing is left there.
     """
     checkpoint = hugging_face.find(source)
     listed_scale, listed_shift = diffusers.listed_scaling(checkpoint)

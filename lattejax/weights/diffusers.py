@@ -1,4 +1,4 @@
-"""Autoencoders' checkpoints: DC-AE and TAESD as diffusers keeps them, and TAESD in its own two files."""
+"""Autoencoder checkpoints: DC-AE and TAESD in diffusers' format, and TAESD in its own two files."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runnin
 
 
 def is_autoencoder(directory: epath.Path) -> bool:
-    """Whether a directory holds an autoencoder: one of diffusers' classes, or TAESD's own two files."""
+    """Whether a directory holds an autoencoder: one of diffusers' classes, or TAESD's two files."""
     if (directory / CONFIG).exists():
         return "_class_name" in read_json(directory / CONFIG)
     return all(any(directory.glob(pattern)) for pattern in TAESD_FILES.values())
@@ -35,7 +35,7 @@ def read_checkpoint(directory: epath.Path) -> tuple[NetworkConfig, Params, dict[
     """Reads an autoencoder: its geometry, its float32 weights, and the SHA-256 of its weight files.
 
     Raises:
-      UserError: a name or a shape is not what the config asks for, or a file is missing or cut short.
+      UserError: a name or a shape does not match the config, or a file is missing or truncated.
     """
     if (directory / CONFIG).exists():
         return *read(directory), Shards.open(directory, WEIGHTS).hashes()
@@ -49,10 +49,10 @@ def read_checkpoint(directory: epath.Path) -> tuple[NetworkConfig, Params, dict[
 
 
 def listed_scaling(directory: epath.Path) -> tuple[float | None, float | None]:
-    """Returns the scale and the shift of latents that a checkpoint states; None where it states none.
+    """Returns the scale and the shift of latents that a checkpoint states; None if it states none.
 
-    A DC-AE's scale of 1 is none: diffusers writes that where the checkpoint that it has read did not say. TAESD's own
-    files are meant for latents as they are.
+    A DC-AE's scale of 1 counts as none: diffusers writes it for a checkpoint that stated no scale. TAESD's own files
+    are for unscaled latents.
     """
     if not (directory / CONFIG).exists():
         return 1.0, 0.0
@@ -67,7 +67,7 @@ def read_geometry(directory: epath.Path) -> NetworkConfig:
     """Returns the geometry that a checkpoint's config.json describes.
 
     Raises:
-      UserError: it is not there, is of another class, lacks a key, or asks for what is not done here.
+      UserError: it is missing, is of another class, lacks a key, or asks for something unsupported.
     """
     path = directory / CONFIG
     values = read_json(path)
@@ -76,7 +76,7 @@ def read_geometry(directory: epath.Path) -> NetworkConfig:
     try:
         return CLASSES[values["_class_name"]](values)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as that of an {values['_class_name']}: {error}") from error
+        raise UserError(f"{path} cannot be read as the config of an {values['_class_name']}: {error}") from error
 
 
 def _dc_ae(values: dict) -> DCAEConfig:
@@ -117,7 +117,7 @@ def _taesd(values: dict) -> TAESDConfig:
         if values[name] != supported:
             raise ValueError(f"{name}={values[name]!r} is not supported; only {supported!r} is")
     if len({*values["encoder_block_out_channels"], *values["decoder_block_out_channels"]}) != 1:
-        raise ValueError("the widths of all blocks must be one and the same")
+        raise ValueError("the widths of all blocks must be the same")
     return TAESDConfig(
         width=values["encoder_block_out_channels"][0],
         encoder_blocks=tuple(values["num_encoder_blocks"]),
@@ -128,7 +128,7 @@ def _taesd(values: dict) -> TAESDConfig:
 
 
 def write_geometry(checkpoint: epath.Path, config: NetworkConfig, out: epath.Path) -> None:
-    """Writes the config.json of a checkpoint, its own, or for TAESD's own files what diffusers would write."""
+    """Writes a checkpoint's config.json: a copy of it, or for TAESD's two files the one that diffusers would write."""
     if (checkpoint / CONFIG).exists():
         (out / CONFIG).write_bytes((checkpoint / CONFIG).read_bytes())
         return
@@ -154,20 +154,20 @@ def read(directory: epath.Path) -> tuple[NetworkConfig, Params]:
     """Reads a checkpoint: its geometry and its float32 weights.
 
     Raises:
-      UserError: a name or a shape is not what the config asks for, or a file is missing or cut short.
+      UserError: a name or a shape does not match the config, or a file is missing or truncated.
     """
     config, stored = read_geometry(directory), Shards.open(directory, WEIGHTS)
     return config, _assemble(config, stored.shapes, stored.read, directory / CONFIG)
 
 
 def read_taesd(encoder: epath.Path, decoder: epath.Path) -> tuple[TAESDConfig, Params]:
-    """Reads TAESD's own two files, whose tensors are named by the number of their layer.
+    """Reads TAESD's two files, whose tensors are named by the index of their layer.
 
     Raises:
-      UserError: a file is missing or cut short, or its tensors are not TAESD's.
+      UserError: a file is missing or truncated, or its tensors are not TAESD's.
     """
     parts = {part: Shards.open(file.parent, file.name) for part, file in (("encoder", encoder), ("decoder", decoder))}
-    # Where diffusers' decoder begins with a convolution, theirs begins with the clamp.
+    # diffusers' decoder begins with a convolution, TAESD's with the clamp.
     first = {"encoder": 0, "decoder": 1}
     places = {
         f"{part}.layers.{int(number) - first[part]}.{rest}": (part, f"{number}.{rest}")
@@ -194,7 +194,7 @@ def _name(path: str) -> str:
 
 
 def _to_torch(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[height, width, in, out] is PyTorch's [out, in, height, width], and [in, out] its [out, in]."""
+    """[height, width, in, out] becomes PyTorch's [out, in, height, width], and [in, out] its [out, in]."""
     return (*shape[::-1][:2], *shape[:-2])
 
 

@@ -1,7 +1,7 @@
-"""Qwen2-VL checkpoints as Hugging Face keeps them: config.json, sharded safetensors, tokenizer and processor files.
+"""Qwen2-VL checkpoints in Hugging Face's format: config.json, sharded safetensors, tokenizer and processor files.
 
-`Checkpoint.open` checks everything that can be checked without reading weights: the architecture, and every tensor's
-name and shape in both directions. Tensors are then read one at a time, so that memory holds no more than is asked for.
+`Checkpoint.open` checks everything that can be checked without reading weights: the architecture, and that names and
+shapes of tensors match it exactly. Tensors are then read one at a time, which bounds the memory.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from etils import epath, epy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 
 from lattejax.errors import UserError
-from lattejax.files import is_remote, located, read_json
+from lattejax.files import is_remote, read_json, resolve_path
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.models.text import TextConfig
 from lattejax.models.vision import VisionConfig
@@ -25,7 +25,7 @@ with epy.lazy_imports():
     import transformers
 
 CONFIG = "config.json"
-# What lies beside the weights and goes where they go: geometry, tokenizer, chat template, image processor, licence.
+# The files copied along with the weights: geometry, tokenizer, chat template, image processor, licence.
 SIDE_FILES = ("*.json", "*.txt", "*.jinja", "LICENSE*")
 
 
@@ -36,16 +36,16 @@ def read_geometry(directory: epath.Path) -> VLMConfig:
     """Returns the geometry that a checkpoint's config.json describes.
 
     Raises:
-      UserError: it is not there, is no Qwen2-VL, or asks for something that this implementation does not do.
+      UserError: it is missing, is not a Qwen2-VL, or asks for something that this implementation does not support.
     """
     path = directory / CONFIG
     if not path.exists():
-        raise UserError(f"{directory} is no checkpoint: it has no {CONFIG}")
+        raise UserError(f"{directory} is not a checkpoint: it has no {CONFIG}")
     values = read_json(path)
     if values.get("model_type") != "qwen2_vl":
         raise UserError(f"{directory} holds a model of type {values.get('model_type')!r}; only 'qwen2_vl' can be read")
     if "quantization_config" in values:
-        raise UserError(f"{directory} holds quantized weights; take the checkpoint that they were made from")
+        raise UserError(f"{directory} holds quantized weights; use the checkpoint that they were made from")
     try:
         return _geometry(transformers.Qwen2VLConfig.from_dict(values))
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError) as error:
@@ -92,7 +92,7 @@ def _geometry(config: "transformers.Qwen2VLConfig") -> VLMConfig:
 
 
 def image_token(directory: epath.Path) -> int:
-    """The token that stands for an image's patch, by config.json."""
+    """The placeholder token of an image's patches, from config.json."""
     return transformers.Qwen2VLConfig.from_dict(read_json(directory / CONFIG)).image_token_id
 
 
@@ -100,10 +100,10 @@ def image_token(directory: epath.Path) -> int:
 
 
 def find(source: str) -> epath.Path:
-    """Returns a local directory as it is; anything else is a hub id, whose files are downloaded or already cached."""
-    directory = located(source)
+    """Returns a local directory unchanged; anything else is a hub id, whose files are downloaded unless cached."""
+    directory = resolve_path(source)
     if is_remote(directory):
-        raise UserError(f"--source={source} is remote; safetensors are read from a local disk, copy them there first")
+        raise UserError(f"--source={source} is remote; safetensors are read from a local disk: copy them there first")
     if directory.is_dir():
         return directory
     try:
@@ -127,7 +127,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: epath.Path) -> "Checkpoint":
-        """Raises `UserError` for whatever is missing, left over, misshapen or cut short."""
+        """Raises `UserError` if a tensor is missing, unexpected or of the wrong shape, or a file is truncated."""
         config, opened, stored_names = read_geometry(directory), Shards.open(directory), {}
         for stored in opened.files:
             name = naming.original_name(stored)
@@ -140,7 +140,7 @@ class Checkpoint:
         return checkpoint
 
     def _drop_copied_head(self) -> None:
-        """With tied embeddings some tools store the head all the same; a copy is no weight of its own."""
+        """With tied embeddings some tools store the head too; a copy of the embedding is dropped."""
         if self.config.text.tie_word_embeddings and {naming.HEAD, naming.EMBEDDING} <= self.stored_names.keys():
             head, embedding = (self.shards.read(self.stored_names[name]) for name in (naming.HEAD, naming.EMBEDDING))
             if head.dtype != embedding.dtype or not np.array_equal(head.view(np.uint8), embedding.view(np.uint8)):
@@ -156,7 +156,7 @@ class Checkpoint:
         shards.check_tensors(have, want, self.directory / CONFIG)
 
     def read(self, leaf: Leaf) -> np.ndarray:
-        """Reads one of our arrays, in the dtype that it is stored in."""
+        """Reads one of our arrays, in its stored dtype."""
         return leaf.pack(self._tensors(leaf))
 
     def _tensors(self, leaf: Leaf) -> Iterator[np.ndarray]:

@@ -1,9 +1,8 @@
-"""How arrays stand in files: with the axes that they have here, or as they stood before heads had an axis of their own.
+"""The shapes of arrays in files: the same as in memory, or those from before heads had a separate axis.
 
-Attention's projections of queries, keys and values are [heads, head dimension, inputs] here. Hugging Face's checkpoints
-have heads and head dimension on one axis, and so had earlier runs, exports and converted weights of ours. Both
-are the same numbers in the same order, so that reading is a change of shape alone, and so is a checkpoint's
-fingerprint the same.
+Attention's projections of queries, keys and values are [heads, head dimension, inputs] in memory. Hugging Face's
+checkpoints have heads and head dimension on one axis, and so do our earlier runs, exports and converted weights. Both
+have the same elements in the same order: reading only changes the shape, and a checkpoint's fingerprint is the same.
 """
 
 import math
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-# What a path ends with, and the axes that are one in files: from the first up to the last, counted from the end.
+# A pattern for the end of a path, and the axes that files merge: from the first to the last, counted from the end.
 MERGED = (
     (r"(q_proj|k_proj|v_proj)/weight$", (-3, -2)),
     (r"(q_proj|k_proj|v_proj)/bias$", (-2, -1)),
@@ -24,7 +23,7 @@ MERGED = (
 
 
 def merged_axes(path: str, ndim: int) -> slice:
-    """The axes of an array at a path ("text/layers/attention/q_proj/bias") that are one in files; none of most."""
+    """The axes that files merge of an array at a path ("text/layers/attention/q_proj/bias"); empty for most arrays."""
     for pattern, (first, last) in MERGED:
         if re.search(pattern, path):
             return slice(ndim + first, ndim + last + 1)
@@ -32,7 +31,7 @@ def merged_axes(path: str, ndim: int) -> slice:
 
 
 def merge_axes(path: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape in which an array at a path stands in other files than ours of today."""
+    """The shape of an array at a path in Hugging Face's and in earlier files."""
     axes = merged_axes(path, len(shape))
     if axes.start == axes.stop:
         return tuple(shape)
@@ -40,14 +39,14 @@ def merge_axes(path: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def as_stored(target: Any, stored: Mapping[str, Sequence[int]]) -> Any:
-    """Describes a tree for reading it in the shapes that a file has.
+    """Describes a tree with the shapes that it has in a file.
 
     Args:
-      target: describes the arrays as they are wanted, by shape, dtype and perhaps sharding.
+      target: describes the wanted arrays, by shape, dtype and optionally sharding.
       stored: the shape of each array in the file, by path.
 
     Returns:
-      `target`, with merged axes where the file has them so. Along those an array is read by each device as a whole.
+      `target`, with merged axes where the file has them. Merged axes are not sharded: each device reads all of them.
     """
 
     def describe(path, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -68,22 +67,22 @@ def _merge_sharding(sharding: Sharding | None, axes: slice) -> Sharding | None:
 
 
 def as_wanted(tree: Any, target: Any) -> Any:
-    """Gives arrays that were read by `as_stored` the shapes and shardings of `target`."""
+    """Converts arrays that were read with `as_stored` to the shapes and shardings of `target`."""
 
-    def give(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    def convert(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         if x.shape == wanted.shape:
             return x
         reshape = jax.jit(lambda x: x.reshape(wanted.shape), out_shardings=wanted.sharding)
         return reshape(x)
 
-    return jax.tree.map(give, tree, target)
+    return jax.tree.map(convert, tree, target)
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of each array of a tree, or of what describes one, by path."""
+    """The shape of each array of a tree, or of its description, by path."""
     return {keystr(path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def keystr(path: tuple) -> str:
-    """A path of JAX's as "text/layers/attention/q_proj/bias"."""
+    """A JAX key path as "text/layers/attention/q_proj/bias"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

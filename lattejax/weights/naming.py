@@ -1,9 +1,9 @@
-"""How Qwen2-VL's weights are called and shaped in a Hugging Face checkpoint, beside our own paths.
+"""Names and shapes of Qwen2-VL's weights in a Hugging Face checkpoint, mapped to our paths.
 
-Two layouts of names are about: the hub's original one, in which this table is written, and the one that transformers 5
-uses in memory and can also write; `original_name` leads from the second to the first. What differs in shape: the patch
-embedding is a convolution there and a linear map here, heads have an axis of their own here (`weights.layouts`), and
-our layers are stacked on a leading axis.
+There are two naming schemes: the hub's original names, which this table uses, and the names that transformers 5 uses in
+memory and can also write; `original_name` converts the second to the first. Shapes differ in three ways: the patch
+embedding is a convolution there and a linear map here, heads have a separate axis here (`weights.layouts`), and our
+layers are stacked on a leading axis.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.weights import layouts
 
-# Our module, and theirs; the braces take the number of the layer.
+# Our module, and theirs; the braces stand for the layer's index.
 MODULES = {
     "text/vocabulary": "model.embed_tokens",
     "text/vocabulary/final_norm": "model.norm",
@@ -45,11 +45,11 @@ MODULES = {
 }
 LEAVES = {"embedding": "weight", "weight": "weight", "scale": "weight", "bias": "bias"}
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where embeddings are tied
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor if embeddings are tied
 
 
 def original_name(name: str) -> str:
-    """The hub's name of a tensor that transformers 5 may have written under its own."""
+    """The hub's name of a tensor that transformers 5 may have written under another name."""
     for new, old in (("model.visual.", "visual."), ("model.language_model.", "model.")):
         if name.startswith(new):
             return old + name.removeprefix(new)
@@ -58,16 +58,16 @@ def original_name(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One of our arrays, and the checkpoint's tensors that make it up: one, or one a layer."""
+    """One of our arrays, and the checkpoint's tensors that make it up: one, or one per layer."""
 
     path: str
     shape: tuple[int, ...]  # of our array
     names: tuple[str, ...]
-    tensor_shape: tuple[int, ...]  # of each tensor, as the checkpoint has it
+    tensor_shape: tuple[int, ...]  # of each tensor in the checkpoint
     stacked: bool
 
     def pack(self, tensors: Iterator[np.ndarray]) -> np.ndarray:
-        """Puts the checkpoint's tensors into our array; takes them one at a time."""
+        """Packs the checkpoint's tensors into our array, one at a time."""
         if not self.stacked:
             return np.ascontiguousarray(next(tensors)).reshape(self.shape)
         packed = None
@@ -77,18 +77,18 @@ class Leaf:
         return packed
 
     def unpack(self, array: np.ndarray) -> dict[str, np.ndarray]:
-        """The way back: the checkpoint's tensors by name."""
+        """The inverse of `pack`: the checkpoint's tensors by name."""
         tensors = array if self.stacked else array[None]
         return {name: tensor.reshape(self.tensor_shape) for name, tensor in zip(self.names, tensors, strict=True)}
 
 
 def abstract_vlm(config: VLMConfig) -> Params:
-    """Shapes of all of a VLM's weights, stacked, float32."""
+    """The shapes of all weights of a VLM, stacked, float32."""
     return jax.eval_shape(lambda: qwen2_vl.init(config, jax.random.key(0)))
 
 
 def leaves(config: VLMConfig) -> list[Leaf]:
-    """All arrays of a VLM of this geometry, and what they are made of."""
+    """All arrays of a VLM of this geometry, with the checkpoint's tensors for each."""
     vision = config.vision
     convolution = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     found = []

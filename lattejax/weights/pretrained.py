@@ -1,10 +1,10 @@
-"""A VLM's directory: what `lattejax.convert` makes of a Hugging Face checkpoint, and how it is read and written back.
+"""A VLM's directory, which `lattejax.convert` makes from a Hugging Face checkpoint: reading it, and exporting it back.
 
-params/               the weights (Orbax), layers stacked, each in the dtype that the checkpoint stores it in
+params/               the weights (Orbax), layers stacked, each in its dtype in the checkpoint
 config.json, …        geometry, tokenizer, chat template and image processor: the checkpoint's own files, unchanged
-conversion.json       where it came from, and the hash of every weight file; written last
+conversion.json       the source, and the hash of every weight file; written last
 
-Weights are converted one array at a time, so that memory holds a few of them, not the model.
+Weights are converted one array at a time, so that memory holds a few arrays, not the model.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
-from lattejax.files import local_files, located, new_directory, read_json
+from lattejax.files import local_files, new_directory, read_json, resolve_path
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.parallel import rules
@@ -40,18 +40,18 @@ with epy.lazy_imports():
     import transformers
 
 RECORD = "conversion.json"
-CHUNK_BYTES = 16 << 20  # of an array on disk: a device that owns a part reads the chunks that it touches
+CHUNK_BYTES = 16 << 20  # of an array on disk: a device reads the chunks that overlap its shard
 
 
 def convert(source: str, out: str | epath.Path) -> None:
-    """Converts a hub id's or a local directory's checkpoint into the directory `out`.
+    """Converts a checkpoint, from a hub id or a local directory, into the directory `out`.
 
     Raises:
-      UserError: the checkpoint is not whole or no Qwen2-VL, or `out` exists; nothing is left at `out`.
+      UserError: the checkpoint is incomplete or not a Qwen2-VL, or `out` exists; nothing is left at `out`.
     """
     with new_directory(out) as directory:
         checkpoint = Checkpoint.open(hugging_face.find(source))
-        # These complain before hours of work, not after.
+        # These raise before hours of work, not after.
         read_encoder(checkpoint.directory, checkpoint.config, Generation.read(checkpoint.directory))
         leaves, dtypes = naming.leaves(checkpoint.config), {}
         with _orbax():
@@ -66,7 +66,7 @@ def convert(source: str, out: str | epath.Path) -> None:
 
 
 def _orbax() -> ocp.Context:
-    """Arrays are written in chunks, and any of them may be read without the others."""
+    """Settings: arrays are written in chunks, and each array can be read without the others."""
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     context.pytree.loading.partial_load = True
@@ -83,8 +83,8 @@ class Pretrained:
 
     @classmethod
     def open(cls, path: str | epath.Path) -> "Pretrained":
-        """Raises `UserError` where there is no whole conversion."""
-        directory = located(path)
+        """Raises `UserError` if there is no complete conversion."""
+        directory = resolve_path(path)
         if not is_converted(directory):
             raise UserError(f"{path} holds no converted weights: it has no {RECORD}; make it with lattejax.convert")
         return cls(directory, hugging_face.read_geometry(directory), read_json(directory / RECORD))
@@ -98,11 +98,11 @@ class Pretrained:
         return Generation.read(self.directory)
 
     def params(self, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Params:
-        """Reads the weights, stacked, straight to where they are used.
+        """Reads the weights, stacked, directly to their devices.
 
         Args:
-          dtype: to read them in.
-          mesh: over which they are cut by `parallel.rules`, each device reading its own part; None: the first device.
+          dtype: the dtype of the result.
+          mesh: they are sharded over it by `parallel.rules`, and each device reads its shard; None: the first device.
 
         Raises:
           UserError: the mesh does not fit, or the files are damaged.
@@ -120,12 +120,12 @@ class Pretrained:
         return traverse_util.unflatten_dict(arrays, sep="/")
 
     def write_hugging_face(self, out: str | epath.Path) -> None:
-        """Writes the checkpoint back as transformers reads it, under the hub's names, every weight bit for bit.
+        """Writes a checkpoint for transformers, under the hub's names, with every weight bit for bit as converted.
 
         Raises:
           UserError: `out` exists or is remote, or the weights are damaged.
         """
-        shards.check_local(located(out))
+        shards.check_local(resolve_path(out))
         here = SingleDeviceSharding(jax.devices("cpu")[0])
         shapes = traverse_util.flatten_dict(naming.abstract_vlm(self.vlm_config), sep="/")
         stored = {
@@ -134,25 +134,25 @@ class Pretrained:
             )
             for leaf in naming.leaves(self.vlm_config)
         }
-        dealt = shards.split({leaf: array.size * array.dtype.itemsize for leaf, array in stored.items()})
+        files = shards.split({leaf: array.size * array.dtype.itemsize for leaf, array in stored.items()})
 
         def tensors() -> Iterator[dict[str, np.ndarray]]:
-            for leaves in tqdm(dealt, desc="writing", unit="file", disable=None):
+            for leaves in tqdm(files, desc="writing", unit="file", disable=None):
                 unpacked = [leaf.unpack(np.asarray(self._read(leaf.path, stored[leaf]))) for leaf in leaves]
                 yield dict(itertools.chain.from_iterable(tensors.items() for tensors in unpacked))
 
         with new_directory(out) as directory:
-            shards.write(directory, tensors(), len(dealt))
-            files = [path for path in self.directory.iterdir() if path.is_file() and path.name != RECORD]
-            hugging_face.copy_files(files, directory)
+            shards.write(directory, tensors(), len(files))
+            others = [path for path in self.directory.iterdir() if path.is_file() and path.name != RECORD]
+            hugging_face.copy_files(others, directory)
 
     def _read(self, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
-        """Reads one array, in the dtype and to the devices of `target`."""
+        """Reads one array, with the dtype and sharding of `target`."""
         target = traverse_util.unflatten_dict({path: target}, sep="/")
         try:
             with _orbax():
                 read = ocp.load(self.directory / "params", layouts.as_stored(target, self._stored_shapes))
-        except Exception as error:  # Orbax raises a bare one for files that are cut short or gone
+        except Exception as error:  # Orbax raises a bare Exception for truncated or missing files
             first_line = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"{path} in {self.directory} cannot be read: {first_line:.300}") from error
         return traverse_util.flatten_dict(layouts.as_wanted(read, target), sep="/")[path]
@@ -163,12 +163,12 @@ class Pretrained:
 
 
 def is_converted(directory: epath.Path) -> bool:
-    """Whether a conversion has ended there."""
+    """Whether a directory holds a finished conversion."""
     return (directory / RECORD).is_file()
 
 
 def read_encoder(directory: epath.Path, config: VLMConfig, generation: "Generation") -> PromptEncoder:
-    """Returns the prompts' encoder that a checkpoint's own files describe.
+    """Returns the prompt encoder that a checkpoint's files describe.
 
     Raises:
       UserError: tokenizer, chat template or image processor are missing, or do not fit the model.
@@ -180,7 +180,7 @@ def read_encoder(directory: epath.Path, config: VLMConfig, generation: "Generati
         with local_files(directory) as local:
             processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(local)
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"{directory} has no image processor that can be read: {error}") from error
+        raise UserError(f"{directory} has no readable image processor: {error}") from error
     encoder, vision = PromptEncoder(tokenizer, processor, stop_tokens=generation.stop_tokens), config.vision
     for what, theirs, ours in (
         ("the image processor's patch_size", processor.patch_size, vision.patch_size),
@@ -193,8 +193,8 @@ def read_encoder(directory: epath.Path, config: VLMConfig, generation: "Generati
     return encoder
 
 
-# What greedy decoding in transformers obeys besides, and what it is when it does nothing.
-NOT_OBEYED = {
+# Other settings of greedy decoding in transformers, and the values with which they have no effect.
+UNSUPPORTED = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
     "encoder_no_repeat_ngram_size": 0,
@@ -215,22 +215,22 @@ NOT_OBEYED = {
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """How a checkpoint wants to be decoded, by its generation_config.json, if it has one."""
+    """A checkpoint's decoding settings, from its generation_config.json, if it has one."""
 
     stop_tokens: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
 
     @classmethod
     def read(cls, directory: epath.Path) -> "Generation":
-        """Names in a warning what it asks for and does not get; raises `UserError` for an invalid penalty."""
+        """Warns of unsupported settings; raises `UserError` for an invalid penalty."""
         file = directory / "generation_config.json"
         values = read_json(file) if file.exists() else {}
         ends, penalty = values.get("eos_token_id"), values.get("repetition_penalty")
         penalty = 1.0 if penalty is None else penalty
         if not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
             raise UserError(f"{file}: repetition_penalty={penalty!r} must be a positive number")
-        others = {name: values[name] for name, nothing in NOT_OBEYED.items() if values.get(name) not in (None, nothing)}
+        others = {name: values[name] for name, off in UNSUPPORTED.items() if values.get(name) not in (None, off)}
         if others:
-            logging.warning("%s asks for %s, which is not obeyed here", file, others)
+            logging.warning("%s sets %s, which is not supported and ignored", file, others)
         stop_tokens = tuple(ends) if isinstance(ends, list) else (ends,) * (ends is not None)
         return cls(stop_tokens, float(penalty))

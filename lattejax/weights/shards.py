@@ -1,7 +1,7 @@
-"""Weights in safetensors, in one file or in several with an index that names each tensor's file.
+"""Weights in safetensors: one file, or several with an index that names each tensor's file.
 
-Reading opens every file once to see that it is whole, and then reads tensors one at a time; writing takes shards one at
-a time. Neither holds more than that.
+Opening checks that every file is complete. Tensors are then read one at a time, and shards written one at a time, so
+that memory holds no more than that.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from safetensors.numpy import save_file
 from lattejax.errors import UserError
 from lattejax.files import is_remote, read_json
 
-SINGLE = "model.safetensors"  # transformers' name; with ".index.json" that of the index of several files
+SINGLE = "model.safetensors"  # transformers' name; with ".index.json", the name of the index of several files
 INDEX = SINGLE + ".index.json"
 DTYPES = ("F32", "F16", "BF16")
-COUNTER = ".num_batches_tracked"  # of PyTorch's batch norms: an integer, and no weight
+COUNTER = ".num_batches_tracked"  # of PyTorch's batch norms: an integer, not a weight
 SHARD_BYTES = 1 << 30
 
 T = TypeVar("T")
@@ -37,10 +37,10 @@ class Shards:
 
     @classmethod
     def open(cls, directory: epath.Path, single: str = SINGLE) -> "Shards":
-        """Opens the weights of a directory; `single` is their file's name where there is only one.
+        """Opens the weights of a directory; `single` is the file's name if there is only one.
 
         Raises:
-          UserError: a file is missing or cut short, or a tensor is stored twice or not of floats.
+          UserError: a file is missing or truncated, or a tensor is stored twice or is not of a floating-point dtype.
         """
         check_local(directory)
         files, shapes = {}, {}
@@ -63,7 +63,7 @@ class Shards:
             return tensors.get_tensor(name)
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of every file."""
+        """The SHA-256 of every file."""
         hashes = {}
         for file in sorted(set(self.files.values())):
             with (self.directory / file).open("rb") as opened:
@@ -72,35 +72,35 @@ class Shards:
 
 
 def are_stored(directory: epath.Path) -> bool:
-    """Whether a directory has weights in this form."""
+    """Whether a directory holds weights in this format."""
     return (directory / INDEX).exists() or (directory / SINGLE).exists()
 
 
 def check_tensors(have: Mapping[str, tuple], want: Mapping[str, tuple], config: epath.Path) -> None:
-    """Raises `UserError` unless the stored tensors are those that a config file asks for, by name and shape."""
+    """Raises `UserError` unless names and shapes of the stored tensors match a config file."""
     problems = {
         "missing": sorted(want.keys() - have.keys()),
-        "left over": sorted(have.keys() - want.keys()),
-        "misshapen": [
+        "unexpected": sorted(have.keys() - want.keys()),
+        "of the wrong shape": [
             f"{name} {have[name]}, not {want[name]}"
             for name in sorted(want.keys() & have.keys())
             if have[name] != want[name]
         ],
     }
-    told = [
+    found = [
         f"{problem}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}"
         for problem, names in problems.items()
         if names
     ]
-    if told:
-        raise UserError(f"the weights do not fit {config}; {'; '.join(told)}")
+    if found:
+        raise UserError(f"the weights do not fit {config}; {'; '.join(found)}")
 
 
 def check_local(directory: epath.Path) -> None:
     """Raises `UserError` for a remote directory, which safetensors can neither read nor write."""
     if is_remote(directory):
         raise UserError(
-            f"{directory} is remote; safetensors are read and written on a local disk, copy them from there"
+            f"{directory} is remote; safetensors are read and written only on a local disk: copy them to or from it"
         )
 
 
@@ -122,17 +122,17 @@ def _file_names(directory: epath.Path, single: str) -> list[str]:
 
 def _open(path: epath.Path) -> Any:
     try:
-        # Read, not mapped: mapped pages would count as memory in use until the file is closed.
+        # Read, not memory-mapped: mapped pages would count as memory in use until the file is closed.
         return safe_open(path, framework="np", backend="pread")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def write(directory: epath.Path, shards: Iterable[dict[str, np.ndarray]], count: int) -> None:
-    """Writes `count` shards, under the names and with the index that transformers gives them."""
+    """Writes `count` shards, with transformers' file names and index."""
     weight_map, total = {}, 0
-    for number, shard in enumerate(shards, 1):
-        file = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    for i, shard in enumerate(shards, 1):
+        file = SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
         save_file(shard, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
         total += sum(tensor.nbytes for tensor in shard.values())
@@ -142,12 +142,13 @@ def write(directory: epath.Path, shards: Iterable[dict[str, np.ndarray]], count:
 
 
 def split(sizes: Mapping[T, int]) -> list[list[T]]:
-    """Deals things of so many bytes out, in order, into shards of SHARD_BYTES at most; a larger one gets its own."""
-    dealt, filled = [], 0
-    for thing, size in sizes.items():
-        if not dealt or filled + size > SHARD_BYTES:
-            dealt.append([])
+    """Splits items, given with their sizes in bytes, into shards of at most SHARD_BYTES, in order; a larger item gets
+    its own shard."""
+    shards, filled = [], 0
+    for item, size in sizes.items():
+        if not shards or filled + size > SHARD_BYTES:
+            shards.append([])
             filled = 0
-        dealt[-1].append(thing)
+        shards[-1].append(item)
         filled += size
-    return dealt
+    return shards

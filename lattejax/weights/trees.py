@@ -1,4 +1,4 @@
-"""Trees of weights in files (Orbax): written whole or not at all, and read to wherever they are asked for."""
+"""Trees of weights in files (Orbax): written atomically, and read to the requested devices."""
 
 import contextlib
 from typing import Any
@@ -12,7 +12,7 @@ from lattejax.weights import layouts
 
 
 def like(tree: Any) -> Any:
-    """Describes a tree's arrays by shape, dtype and, where they have one, sharding: what a restore fills in."""
+    """Describes a tree's arrays by shape, dtype and, if they have one, sharding: the target of a restore."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here), tree
@@ -20,18 +20,18 @@ def like(tree: Any) -> Any:
 
 
 def stored_target(path: epath.Path, target: Any) -> Any:
-    """Describes a tree for reading it from `path` in the shapes that it has there; see `layouts`."""
+    """Describes a tree with the shapes that it has at `path`; see `layouts`."""
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         return layouts.as_stored(target, layouts.shapes(handler.metadata(path)))
 
 
 def is_complete(path: epath.Path) -> bool:
-    """Whether `save_weights` has finished there."""
+    """Whether `save_weights` has finished at `path`."""
     return path.exists() and ocp.utils.is_checkpoint_finalized(path)
 
 
 def save_weights(path: epath.Path, params: Any) -> None:
-    """Writes a tree of weights, whole or not at all."""
+    """Writes a tree of weights atomically."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, params)
 
@@ -47,7 +47,7 @@ def check_shapes(theirs: Any, ours: Any, name: str) -> None:
 
 
 def load_weights(path: epath.Path, target: Any) -> Any:
-    """Reads weights into a tree like `target`; raises `UserError` if names or shapes differ, or files are gone."""
+    """Reads weights into a tree like `target`; raises `UserError` if names or shapes differ, or files are missing."""
     target = like(target)
     with ocp.StandardCheckpointer() as checkpointer:
         try:

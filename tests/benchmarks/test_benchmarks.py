@@ -1,5 +1,5 @@
-"""The benchmarks, small: that PyTorch's renderings of the same agree with ours, which each benchmark checks before it
-times anything, and that the figures fit together."""
+"""The benchmarks at a small size: the PyTorch versions agree with ours, which each benchmark checks before timing, and
+the figures are consistent."""
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ def test_steps_of_a_group_equal_pytorchs(guidance):
 
 @pytest.mark.parametrize("overrides", [{}, {"train__unroll": True}], ids=repr)
 def test_a_training_step_equals_pytorchs(overrides):
-    """Loss, norm of the gradient, and what AdamW makes of the head."""
+    """Loss, norm of the gradient, and AdamW's update of the head."""
     check(training.train(config(**overrides), WORK, "torch"), "torch")
 
 
@@ -47,7 +47,7 @@ def test_contexts_and_answers_equal_transformers():
 
 
 def test_vanilla_does_the_work_of_all_groups():
-    """Of the same weights; by FLOPs, since seconds say little at this size."""
+    """With the same weights; by FLOPs, because seconds mean little at this size."""
     check(drawing.sample(config(), WORK, "vanilla"), "vanilla")
     step = drawing.sample(config(), WORK, "torch")["model_flops"]
     vanilla = drawing.sample(config(model__num_groups=1), WORK, "torch")["model_flops"]
@@ -63,7 +63,7 @@ def test_outputs_that_differ_are_not_timed(monkeypatch):
         drawing.sample(config(), WORK, "torch")
 
 
-def test_calls_run_in_turn_and_the_first_round_does_not_count(monkeypatch):
+def test_calls_alternate_and_the_first_round_does_not_count(monkeypatch):
     clock, order = [0.0], []
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
 
@@ -79,6 +79,6 @@ def test_calls_run_in_turn_and_the_first_round_does_not_count(monkeypatch):
     assert order == ["a", "b"] * 4 and found == {"a": 2, "b": 7}
 
 
-def test_random_weights_leave_nothing_at_zero():
+def test_random_weights_are_not_zero():
     for leaf in jax.tree.leaves(measuring.random_params(config())):
         assert np.count_nonzero(leaf) > 0.99 * leaf.size

@@ -1,4 +1,4 @@
-"""The digits: a fixed split, and questions whose answers are true."""
+"""The digits: a fixed split, and questions with correct answers."""
 
 import collections
 
@@ -21,7 +21,7 @@ def test_the_split_is_disjoint_complete_and_balanced():
     assert test.images.max() == 255 and test.images.dtype == np.uint8
 
 
-def test_answers_are_true():
+def test_answers_are_correct():
     for label, word in enumerate(digits.WORDS):
         for index in range(20):
             assert digits.question_and_answer(label, 0, index)[1] == word
@@ -40,7 +40,7 @@ def test_latents_decode_to_the_pictures():
 
 
 def test_picture_prompts_show_another_picture_of_the_same_digit():
-    """Every picture of the split is shown once, none with itself."""
+    """Every picture of the split is shown once, never as its own prompt."""
     encoder = encoder_for(tiny_config())
     source = digits.Drawings("test", encoder, "pictures")
     others = source._others()
@@ -56,7 +56,7 @@ def test_picture_prompts_show_another_picture_of_the_same_digit():
         assert digits.REQUEST in encoder.tokenizer.decode(request.input_ids)
 
 
-class Numbers:
+class Indices:
     def __len__(self):
         return 10
 
@@ -69,20 +69,20 @@ def take(iterator, count):
 
 
 def batches(seed=0):
-    return Batches(Numbers(), list, batch_size=4, seed=seed, threads=2)
+    return Batches(Indices(), list, batch_size=4, seed=seed, threads=2)
 
 
-def test_batches_depend_on_the_seed_alone_and_cover_every_epoch():
+def test_batches_depend_only_on_the_seed_and_cover_every_epoch():
     first = take(batches(), 10)
     assert first == take(batches(), 10) != take(batches(seed=1), 10)
     flat = [number for batch in first for number in batch]
     epochs = [flat[start : start + 10] for start in range(0, 40, 10)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs), "batches run on across the ends of epochs"
-    assert epochs[0] != epochs[1], "each epoch has a shuffle of its own"
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs), "batches span epochs"
+    assert epochs[0] != epochs[1], "each epoch has another shuffle"
 
 
-def test_a_reader_goes_on_where_its_state_was_taken():
-    """Although it has read ahead of what it has handed out."""
+def test_a_reader_resumes_where_its_state_was_taken():
+    """Although it has prefetched more batches than it has returned."""
     iterator = batches()
     take(iterator, 3)
     state = iterator.get_state()

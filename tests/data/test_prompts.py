@@ -1,4 +1,4 @@
-"""Texts and images to prompts: Qwen2-VL's chat template, its image tokens, padding, and what is to be learnt."""
+"""Texts and images to prompts: Qwen2-VL's chat template, its image tokens, padding, and the tokens to learn."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def picture(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3)).astype(np.uint8))
 
 
-def test_a_prompt_to_draw_is_the_whole_template_up_to_the_image():
+def test_a_prompt_to_draw_is_the_complete_template_up_to_the_image():
     asked = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
     assert text(ENCODER.drawing("a handwritten seven").input_ids) == SYSTEM + asked.format("a handwritten seven")
     assert text(ENCODER.unconditional().input_ids) == SYSTEM + asked.format("")
@@ -44,7 +44,7 @@ def test_empty_prompts_are_refused(caption):
         ENCODER.drawing(caption)
 
 
-def test_a_question_has_its_images_first_one_pad_for_each_merged_patch():
+def test_a_question_has_its_images_first_with_one_pad_per_merged_patch():
     images = [ENCODER.read_image(picture(8, 8)), ENCODER.read_image(picture(8, 16))]
     assert [image.grid for image in images] == [(1, 4, 4), (1, 4, 8)]
     prompt = ENCODER.question("Which digit is this?", images)
@@ -53,14 +53,14 @@ def test_a_question_has_its_images_first_one_pad_for_each_merged_patch():
     assert text(prompt.input_ids) == SYSTEM + expected
 
 
-def test_the_answer_with_its_turn_end_is_all_that_is_learnt():
+def test_only_the_answer_with_its_turn_end_is_learnt():
     prompt = ENCODER.question("Which digit is this?", [], "seven")
     assert text(prompt.input_ids[prompt.is_answer]) == "seven<|im_end|>"
     assert text(prompt.input_ids[~prompt.is_answer]) == text(ENCODER.question("Which digit is this?").input_ids)
 
 
-def test_photos_are_turned_as_their_camera_says(tmp_path):
-    """Against the way in which transformers loads an image."""
+def test_photos_are_rotated_by_their_exif_orientation(tmp_path):
+    """Against transformers' image loading."""
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
     picture(8, 16).save(tmp_path / "photo.png", exif=exif)
@@ -121,13 +121,13 @@ def test_a_directory_without_qwens_tokenizer_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["part.text", "part.text | trim"])
-def test_many_captions_at_once_are_the_same_prompts(part):
-    """Also where the chat template changes texts, and they must be rendered one by one."""
+def test_many_captions_at_once_give_the_same_prompts(part):
+    """Also if the chat template changes texts, so that they must be rendered one by one."""
     encoder = encoder_for(CONFIG)
     encoder.tokenizer.chat_template = tokenizers.CHAT_TEMPLATE.replace("part.text", part)
     captions = ["a handwritten seven", "  two\nlines ", "ünïcode {{ x }}", "a handwritten seven", "@@"]
     for ours, caption in zip(encoder.drawings(captions), captions, strict=True):
         np.testing.assert_array_equal(ours.input_ids, encoder.drawing(caption).input_ids)
-    for bad, named in (("  ", "prompt is empty"), ("a <|image_pad|>", "stands for an image")):
+    for bad, named in (("  ", "prompt is empty"), ("a <|image_pad|>", "placeholder of an image")):
         with pytest.raises(UserError, match=named):
             encoder.drawings(["good", bad])

@@ -1,4 +1,4 @@
-"""Another data source is a file and a line of registration, chosen by the config."""
+"""A new data source needs a file and a line of registration, and the config chooses it."""
 
 import sys
 import types
@@ -59,10 +59,10 @@ def registered(monkeypatch):
 SETTINGS = NO_SCORES | dict(data__source="stripes", pretrain__steps=0)
 
 
-def test_it_is_trained_on_and_drawn_from(registered, tmp_path):
+def test_it_can_be_trained_on_and_drawn(registered, tmp_path):
     config = tiny_config(**SETTINGS, train__steps=2, eval__prompts=("dark",))
     results = stages.train(config, tmp_path, InterruptGuard())
-    assert set(results) == {"held_out_loss", "seconds"}, "no score but those that it can have"
+    assert set(results) == {"held_out_loss", "seconds"}, "only the scores that it supports"
     sampler = ImageSampler.of(Run.open(tmp_path), Run.open(tmp_path).params())
     drawn = sampler([sampler.encoder.drawing("light")], Sampling(2), images_per_prompt=2, batch_size=2)
     assert drawn.shape == (2, 8, 8, 3)
@@ -86,7 +86,7 @@ def test_it_is_trained_on_and_drawn_from(registered, tmp_path):
         ),
     ],
 )
-def test_what_it_has_not_is_refused_before_any_work(changes, named, registered, tmp_path):
+def test_unsupported_settings_are_refused_before_any_work(changes, named, registered, tmp_path):
     with pytest.raises(UserError, match=named):
         stages.train(tiny_config(**SETTINGS | changes), tmp_path / "run", InterruptGuard())
     assert not (tmp_path / "run").exists()

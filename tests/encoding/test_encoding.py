@@ -1,4 +1,4 @@
-"""Pictures to latents on disk, and back to training: exact, resumable, and refused where something does not fit."""
+"""Pictures to latents on disk, and reading them in training: exact, resumable, and refused if something differs."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def copy(config, tmp_path):
     return change(config, "data", latents=str(shutil.copytree(config.data.latents, tmp_path / "latents")))
 
 
-# ---- What is stored
+# ---- Stored data
 
 
 def test_records_are_the_scaled_latents_of_the_crops_and_of_their_mirror_images(config):
@@ -85,7 +85,7 @@ def test_cached_digits_are_the_digits(tmp_path):
 WITHOUT_SCORES = NO_SCORES | dict(pretrain__steps=0)
 
 
-def test_the_manifest_has_every_file_and_what_made_it(config):
+def test_the_manifest_has_every_file_and_the_encoding_settings(config):
     manifest = json.loads((open_data(config).directory / "manifest.json").read_text())
     assert [shard["records"] for shard in manifest["shards"]] == [12, 12, 10, 8]
     assert manifest["encoding"]["autoencoder"]["scale"] == 0.25
@@ -93,11 +93,11 @@ def test_the_manifest_has_every_file_and_what_made_it(config):
     assert len({shard["sha256"] for shard in manifest["shards"]}) == 4
 
 
-# ---- Going on
+# ---- Resuming
 
 
-def test_a_killed_worker_goes_on_at_its_file_and_several_workers_do_what_one_does(config, tmp_path, monkeypatch):
-    """The same directory, and no picture of a complete file is encoded again."""
+def test_a_killed_worker_resumes_at_its_file_and_several_workers_equal_one(config, tmp_path, monkeypatch):
+    """The resulting directory is the same, and no picture of a complete file is encoded again."""
     out, expected = tmp_path / "latents", contents(open_data(config).directory)
     write, encoded = encoding._write_shard, []
 
@@ -111,7 +111,7 @@ def test_a_killed_worker_goes_on_at_its_file_and_several_workers_do_what_one_doe
     monkeypatch.setattr(encoding, "_write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         encode(config, out)
-    with pytest.raises(UserError, match=r"no manifest\.json; let lattejax\.encode end"):
+    with pytest.raises(UserError, match=r"no manifest\.json; complete it with lattejax\.encode"):
         open_data(change(config, "data", latents=str(out)))
     monkeypatch.setattr(encoding, "_write_shard", lambda *rest: encoded.append(rest[3].name) or write(*rest))
     assert not encode(config, out, worker=1, workers=2)
@@ -122,8 +122,8 @@ def test_a_killed_worker_goes_on_at_its_file_and_several_workers_do_what_one_doe
     assert len(encoded) == 4
 
 
-def test_the_same_pictures_encoded_again_are_the_same_data(config, tmp_path, monkeypatch):
-    """Whatever their containers look like: compressed, here. Other captions are other data."""
+def test_the_same_pictures_encoded_again_have_the_same_identity(config, tmp_path, monkeypatch):
+    """Also if the files differ, here by compression. Other captions are other data."""
     again = change(config, "data", latents=str(tmp_path / "again"))
     monkeypatch.setattr(latents, "WRITER_OPTIONS", "group_size:1,brotli:9")
     encode(again, again.data.latents)
@@ -137,7 +137,7 @@ def test_the_same_pictures_encoded_again_are_the_same_data(config, tmp_path, mon
     assert first != second and first == renamed
 
 
-# ---- What does not fit
+# ---- Refused inputs
 
 
 @pytest.mark.parametrize(
@@ -177,44 +177,44 @@ def test_shapes_that_the_autoencoder_does_not_make_are_refused(config, tmp_path)
 def test_a_truncated_or_changed_shard_is_named(config, tmp_path):
     config = copy(config, tmp_path)
     file = open_data(config).directory / "latents-train.array_record-00001-of-00003"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-100])
+    complete = file.read_bytes()
+    file.write_bytes(complete[:-100])
     for refused in (lambda: open_data(config), lambda: encode(config, config.data.latents)):
-        with pytest.raises(UserError, match=f"{file.name} is cut short"):
+        with pytest.raises(UserError, match=f"{file.name} is truncated"):
             refused()
-    file.write_bytes(whole[:-1] + b"x")
+    file.write_bytes(complete[:-1] + b"x")
     with pytest.raises(UserError, match=f"{file.name} has changed since"):
         encode(config, config.data.latents)
     file.unlink()
     with pytest.raises(UserError, match=f"{file.name} is missing"):
         open_data(config)
-    file.with_name(f"{file.name}.json").unlink()  # as the error says
+    file.with_name(f"{file.name}.json").unlink()  # as the error message asks
     assert encode(config, config.data.latents)
-    assert file.read_bytes() == whole and len(list(every(open_data(config).drawings("train")))) == 34
+    assert file.read_bytes() == complete and len(list(every(open_data(config).drawings("train")))) == 34
 
 
-def test_a_directory_of_something_else_is_not_written_to(config, tmp_path):
+def test_a_directory_of_other_files_is_not_written_to(config, tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
     with pytest.raises(UserError, match="not empty"):
         encode(config, tmp_path)
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
-def test_pictures_that_cannot_be_read_are_counted_and_named_up_to_a_limit(autoencoder, tmp_path, capsys):
+def test_unreadable_pictures_are_counted_and_named_up_to_a_limit(autoencoder, tmp_path, capsys):
     path = pictures.folder(tmp_path / "mine", 12)
-    (path / "003.jpg").write_bytes((path / "003.jpg").read_bytes()[:300])  # cut short
+    (path / "003.jpg").write_bytes((path / "003.jpg").read_bytes()[:300])  # truncated
     (path / "007.jpg").write_text("no picture")
     config = pictures.config(path, autoencoder, images__most_unreadable=1)
     with pytest.raises(UserError, match=r"2 pictures cannot be read, more than .*most_unreadable=1: .*00\d\.jpg"):
         encode(config, config.data.latents)
     patient = change(config, "images", most_unreadable=2)
     assert encode(patient, config.data.latents)
-    assert capsys.readouterr().out.count("left out: 00") == 2
+    assert capsys.readouterr().out.count("skipped: 00") == 2
     manifest = json.loads((open_data(config).directory / "manifest.json").read_text())
     assert sum(len(shard["unreadable"]) for shard in manifest["shards"]) == 2
     assert count_records(config) == 10
 
-    # Mended, they are encoded where they were too many before.
+    # Too many were unreadable before; once one is repaired, it is encoded.
     pictures.pieces(8)[7][2].save(path / "007.jpg")
     assert encode(config, config.data.latents)
     assert count_records(config) == 11
@@ -234,7 +234,7 @@ def test_a_file_whose_pictures_are_all_unreadable_is_empty(autoencoder, tmp_path
     assert len(drawings) == len(list(every(drawings))) == 2
 
 
-# ---- Read by training
+# ---- Reading in training
 
 
 def stream(config, seed=0, rows=None):
@@ -249,7 +249,7 @@ def take(iterator, count):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_two_runs_with_one_seed_read_the_same_batches_and_a_stopped_one_goes_on(shared, config):
+def test_two_runs_with_one_seed_read_the_same_batches_and_a_stopped_one_resumes(shared, config):
     config = change(config, "train", share_contexts=shared)
     one = take(stream(config), 9)
     assert_same_bits(take(stream(config), 9), one)
@@ -263,25 +263,25 @@ def test_two_runs_with_one_seed_read_the_same_batches_and_a_stopped_one_goes_on(
         assert_same_bits(take(resumed, 4), one[stop : stop + 4])
 
 
-def test_hosts_read_parts_of_one_batch_and_go_on_as_another_number_of_hosts(config):
-    """Whichever rows those are; and a batch's records can be named afterwards."""
-    whole = take(stream(config), 6)
+def test_hosts_read_parts_of_one_batch_and_resume_with_another_number_of_hosts(config):
+    """For any rows; and a batch's records can be listed afterwards."""
+    complete = take(stream(config), 6)
     two = [(rows, stream(config, rows=rows)) for rows in ([0, 1, 4, 5], [2, 3, 6, 7])]
-    for batch in whole[:3]:
+    for batch in complete[:3]:
         for rows, part in two:
             assert_same_bits(next(part), jax.tree.map(lambda x, rows=rows: x[rows], batch))
     four = [(rows, stream(config, rows=rows)) for rows in ([0, 4], [1, 5], [2, 6], [3, 7])]
     for rows, part in four:
         part.set_state(two[0][1].get_state())
-        for batch in whole[3:]:
+        for batch in complete[3:]:
             assert_same_bits(next(part), jax.tree.map(lambda x, rows=rows: x[rows], batch))
     drawings = open_data(config).drawings("train", encoder_for(config))
     named = drawings.__getitems__(stream(config).records(4))
-    assert_same_bits(np.stack([drawing.latents for drawing in named]), whole[4]["latents"])
+    assert_same_bits(np.stack([drawing.latents for drawing in named]), complete[4]["latents"])
 
 
-def test_numbers_of_captions_are_their_places_in_the_table(config):
+def test_caption_indices_point_into_the_table(config):
     source, batch = open_data(config), next(stream(config))
     stored = {drawing.latents.tobytes(): drawing.caption for drawing in every(source.drawings("train"))}
-    for latent, number in zip(batch["latents"], batch["caption"], strict=True):
-        assert source.captions[number] == stored[latent.tobytes()]
+    for latent, index in zip(batch["latents"], batch["caption"], strict=True):
+        assert source.captions[index] == stored[latent.tobytes()]

@@ -1,4 +1,4 @@
-"""Pictures before they are latents: the crop, and every source of them."""
+"""Pictures before encoding: the crop, and every source of pictures."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ def noise(width, height, seed=0):
 
 @pytest.mark.parametrize("width, height", [(17, 16), (31, 40), (16, 16), (9, 5), (200, 64), (65, 131)])
 def test_the_crop_is_adms(width, height):
-    """Halved while both sides allow, then bicubic, then the middle; halves of even sides are means of four pixels."""
+    """Halved while both sides allow, then bicubic, then the centre; halves of even sides are means of four pixels."""
     pixels = noise(width, height)
     while min(pixels.shape[:2]) >= 32:
         image = Image.fromarray(pixels)
@@ -53,7 +53,7 @@ def test_the_crop_is_adms(width, height):
 
 
 def test_pictures_of_every_mode_become_rgb(tmp_path):
-    """Grey, CMYK, palettes; what is transparent becomes white; a camera's rotation is applied."""
+    """Grey, CMYK, palettes; transparent pixels become white; EXIF rotation is applied."""
     assert square(Image.new("L", (8, 8), 7), 4).tolist() == [[[7, 7, 7]] * 4] * 4
     assert square(Image.new("CMYK", (8, 8)), 4).min() == 255
     assert square(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 4).min() == 255
@@ -62,13 +62,13 @@ def test_pictures_of_every_mode_become_rgb(tmp_path):
     assert square(palette, 4).min() == 255
     half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
     half.save(tmp_path / "half.png")
-    # As the processor's own pixels, after its normalisation, show: one picture, wherever it is read.
+    # The processor's normalised pixels show that a picture is the same wherever it is read.
     on_white = Image.fromarray(np.full((8, 8, 3), square(half, 4)[0, 0]))
     for shown in (open_image(str(tmp_path / "half.png")), half):
         ours, theirs = (encoder_for(tiny_config()).read_image(image).patches for image in (shown, on_white))
         np.testing.assert_array_equal(ours, theirs)
     turned, exif = Image.fromarray(noise(8, 4)), Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # a rotation by 90 degrees
     turned.save(tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(open_image(str(tmp_path / "turned.png")), np.rot90(noise(8, 4), -1))
 
@@ -89,7 +89,7 @@ def test_a_folder_has_every_picture_once(listed, tmp_path):
         assert picture.caption == caption and picture.image.size == image.size
 
 
-def test_folders_below_are_read_too(tmp_path):
+def test_subfolders_are_read_too(tmp_path):
     (tmp_path / "a").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "a" / "b.PNG")
     (tmp_path / "a" / "b.txt").write_text("black")
@@ -107,9 +107,12 @@ GOOD = '{"file_name": "000.jpg", "text": "a"}\n'
         (lambda p: (p / "001.txt").unlink(), r"001\.jpg has no caption: there is neither .*001\.txt nor"),
         (lambda p: (p / "001.txt").write_bytes(b"\xff\xfe"), r"001\.txt is not UTF-8"),
         (lambda p: (p / "metadata.jsonl").write_bytes(b"\xff\xfe"), r"metadata\.jsonl is not UTF-8"),
-        (lambda p: (p / "metadata.jsonl").write_text(GOOD + '{"file_name": "0'), r"metadata\.jsonl, line 2 is no JSON"),
-        (lambda p: (p / "metadata.jsonl").write_text(GOOD + '{"file_name": "1.jpg"}'), "line 2 is no JSON object with"),
-        (lambda p: (p / "metadata.jsonl").write_text(GOOD + "7\n"), "line 2 is no JSON object with"),
+        (
+            lambda p: (p / "metadata.jsonl").write_text(GOOD + '{"file_name": "0'),
+            r"metadata\.jsonl, line 2 is not a JSON",
+        ),
+        (lambda p: (p / "metadata.jsonl").write_text(GOOD + '{"file_name": "1.jpg"}'), "line 2 is not a JSON object"),
+        (lambda p: (p / "metadata.jsonl").write_text(GOOD + "7\n"), "line 2 is not a JSON object with"),
         (lambda p: (p / "metadata.jsonl").write_text(GOOD * 2), r"line 2: 000\.jpg is listed twice"),
         (lambda p: (p / "metadata.jsonl").write_text(GOOD.replace("000", "9")), r"line 1: there is no .*9\.jpg"),
         (lambda p: (p / "metadata.jsonl").write_text(GOOD.replace('"a"', '""')), r"000\.jpg has an empty caption"),
@@ -117,7 +120,7 @@ GOOD = '{"file_name": "000.jpg", "text": "a"}\n'
         (lambda p: [file.unlink() for file in p.iterdir()], "has no pictures"),
     ],
 )
-def test_a_folder_that_is_not_whole_is_refused(damage, named, tmp_path):
+def test_an_incomplete_folder_is_refused(damage, named, tmp_path):
     path = pictures.folder(tmp_path / "mine", 3)
     damage(path)
     with pytest.raises(UserError, match=named):
@@ -127,29 +130,29 @@ def test_a_folder_that_is_not_whole_is_refused(damage, named, tmp_path):
 def test_bad_splits_and_folders_are_refused(tmp_path):
     path = pictures.folder(tmp_path / "mine", 3)
     for change, named in (
-        (dict(train="validation"), "'validation' cannot be taken"),
-        (dict(train="train[::2]"), "cannot be taken"),
+        (dict(train="validation"), "'validation' does not fit"),
+        (dict(train="train[::2]"), "does not fit"),
         (dict(train="train[3:]"), "has no pictures"),
-        (dict(train="train[:1]+train[2:]"), "takes two pieces of one split"),
-        (dict(name=str(tmp_path / "yours")), "is no folder"),
+        (dict(train="train[:1]+train[2:]"), "takes two ranges of one split"),
+        (dict(name=str(tmp_path / "yours")), "is not a folder"),
     ):
         with pytest.raises(UserError, match=named):
             open_pictures(settings(**dict(source="folder", name=str(path)) | change), "train")
 
 
-def test_pictures_that_cannot_be_read_say_why(tmp_path):
-    """No picture at all, 16 bits a pixel, and a file that is gone since it was listed."""
+def test_unreadable_pictures_have_a_reason(tmp_path):
+    """Not a picture, 16 bits per pixel, and a file that was deleted after it was listed."""
     path = pictures.folder(tmp_path / "mine", 4)
     (path / "001.jpg").write_bytes(b"no picture")
     Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(path / "002.jpg", "PNG")
     found = open_pictures(settings(source="folder", name=str(path)), "train")
     (path / "003.jpg").unlink()
     problems = sorted(picture.problem for picture in map(found.__getitem__, range(4)) if picture.image is None)
-    said = ("001.jpg cannot be read as", "002.jpg .*mode I;16", "003.jpg cannot be opened")
-    assert len(problems) == 3 and all(map(re.match, said, problems))
+    expected = ("001.jpg cannot be read as", "002.jpg .*mode I;16", "003.jpg cannot be opened")
+    assert len(problems) == 3 and all(map(re.match, expected, problems))
 
 
-def test_metadata_may_have_blank_lines_and_any_letter(tmp_path):
+def test_metadata_may_have_blank_lines_and_any_character(tmp_path):
     path = pictures.folder(tmp_path / "mine", 2)
     line = json.dumps({"file_name": "000.jpg", "caption": "two\u2028lines, ü"}, ensure_ascii=False)
     (path / "metadata.jsonl").write_text(f"\ufeff{line}\r\n\n", encoding="utf-8")
@@ -157,7 +160,7 @@ def test_metadata_may_have_blank_lines_and_any_letter(tmp_path):
     assert [found[i].caption for i in range(len(found))] == ["two\u2028lines, ü"]
 
 
-def test_pictures_that_are_trained_on_and_held_out_are_refused(tmp_path):
+def test_pictures_in_both_splits_are_refused(tmp_path):
     images = settings(source="folder", name=str(pictures.folder(tmp_path / "mine", 9)), test="train[:3]")
     for train, refused in (("train[3:]", False), ("train[2:]", True), ("train", True)):
         parts = [open_pictures(dataclasses.replace(images, train=train), split) for split in ("train", "test")]
@@ -169,7 +172,7 @@ def test_pictures_that_are_trained_on_and_held_out_are_refused(tmp_path):
 
 
 def dataset(data_dir, name, count=5):
-    """Prepares a data set as tensorflow-datasets does: the pieces as JPEGs, class labels and texts."""
+    """Prepares a data set in tensorflow-datasets' format: the pieces as JPEGs, class labels and texts."""
     directory = epath.Path(data_dir) / name / "1.0.0"
     directory.mkdir(parents=True)
     features = tfds.features.FeaturesDict(
@@ -184,7 +187,7 @@ def dataset(data_dir, name, count=5):
     for i, (_, caption, image) in enumerate(pictures.pieces(count)):
         file = io.BytesIO()
         image.save(file, "JPEG")
-        # The last has no label, and of the first nothing is said.
+        # The last has no label, and the first an empty text.
         label, said = -1 if i == 4 else i % 2, caption if i else " "
         record = {"image": file.getvalue(), "label": label, "said": said, "number": i}
         writer.write(features.serialize_example(record))
@@ -216,11 +219,11 @@ def test_a_data_set_by_name_has_its_class_names_or_texts_as_prompts(tmp_path):
 @pytest.mark.parametrize(
     "change, named",
     [
-        (dict(name="nothing_of_this_name"), "is no data set"),
+        (dict(name="nothing_of_this_name"), "is not an available data set"),
         (dict(name="mnist"), "has not been prepared in .* tfds build mnist"),
-        (dict(train="validation"), "split 'validation' cannot be taken of"),
-        (dict(image_key="picture"), "no such feature as 'picture'; it has"),
-        (dict(caption_key="number"), "no such feature as 'number'"),
+        (dict(train="validation"), "split 'validation' does not fit the splits"),
+        (dict(image_key="picture"), "no such feature 'picture'; it has"),
+        (dict(caption_key="number"), "no such feature 'number'"),
     ],
 )
 def test_a_data_set_that_does_not_fit_is_refused(change, named, tmp_path):

@@ -28,14 +28,14 @@ def test_equals_the_form_with_a_matrix_root():
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
 
 
-def test_pixels_that_never_vary_do_no_harm():
+def test_constant_pixels_are_allowed():
     a = np.random.default_rng(0).standard_normal((100, 5))
     a[:, 2] = 1.0
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
-def test_real_digits_are_read_as_asked_and_noise_is_not():
-    """What the score gives for real test pictures, in order and shifted by one class, and for noise."""
+def test_real_digits_are_classified_correctly_and_noise_is_not():
+    """The scores of real test pictures, in order and shifted by one class, and of noise."""
     test = digits.load("test")
     real = np.concatenate([test.images[test.labels == digit][:30] for digit in range(10)])
     reader = DigitReader()

@@ -1,4 +1,4 @@
-"""Scores: another one is a file and a line of registration, chosen by the config; and what does not fit is refused."""
+"""Scores: a new one needs a file and a line of registration, and the config chooses it; bad settings are refused."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from tests.helpers import tiny_config
 
 @dataclasses.dataclass(frozen=True)
 class Brightness:
-    """How bright the drawings of one prompt are, and the worst group's loss."""
+    """The brightness of one prompt's drawings, and the worst group's loss."""
 
     images: int
     judges = "pathway"
@@ -45,14 +45,14 @@ def registered(monkeypatch):
     monkeypatch.setitem(registry.EVALUATORS, "brightness", "brightness:Brightness")
 
 
-def test_scores_are_taken_when_the_config_says(registered, tmp_path):
-    """One every four steps; one of its kind at the end alone, with the last held-out losses; others on demand, where
-    these losses are measured again; and none that the config does not list."""
+def test_scores_are_taken_as_the_config_schedules_them(registered, tmp_path):
+    """One every four steps; another of that type only at the end, with the last held-out losses; others on demand, with
+    these losses measured again; and none that the config does not list."""
     evaluators = {
         "held_out_loss": {},
         "brightness": {"every": 4, "images": 2},
         "last": {"type": "brightness", "at": "end", "images": 2},
-        "asked": {"type": "brightness", "at": "demand", "images": 2},
+        "on_demand": {"type": "brightness", "at": "demand", "images": 2},
         "unused": {"type": "brightness", "at": "never"},
         "answers": {"at": "end", "examples": 0},
     }
@@ -67,15 +67,15 @@ def test_scores_are_taken_when_the_config_says(registered, tmp_path):
         assert found["worst_loss"] == pytest.approx(np.max(last["held_out_loss_per_group"]))
     assert {"answer_accuracy", "held_out_loss"} <= set(results) and not list(tmp_path.glob("samples/*"))
     run = Run.open(tmp_path)
-    asked = scores_on_demand(run, ["asked", "held_out_loss"]).figures
-    assert set(asked) == {"brightness", "worst_loss", "held_out_loss", "held_out_loss_per_group"}
-    np.testing.assert_allclose(asked["held_out_loss_per_group"], last["held_out_loss_per_group"], rtol=1e-6)
-    with pytest.raises(UserError, match="two evaluators return brightness"):  # `last` and `asked`
+    figures = scores_on_demand(run, ["on_demand", "held_out_loss"]).figures
+    assert set(figures) == {"brightness", "worst_loss", "held_out_loss", "held_out_loss_per_group"}
+    np.testing.assert_allclose(figures["held_out_loss_per_group"], last["held_out_loss_per_group"], rtol=1e-6)
+    with pytest.raises(UserError, match="two evaluators return brightness"):  # `last` and `on_demand`
         scores_on_demand(run, [])
 
 
 @pytest.mark.parametrize(
-    "asked, named",
+    "evaluators, named",
     [
         ({"fid": {}}, "config.eval.evaluators.fid is unknown; use some of held_out_loss, answers"),
         ({"brightness": {"every": 3, "images": 1}}, r"every=3 must be a multiple of eval\.every=2"),
@@ -83,18 +83,18 @@ def test_scores_are_taken_when_the_config_says(registered, tmp_path):
         ({"brightness": {"count": 1}}, "unexpected keyword argument 'count'"),
         ({"mine": {"type": "fid"}}, "config.eval.evaluators.mine.type='fid' is unknown; use some of held_out_loss"),
         ({"brightness": {"at": "noon", "images": 1}}, "at='noon' must be one of training, end, demand, never"),
-        ({"brightness": {"at": "end", "every": 2, "images": 1}}, "every=2 goes with at='training'"),
-        ({"answers": {"examples": -1}}, "evaluators.answers: examples=-1 must be a whole number"),
+        ({"brightness": {"at": "end", "every": 2, "images": 1}}, "every=2 needs at='training'"),
+        ({"answers": {"examples": -1}}, "evaluators.answers: examples=-1 must be a non-negative integer"),
         ({"digits": {"images": 15}}, "evaluators.digits: images=15 must be a positive multiple of 10"),
         ({"digits": {"images": 10, "guidance": (-1,)}}, "evaluators.digits: guidance=-1: guidance=-1.0 must be from 0"),
-        ({"brightness": {"images": np.float32(1)}}, "has what JSON cannot hold"),
+        ({"brightness": {"images": np.float32(1)}}, "has a value that JSON cannot represent"),
         ({"brightness": 3}, "must have a section of settings for each name"),
     ],
 )
-def test_what_does_not_fit_is_refused(asked, named, registered):
+def test_evaluators_that_do_not_fit_are_refused(evaluators, named, registered):
     with pytest.raises(UserError, match=named):
-        asked_for = tiny_config(eval__every=2, eval__evaluators=asked)
-        registry.open_evaluators(asked_for, open_data(asked_for))
+        config = tiny_config(eval__every=2, eval__evaluators=evaluators)
+        registry.open_evaluators(config, open_data(config))
 
 
 def test_two_figures_of_one_name_are_refused(registered):

@@ -1,4 +1,4 @@
-"""Densities of flow time against numerical integration, and the same objective whichever way t is drawn."""
+"""Densities of flow time against numerical integration, and the same objective for every way of drawing t."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def test_cumulative_is_the_integral_of_the_density_and_quantile_its_inverse(dens
     np.testing.assert_allclose(density.cumulative(np.array([0.0, 1.0])), [0, 1])
 
 
-def test_a_shift_of_the_time_is_sd3s_formula_seen_from_the_other_end():
+def test_shifted_is_sd3s_formula_with_time_reversed():
     """SD3: σ' = s·σ / (1 + (s − 1)·σ) with noise at σ = 1."""
     u = np.linspace(0, 1, 11)
     sigma = 1 - u
@@ -41,7 +41,7 @@ def test_a_shift_of_the_time_is_sd3s_formula_seen_from_the_other_end():
 @pytest.mark.parametrize("density", [density for density, _ in DENSITIES])
 @pytest.mark.parametrize("edges", [Intervals.equal(4).edges, UNEVEN])
 def test_draws_of_every_density_stay_in_their_interval(density, edges):
-    """Also the smallest and the largest float32 draw."""
+    """Including the smallest and the largest float32 draw."""
     intervals = Intervals(edges)
     largest = np.nextafter(np.float32(1), np.float32(0))
     u = np.concatenate([np.float32([0, largest]), np.random.default_rng(0).random(1000, np.float32)])
@@ -65,7 +65,7 @@ def test_stratified_draws_estimate_the_same_objective(density, formula):
     assert abs(estimates.mean() - exact) < 4 * estimates.std() / np.sqrt(len(u))
 
 
-def test_a_logit_normal_leaves_the_outer_two_of_four_groups_little():
+def test_a_logit_normal_gives_the_outer_two_of_four_groups_small_masses():
     np.testing.assert_allclose(
         Intervals.equal(4).masses(LogitNormal(0.0, 1.0)), [0.136, 0.364, 0.364, 0.136], atol=1e-3
     )

@@ -9,7 +9,7 @@ from lattejax.flow.intervals import Intervals
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 7])
-def test_boundaries_belong_to_the_group_that_they_open(groups):
+def test_an_edge_belongs_to_the_group_that_starts_there(groups):
     intervals = Intervals.equal(groups)
     for k, edge in enumerate(intervals.edges[:-1]):
         assert intervals.group_of(edge) == k
@@ -21,7 +21,7 @@ def test_boundaries_belong_to_the_group_that_they_open(groups):
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 25, 30, 40, 41, 1000])
 def test_every_step_runs_once_in_the_group_that_owns_its_start(groups, steps):
-    """For step counts that K divides and does not; owners by exact integer arithmetic."""
+    """For step counts that K divides or not; expected owners by exact integer arithmetic."""
     schedule = Intervals.equal(groups).schedule(steps)
     flat = [(k, step) for k, group in enumerate(schedule) for step in group]
     assert [start for _, (start, _) in flat] == [i / steps for i in range(steps)]
@@ -29,18 +29,18 @@ def test_every_step_runs_once_in_the_group_that_owns_its_start(groups, steps):
     assert [k for k, _ in flat] == [i * groups // steps for i in range(steps)]
 
 
-def test_forty_steps_fall_in_tens_to_four_groups():
+def test_four_groups_get_ten_of_forty_steps_each():
     assert [len(group) for group in Intervals.equal(4).schedule(40)] == [10, 10, 10, 10]
 
 
 @pytest.mark.parametrize("edges", [(0.0,), (0.0, 0.5), (0.2, 1.0), (0.0, 0.6, 0.4, 1.0), (0.0, 0.5, 0.5, 1.0)])
-def test_edges_that_do_not_rise_from_0_to_1_are_refused(edges):
-    with pytest.raises(ValueError, match="must rise from 0 to 1"):
+def test_edges_that_do_not_increase_from_0_to_1_are_refused(edges):
+    with pytest.raises(ValueError, match="must increase from 0 to 1"):
         Intervals(edges)
 
 
 def test_owners_in_a_compiled_step_are_those_of_the_host():
-    """On float32 numbers at and beside edges that float32 rounds up and down."""
+    """For float32 values at and next to edges that float32 rounds up and down."""
     intervals = Intervals((0.0, 0.1, 1 / 3, 0.7, 1.0))
     near = np.float32(intervals.edges)
     t = np.concatenate([near, np.nextafter(near, np.float32(-1)), np.nextafter(near, np.float32(2))])
@@ -53,8 +53,8 @@ def test_uneven_intervals_own_their_share_of_steps():
 
 
 @pytest.mark.parametrize("edges", [(0.0, 1 / 3, 2 / 3, 1.0), (0.0, 0.1, 0.7, 1.0), tuple(k / 7 for k in range(8))])
-def test_draws_stay_in_their_interval_under_the_table_that_sampling_uses(edges):
-    """Also the smallest and the largest float32 draw, on edges that float32 rounds up and down."""
+def test_draws_stay_in_their_interval_by_the_table_that_sampling_uses(edges):
+    """Including the smallest and the largest float32 draw, for edges that float32 rounds up and down."""
     intervals = Intervals(edges)
     largest = np.nextafter(np.float32(1), np.float32(0))
     u = np.concatenate([np.float32([0, largest]), np.random.default_rng(0).random(1000, np.float32)])

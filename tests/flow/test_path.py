@@ -1,4 +1,4 @@
-"""Paths, guidance and the solver against closed forms."""
+"""Paths, guidance and solvers against closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def test_euler_equals_its_closed_form_on_a_linear_flow(steps):
 
 @pytest.mark.parametrize("solver, order", [(euler, 1), (heun, 2)])
 def test_solvers_converge_at_their_order(solver, order):
-    """dx/dt = −x, from 1 to 1/e; in float64, where Heun's error is not yet rounding."""
+    """dx/dt = −x, from 1 to 1/e; in float64, where Heun's error exceeds rounding."""
 
     def error(steps):
         times = tuple((i / steps, (i + 1) / steps) for i in range(steps))

@@ -1,4 +1,4 @@
-"""Who takes each sampling step, guided or not, and by which rule."""
+"""Which group takes each sampling step, with which solver, and whether with guidance."""
 
 from fractions import Fraction
 
@@ -43,8 +43,8 @@ def test_heuns_second_stage_never_leaves_the_groups_interval(groups, steps):
         assert solver == ("heun" if inside else "euler")
 
 
-def test_a_shift_deals_out_steps_by_the_time_that_the_network_sees():
-    """The figures of a shift of 0.3 on 40 steps."""
+def test_shifted_steps_are_assigned_by_the_time_that_the_network_sees():
+    """The numbers of steps for a shift of 0.3 and 40 steps."""
     schedule = Intervals.equal(4).schedule(40, shift=0.3)
     assert [len(steps) for steps in schedule] == [22, 9, 6, 3]
     ends = [end for steps in schedule for _, end in steps]
@@ -55,8 +55,8 @@ def test_a_shift_deals_out_steps_by_the_time_that_the_network_sees():
 @pytest.mark.parametrize(
     "shift, steps, groups", [(0.5, 3, 2), (0.5, 12, 2), (0.3, 40, 4), (1 / 3, 4, 2), (3.0, 100, 4)]
 )
-def test_a_shifted_time_that_falls_on_an_edge_is_that_edge(shift, steps, groups):
-    """By exact fractions: owners of every step, also where a float formula would be one rounding off."""
+def test_a_shifted_time_on_an_edge_equals_that_edge(shift, steps, groups):
+    """By exact fractions: the owner of every step, also where a float formula would be off by one rounding."""
     exact = Fraction(shift).limit_denominator(1000)
     for i, (group, _, solver, _, _) in enumerate(
         singles(Intervals.equal(groups), Sampling(steps, shift=shift, solver="heun"))
@@ -70,7 +70,7 @@ def test_a_shifted_time_that_falls_on_an_edge_is_that_edge(shift, steps, groups)
     "arguments, message",
     [
         (dict(num_steps=0), "num_steps=0 must be positive"),
-        (dict(guidance_interval=(0.5, 0.2)), r"guidance_interval=\(0\.5, 0\.2\) must be two rising"),
+        (dict(guidance_interval=(0.5, 0.2)), r"guidance_interval=\(0\.5, 0\.2\) must be two increasing"),
         (dict(guidance_interval=(-0.5, 0.2)), "guidance_interval"),
         (dict(solver="rk4"), r"solver='rk4' must be one of \['euler', 'heun'\]"),
         (dict(shift=0.0), r"shift=0\.0 must be from 0\.001 to 1000"),
@@ -79,6 +79,6 @@ def test_a_shifted_time_that_falls_on_an_edge_is_that_edge(shift, steps, groups)
         (dict(shift=float("nan")), "shift=nan must be from"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(arguments, message):
+def test_invalid_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**arguments)

@@ -1,6 +1,6 @@
-"""The generation pathway in plain float64 NumPy: one image, one head and one number at a time, as the method says it.
+"""The generation pathway in plain float64 NumPy, as the method defines it: one image, one head, one number at a time.
 
-Nothing here is shared with the package but the names in the trees of weights.
+It shares nothing with the package except the names in the trees of weights.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def linear(x, params):
 
 
 def rotated(x, position, sections, theta):
-    """Turns one head's vector x [d] at one (time, row, column) position."""
+    """Rotates one head's vector x [d] for one (time, row, column) position."""
     half = len(x) // 2
     out = np.empty_like(x)
     axis_of = [axis for axis, count in enumerate(sections) for _ in range(count)]
@@ -83,7 +83,7 @@ def take(stacked, i):
 
 
 def layer(params, decoder, text, h, c, positions, context_k, context_v, previous, residual):
-    """One generation layer, `decoder` being the weights that it has of a VLM layer; contexts are [T, G, d], unpadded.
+    """One generation layer; `decoder` has its weights of a VLM layer; contexts are [T, G, d], unpadded.
 
     Returns h, and the map or its logits [H, N, N].
     """
@@ -115,7 +115,7 @@ def layer(params, decoder, text, h, c, positions, context_k, context_v, previous
 
 
 def place(width, row, column):
-    """What is added to an embedded latent at its row and column: of each, sines and then cosines."""
+    """The table entry added to an embedded latent at its row and column: for each, sines and then cosines."""
     out = []
     for position in (row, column):
         for wave in (np.sin, np.cos):

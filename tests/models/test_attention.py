@@ -1,4 +1,4 @@
-"""Attention in blocks of queries against attention at once."""
+"""Attention in blocks of queries against attention in one call."""
 
 import jax
 import numpy as np
@@ -19,8 +19,8 @@ def test_blocks_of_queries_change_nothing(most_scores, rows):
     def total(q, k, v, most):
         return (attention(q, k, v, mask, most) ** 2).sum()
 
-    whole, blocks = (attention(q, k, v, mask, most) for most in (11 * 13, most_scores))
-    np.testing.assert_allclose(blocks, whole, rtol=1e-6, atol=1e-6)
+    expected, blocks = (attention(q, k, v, mask, most) for most in (11 * 13, most_scores))
+    np.testing.assert_allclose(blocks, expected, rtol=1e-6, atol=1e-6)
     gradients = [jax.grad(total, argnums=(0, 1, 2))(q, k, v, most) for most in (11 * 13, most_scores)]
     for ours, expected in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Another kind of conditioning is a module and a line of registration: nothing else is edited."""
+"""A new kind of conditioning needs a module and a line of registration, and no other edit."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from tests.helpers import encoder_for, randomize, tiny_config
 
 
 class TimeAndLength(nnx.Module):
-    """Flow time, and the length of the step that is to be taken."""
+    """Flow time, and the length of the step to take."""
 
     def __init__(self, width, *, rngs):
         self.start, self.length = TimeEmbedding(width, rngs=rngs), TimeEmbedding(width, rngs=rngs)
@@ -31,7 +31,7 @@ def registered(monkeypatch):
     monkeypatch.setitem(CONDITIONINGS, "time and length", TimeAndLength)
 
 
-def test_it_is_chosen_by_the_config_drawn_with_and_trained(registered):
+def test_the_config_chooses_it_and_it_samples_and_trains(registered):
     config = tiny_config(model__conditioning="time and length")
     model, encoder = config.model_config, encoder_for(config)
     params = latte_flow.init(model, qwen2_vl.init(model.vlm, jax.random.key(0)), jax.random.key(1))
@@ -50,6 +50,6 @@ def test_it_is_chosen_by_the_config_drawn_with_and_trained(registered):
     assert "length" in trained["time"] and flow_loss(config).config == model and set(fixed) == {"vlm"}
 
 
-def test_one_that_is_not_registered_is_refused():
+def test_an_unregistered_one_is_refused():
     with pytest.raises(UserError, match="conditioning='time and length' is unknown; use one of"):
         tiny_config(model__conditioning="time and length")

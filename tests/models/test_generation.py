@@ -1,4 +1,4 @@
-"""The generation pathway against a plain float64 rendering of the method, and its forms against each other."""
+"""The generation pathway against a plain float64 implementation of the method, and its forms against each other."""
 
 import jax
 import jax.numpy as jnp
@@ -87,9 +87,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_group_equals_the_plain_rendering(case):
-    """On padded prompts of three lengths. The pathway in float64 to 1e-9 of values near 1, since thousands of roundings
-    of 1e-16 pass through up to 28 layers; the contexts to 1e-4, since the text's softmax is JAX's, in float32."""
+def test_every_group_equals_the_plain_implementation(case):
+    """On padded prompts of three lengths. The pathway in float64 to 1e-9 of values near 1, because thousands of
+    roundings of 1e-16 pass through up to 28 layers; the contexts to 1e-4, because the text's softmax is JAX's, in
+    float32."""
     config = CASES[case]
     groups = config.generation.num_groups
     with jax.enable_x64(True):
@@ -126,13 +127,13 @@ def test_every_group_equals_the_plain_rendering(case):
 
 
 @pytest.mark.parametrize("other", [model(2, "none"), model(2, "logits"), model(2, pathway={"residual_gate": "layer"})])
-def test_each_kind_of_residual_attention_has_a_velocity_of_its_own(other):
-    """So that the comparison above would notice one in the place of another."""
+def test_each_kind_of_residual_attention_has_a_different_velocity(other):
+    """So that the comparison above would detect the wrong kind."""
     assert np.abs(velocities(model(2)) - velocities(other)).max() > 1e-3
 
 
 def velocities(config: ModelConfig, **kwargs):
-    """On the weights of gates by head, cut down where there are fewer gates."""
+    """With the weights of gates per head, truncated if there are fewer gates."""
     params = weights(model(config.generation.num_groups))
     gates = config.generation.layer.num_gates
     experts = dict(params["experts"])
@@ -250,18 +251,18 @@ def test_untrained_pathway_starts_at_zero_velocity_from_the_vlms_weights(variant
     assert not np.any(group_velocities(config.generation, pathway, table, np.zeros((2, 1), int), x_t, t))
 
 
-def test_random_replicas_have_the_vlms_shapes_and_not_its_weights():
+def test_random_replicas_have_the_vlms_shapes_but_other_weights():
     config = model(2, pathway={"replica_init": "random"})
     vlm = qwen2_vl.init(config.vlm, jax.random.key(0))
     replicas = latte_flow.init(config, vlm, jax.random.key(1))["experts"]["decoder"]
     for replica, original in zip(jax.tree.leaves(replicas), jax.tree.leaves(vlm["text"]["layers"]), strict=True):
         assert replica.shape == original.shape
-        flat = np.asarray(original).std() == 0  # norms and biases start at one number wherever they start
+        flat = np.asarray(original).std() == 0  # norms and biases always start as constants
         assert flat or np.abs(replica - original).max() > 0.01
 
 
 def test_blends_text_logits_are_the_vlms_bit_for_bit():
-    """Parameters split as for training, and put together again as each step and each evaluation does."""
+    """Parameters are split as for training, and merged again as in each step and each evaluation."""
     config = model(2, variant="blend")
     vlm = randomize(qwen2_vl.init(config.vlm, jax.random.key(0)), 1)
     trained, fixed = latte_flow.split_trained(config, latte_flow.init(config, vlm, jax.random.key(1)))
@@ -275,13 +276,13 @@ def test_blends_text_logits_are_the_vlms_bit_for_bit():
     assert_same_bits(logits(functional.merge(fixed, trained)["vlm"]), logits(vlm))
 
 
-def test_couple_trains_nothing_of_the_vlm():
+def test_couple_does_not_train_the_vlm():
     config = model(2)
     trained, fixed = latte_flow.split_trained(config, weights(config))
     assert set(trained) == {"embedding", "time", "experts", "head"} and set(fixed) == {"vlm"}
 
 
-def test_one_step_costs_a_kth_of_vanillas_and_takes_no_vlm_weights():
+def test_one_step_costs_a_kth_of_vanillas_and_reads_no_vlm_weights():
     """The step of one group, compiled with its layers unrolled, against the same model with K = 1; within 10 %."""
     flops = {}
     for groups in (1, 4):
@@ -314,10 +315,10 @@ def test_one_step_costs_a_kth_of_vanillas_and_takes_no_vlm_weights():
             dict(num_groups=2, pathway={"group_sizes": (1, 2, 1)}),
             "must be num_groups=2 positive",
         ),
-        (dict(num_groups=2, pathway={"group_sizes": (4, 0)}), "positive numbers"),
-        (dict(num_groups=2, pathway={"interval_edges": (0.0, 0.5, 0.9)}), "must rise from 0 to 1"),
-        (dict(num_groups=2, pathway={"interval_edges": (0.1, 0.5, 1.0)}), "must rise from 0 to 1"),
-        (dict(num_groups=2, pathway={"interval_edges": (0.0, 0.5, 0.5, 1.0)}), "must rise from 0 to 1"),
+        (dict(num_groups=2, pathway={"group_sizes": (4, 0)}), "positive integers"),
+        (dict(num_groups=2, pathway={"interval_edges": (0.0, 0.5, 0.9)}), "must increase from 0 to 1"),
+        (dict(num_groups=2, pathway={"interval_edges": (0.1, 0.5, 1.0)}), "must increase from 0 to 1"),
+        (dict(num_groups=2, pathway={"interval_edges": (0.0, 0.5, 0.5, 1.0)}), "must increase from 0 to 1"),
         (dict(num_groups=2, pathway={"interval_edges": (0.0, 1.0)}), "1 intervals; num_groups=2 needs 3 edges"),
         (dict(num_groups=2, residual="maps"), "residual_attention='maps' is unknown"),
         (dict(num_groups=2, pathway={"residual_gate": "token"}), "residual_gate='token' is unknown"),
@@ -328,6 +329,6 @@ def test_one_step_costs_a_kth_of_vanillas_and_takes_no_vlm_weights():
         (dict(num_groups=2, variant="blend", pathway={"replica_init": "random"}), "variant='blend' has none"),
     ],
 )
-def test_a_geometry_that_cannot_be_is_refused(arguments, message):
+def test_an_invalid_geometry_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         model(**arguments)

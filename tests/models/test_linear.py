@@ -10,7 +10,7 @@ from lattejax.models.linear import Linear
 
 @pytest.mark.parametrize("outputs", [(6,), (2, 3), (1, 3, 2)], ids=repr)
 @pytest.mark.parametrize("rows", [(), (0,), (1,), (2, 4), (3, 1, 2)], ids=repr)
-def test_it_is_flaxs_linear_with_its_weight_turned(rows, outputs):
+def test_it_equals_flaxs_linear_with_a_transposed_weight(rows, outputs):
     """Outputs may have several axes; they are Flax's outputs in order."""
     ours, theirs = Linear(5, *outputs, rngs=nnx.Rngs(7)), nnx.Linear(5, 6, rngs=nnx.Rngs(7))
     assert ours.weight.shape == (*outputs, 5)

@@ -1,4 +1,4 @@
-"""The flagship sees where it draws: its velocity depends on which column and row a latent stands in."""
+"""The flagship knows where it draws: its velocity depends on the row and column of each latent."""
 
 import dataclasses
 
@@ -15,25 +15,25 @@ from lattejax.models.vision import VisionConfig
 from tests.helpers import config_file
 from tests.models.test_generation import prompts_of_lengths
 
-LAYERS = 2  # of one group, at the flagship's width, heads and theta; narrower in the feed-forward, which sees no places
+LAYERS = 2  # of one group, at the flagship's width, heads and theta; narrower feed-forward, as it ignores positions
 GRID = (8, 8)
 
 
 def flagship(variant: str, latent_position: str) -> ModelConfig:
-    whole = configuration.resolve(config_file("imagenet256")).model_config
-    assert whole.vlm.text.hidden_size == 1536 and whole.vlm.text.rope_theta == 1e6 and whole.generation.grid == GRID
-    text = dataclasses.replace(whole.vlm.text, num_layers=LAYERS, intermediate_size=2048, vocab_size=64)
+    model = configuration.resolve(config_file("imagenet256")).model_config
+    assert model.vlm.text.hidden_size == 1536 and model.vlm.text.rope_theta == 1e6 and model.generation.grid == GRID
+    text = dataclasses.replace(model.vlm.text, num_layers=LAYERS, intermediate_size=2048, vocab_size=64)
     vision = VisionConfig(depth=1, embed_dim=16, num_heads=1, patch_size=2, hidden_size=text.hidden_size)
-    pathway = dataclasses.replace(whole.generation, text=text, num_groups=1, latent_position=latent_position)
+    pathway = dataclasses.replace(model.generation, text=text, num_groups=1, latent_position=latent_position)
     return dataclasses.replace(
-        whole, vlm=dataclasses.replace(whole.vlm, text=text, vision=vision), generation=pathway, variant=variant
+        model, vlm=dataclasses.replace(model.vlm, text=text, vision=vision), generation=pathway, variant=variant
     )
 
 
 @pytest.fixture(scope="module")
 def started():
-    """Weights as training starts with them, but small random ones in the place of zeros, whose velocity is zero; and
-    noisy latents."""
+    """Initial weights, but with small random values instead of zeros, which would give zero velocity; and noisy
+    latents."""
     config = flagship("couple", "sincos")
 
     @jax.jit
@@ -48,7 +48,7 @@ def started():
 
 
 def changes(started, variant: str, latent_position: str, dtype: str) -> dict[str, float]:
-    """By how much of its norm the velocity changes if columns or rows of x_t are shuffled, and its own back again."""
+    """The relative change of the velocity if columns or rows of x_t are shuffled, and the result shuffled back."""
     config = flagship(variant, latent_position)
     params, x_t = functional.cast_floats(started[0], dtype), started[1]
     if variant == "blend":
@@ -77,7 +77,7 @@ def test_the_flagships_velocity_depends_on_rows_and_columns(started, variant, dt
     assert min(found.values()) > 0.1, found
 
 
-def test_without_the_table_the_flagship_sees_no_columns(started):
-    """Why the table is there."""
+def test_without_the_table_the_flagship_ignores_columns(started):
+    """This is why the table exists."""
     found = changes(started, "couple", "none", "float32")
     assert found["columns"] < 1e-3, found

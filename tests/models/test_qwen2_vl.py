@@ -22,7 +22,7 @@ from tests import checkpoints
 # Float32 on both sides, summed in different orders: errors of about 1e-6 relative grow through the layers.
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
 
-# How the heads and the vocabulary's two ends differ.
+# Geometries with different heads, and with tied or untied embeddings.
 MODELS = {
     "tied, grouped heads": dict(tied=True, num_key_value_heads=2),
     "untied, ungrouped heads": dict(tied=False, num_key_value_heads=4),
@@ -32,7 +32,7 @@ MODELS = {
     ),
 }  # fmt: skip
 
-# Prompts of one batch: what is asked, and the sizes of the images before it.
+# The prompts of a batch: each question, and the sizes of the images before it.
 BATCHES = {
     "text only": [("Which digit is this?", [])],
     "one image": [("What?", [(24, 24)])],
@@ -60,7 +60,7 @@ SHAPES = [
 
 @functools.cache
 def opened(model: str) -> tuple[torch.nn.Module, Answerer, dict]:
-    """transformers' model, ours, converted from its files, and our weights, stacked."""
+    """transformers' model; our model, converted from its files; and our weights, stacked."""
     theirs = checkpoints.random_model(checkpoints.tiny_config(**MODELS[model]))
     converted = Pretrained.open(checkpoints.convert(theirs))
     params = converted.params("float32")
@@ -94,7 +94,7 @@ def for_transformers(prompts: list[EncodedPrompt], image_token: int) -> dict:
 
 @functools.partial(jax.jit, static_argnames="config")
 def hidden_states(config: VLMConfig, params: dict, prompts: Prompts) -> list[jax.Array]:
-    """What goes into each layer, and what comes out of the last."""
+    """The inputs of each layer, and the output of the last."""
     vocabulary = functional.bind(Vocabulary, config.text, params=params["text"]["vocabulary"])
     x = vocabulary.embed(prompts.input_ids)
     if prompts.images is not None:
@@ -136,7 +136,7 @@ def test_everything_equals_transformers(batch, model):
     final_norm = functional.bind(Vocabulary, config.text, params=ours.params["text"]["vocabulary"]).final_norm
     np.testing.assert_allclose(final_norm(states[-1])[real], expected.hidden_states[-1].numpy()[real], **TOLERANCE)
 
-    # The same by the scan over stacked layers, with the caches that it fills.
+    # The same with a scan over stacked layers, including the caches.
     hidden, cache = jax.jit(qwen2_vl.forward, static_argnames="config")(config, stacked, padded)
     logits = qwen2_vl.logits(config, stacked, hidden)
     np.testing.assert_allclose(logits[real], expected.logits.numpy()[real], **TOLERANCE)
@@ -146,7 +146,7 @@ def test_everything_equals_transformers(batch, model):
 
 
 @pytest.mark.parametrize("batch, model", SHAPES)
-def test_64_greedy_tokens_are_those_of_transformers(batch, model, monkeypatch):
+def test_64_greedy_tokens_equal_those_of_transformers(batch, model, monkeypatch):
     """Ours as one padded batch, theirs row by row."""
     theirs, ours, _ = opened(model)
     monkeypatch.setattr(ours.encoder, "stop_tokens", (-1,))
@@ -159,8 +159,8 @@ def test_64_greedy_tokens_are_those_of_transformers(batch, model, monkeypatch):
         assert said[row].tolist() == expected.tolist()
 
 
-def test_the_checkpoints_repetition_penalty_is_obeyed_as_transformers_does(caplog):
-    """Greedy and padded, prompts with images, whose pads count as read; what is not obeyed is named."""
+def test_the_checkpoints_repetition_penalty_works_as_in_transformers(caplog):
+    """Greedy and padded, for prompts with images, whose pads count as read; unsupported settings cause a warning."""
     theirs = checkpoints.random_model(checkpoints.tiny_config(**MODELS[GROUPED]))
     wanted = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 3}
     ours = Answerer.load(checkpoints.convert(theirs, generation=wanted), "float32")
@@ -178,7 +178,7 @@ def test_the_checkpoints_repetition_penalty_is_obeyed_as_transformers_does(caplo
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_decoding_token_by_token_equals_reading_the_whole(stacked):
+def test_decoding_token_by_token_equals_reading_the_complete_text(stacked):
     """Rows of different lengths, so that cache slots and positions differ."""
     _, answerer, stacked_params = opened(GROUPED)
     config, params = answerer.config, stacked_params if stacked else answerer.params
@@ -186,7 +186,7 @@ def test_decoding_token_by_token_equals_reading_the_whole(stacked):
     lengths, count = prompts.mask.sum(axis=1), 4
     answers = np.random.default_rng(1).integers(20, 380, (len(lengths), count)).astype(np.int32)
 
-    # The prompts with their answers, read at once: causal, so that its logits hold for every shorter one too.
+    # The prompts with their answers, read at once: causal, so the logits hold for every shorter prefix too.
     ids, mask, positions, index = (
         np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count)])
         for x in (prompts.input_ids, prompts.mask, prompts.position_ids, prompts.images.index + 1)

@@ -19,9 +19,9 @@ from tests import checkpoints
 
 @pytest.mark.parametrize("kv_heads", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))])
 def test_sublayers_equal_transformers_for_one_image_token(kv_heads):
-    """One image token at the prompt's next position: causal and two-way attention agree, and nothing of time has been
-    learnt. From the same input, attention and feed-forward come out, before the norms after them, as transformers'
-    layers compute them for one more text token."""
+    """For one image token at the prompt's next position, causal and bidirectional attention agree, and the untrained
+    time conditioning has no effect. From the same input, attention and feed-forward, before the norms after them,
+    equal those of transformers' layers for one more text token."""
     module = checkpoints.random_model(checkpoints.tiny_config(num_key_value_heads=kv_heads))
     converted = Pretrained.open(checkpoints.convert(module))
     encoder, text = converted.encoder, converted.vlm_config.text
@@ -49,7 +49,7 @@ def test_sublayers_equal_transformers_for_one_image_token(kv_heads):
     positions = generation.image_positions(config.generation, context.next_position)
     rotary = multimodal_rotary(positions, text.head_dim, text.rope_theta, text.mrope_section)
     c = jax.random.normal(jax.random.key(1), (1, text.hidden_size))
-    # The map of the layer before may be anything: its gate is shut.
+    # The previous layer's map may be anything: its gate is zero.
     previous_map = jnp.ones((1, text.num_heads, 1, 1))
     for i, expert in enumerate(Layers(params["experts"]).unstack()):
         layer = functional.bind(GenerationLayer, config.generation.layer, params=expert)

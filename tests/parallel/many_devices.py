@@ -1,7 +1,7 @@
-"""Run by test_meshes.py in a process of its own, on simulated devices: ten training steps and a sampling call on one
-device, and on each of the meshes that are named (as 4x2x1x1: expert, data, fsdp, tensor); prints JSON.
+"""Run by test_meshes.py in a separate process, on simulated devices: ten training steps and a sampling call on one
+device, and on each of the given meshes (e.g. 4x2x1x1: expert, data, fsdp, tensor); prints JSON.
 
-The model has as many groups of two layers as the first argument says."""
+The first argument is the model's number of groups, of two layers each."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ OWN_PROMPTS = dict(train__batch_size=32, train__share_contexts=False)
 
 
 class Trial:
-    """A config, its weights and its first batches, the same for all meshes."""
+    """A config, its weights and its first batches, equal for all meshes."""
 
     def __init__(self, config, steps: int):
         self.config, self.encoder, self.source = config, encoder_for(config), open_data(config)
@@ -79,7 +79,7 @@ def draw(trial: Trial, mesh) -> np.ndarray:
 
 
 def largest_difference(ours, theirs) -> float:
-    """Over all leaves, of the largest entry of theirs."""
+    """The largest difference over all leaves, relative to the largest entry of theirs."""
     pairs = zip(jax.tree.leaves(jax.device_get(ours)), jax.tree.leaves(jax.device_get(theirs)), strict=True)
     return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs)
 
@@ -90,7 +90,7 @@ def same_bits(ours, theirs) -> bool:
 
 
 def drawn(trial: Trial, mesh) -> tuple:
-    """The batch, and all that is drawn for its rows, as they stand on the mesh."""
+    """The batch, and all random draws for its rows, as placed on the mesh."""
     rows, loss = trial.rows["images"], flow_loss(trial.config)
     batch = rows.place(mesh, trial.batches[0])
     keys = rows.place(mesh, np.arange(trial.config.train.batch_size, dtype=np.uint32))
@@ -99,8 +99,8 @@ def drawn(trial: Trial, mesh) -> tuple:
 
 
 def read_over_tensor() -> dict:
-    """Reads a picture and a question on four devices along `tensor`, which repeat the two KV heads. Returns how far the
-    hidden states are from one device's, and the collectives."""
+    """Reads a picture and a question on four devices over `tensor`, with the two KV heads replicated. Returns the
+    difference of the hidden states from one device's, and the collectives."""
     config = tiny_config(model__vision__num_heads=4, model__vision__embed_dim=32)
     model, encoder = config.model_config.vlm, encoder_for(config)
     picture = encoder.read_image(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("RGB"))
@@ -113,7 +113,7 @@ def read_over_tensor() -> dict:
 
 
 def restored(state, like) -> bool:
-    """Whether a state that is written where it is comes back, bit for bit, where another one is."""
+    """Whether a state that is saved with its shardings is restored, bit for bit, with the shardings of `like`."""
     with tempfile.TemporaryDirectory() as directory:
         checkpoints = Checkpoints(epath.Path(directory))
         arrays = {name: getattr(state, name) for name in ("params", "ema", "optimizer")}
@@ -126,12 +126,12 @@ def restored(state, like) -> bool:
 
 
 def collectives(step) -> list[str]:
-    """Of which kinds, those left out that send no more than a group's metrics."""
+    """The kinds of collectives, without those that send no more than a group's metrics."""
     return sorted(kind for kind, one in traffic(step.as_text(), jax.device_count()).items() if one.sent_bytes > 1024)
 
 
 def on_each_device(tree) -> list[int]:
-    """How many layers stand on each device."""
+    """The numbers of layers on each device."""
     return sorted({shard.data.shape[0] for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards})
 
 
@@ -158,7 +158,7 @@ def main(groups: int, meshes: list[str]) -> None:
             "layers_of_contexts": on_each_device(ours["frozen"].contexts.layers),
             "moved": largest_difference(ours["state"].params, functional.cast_floats(shared.trained, "float64")),
         }
-    # Rows that bring their own prompts, and float32, on the first mesh alone: each takes as long to compile again.
+    # Rows with their own prompts, and float32, only on the first mesh: each needs another compilation.
     mesh = make_mesh(dict(zip(AXES, map(int, meshes[0].split("x")), strict=True)))
     ours = own.run(mesh, "float32")
     found[meshes[0]] |= {

@@ -1,4 +1,4 @@
-"""Meshes that fit the devices, and those that do not; and what stands where on them."""
+"""Meshes that fit the devices, and those that do not; and the placement of rows and weights on them."""
 
 import types
 
@@ -36,7 +36,7 @@ def test_sizes_that_fit(sizes, shape):
         ({"tensor": 4}, "does not fit the 8 devices"),
         ({"tensor": 3, "fsdp": -1}, "does not fit the 8 devices"),
         ({"tensor": 16, "fsdp": -1}, "does not fit the 8 devices"),
-        ({"tensor": -1, "fsdp": -1}, "leaves two axes open"),
+        ({"tensor": -1, "fsdp": -1}, "has two axes of -1"),
         ({"tensor": 0}, "tensor=0 must be positive"),
         ({"model": 8}, "'model' is unknown"),
     ],
@@ -49,18 +49,18 @@ def test_sizes_that_do_not_fit_are_refused(sizes, named):
 # ---- Rows
 
 
-def test_a_groups_rows_are_a_contiguous_block_and_micro_batches_a_share_of_each():
+def test_a_groups_rows_are_contiguous_and_split_into_micro_batches():
     rows = Rows(24, accumulation=2, groups=3)
-    np.testing.assert_array_equal(rows.numbers[0], [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19]])
-    np.testing.assert_array_equal(rows.numbers[1], [[4, 5, 6, 7], [12, 13, 14, 15], [20, 21, 22, 23]])
-    np.testing.assert_array_equal(Rows(6, accumulation=2).numbers, [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(rows.indices[0], [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19]])
+    np.testing.assert_array_equal(rows.indices[1], [[4, 5, 6, 7], [12, 13, 14, 15], [20, 21, 22, 23]])
+    np.testing.assert_array_equal(Rows(6, accumulation=2).indices, [[0, 1, 2], [3, 4, 5]])
 
 
-def test_placed_rows_stand_by_their_numbers():
+def test_rows_are_placed_by_their_indices():
     mesh, rows = make_mesh({}, jax.devices()[:1]), Rows(24, accumulation=2, groups=3)
     assert rows.of_process(mesh) == list(range(24))
     batch = {"latents": np.arange(48.0).reshape(24, 2)}
-    np.testing.assert_array_equal(rows.place(mesh, batch)["latents"], batch["latents"][rows.numbers])
+    np.testing.assert_array_equal(rows.place(mesh, batch)["latents"], batch["latents"][rows.indices])
     described = rows.abstract(mesh, batch)["latents"]
     assert (described.shape, described.dtype) == ((2, 3, 4, 2), np.float64)
 
@@ -90,7 +90,7 @@ def test_batches_that_do_not_fit_a_mesh_are_refused(rows, sizes, named):
 # ---- Rules
 
 
-def test_optimizer_and_average_are_cut_as_the_weights():
+def test_optimizer_and_average_are_sharded_like_the_weights():
     config = tiny_config()
     params = abstract_trained(config)
     state = jax.eval_shape(lambda params: init_state(config.train, params), params)
@@ -115,21 +115,21 @@ def test_optimizer_and_average_are_cut_as_the_weights():
 
 
 @pytest.mark.parametrize("tensor, of_kv_heads", [(2, "tensor"), (4, None)])
-def test_heads_are_cut_whole_and_kv_heads_that_are_too_few_repeated(tensor, of_kv_heads):
+def test_complete_heads_are_sharded_and_too_few_kv_heads_are_replicated(tensor, of_kv_heads):
     mesh = types.SimpleNamespace(shape={"expert": 1, "data": 1, "fsdp": 2, "tensor": tensor})
     attention = "vlm/text/layers/attention"
-    for name, heads, cut in (("q_proj", 12, "tensor"), ("k_proj", 2, of_kv_heads), ("v_proj", 2, of_kv_heads)):
+    for name, heads, axis in (("q_proj", 12, "tensor"), ("k_proj", 2, of_kv_heads), ("v_proj", 2, of_kv_heads)):
         shape = (28, heads, 128, 1536)
-        assert rules.spec(mesh, f"{attention}/{name}/weight", shape) == PartitionSpec(None, cut, None, "fsdp")
-        assert rules.spec(mesh, f"{attention}/{name}/bias", shape[:-1]) == PartitionSpec(None, cut, None)
+        assert rules.spec(mesh, f"{attention}/{name}/weight", shape) == PartitionSpec(None, axis, None, "fsdp")
+        assert rules.spec(mesh, f"{attention}/{name}/bias", shape[:-1]) == PartitionSpec(None, axis, None)
     qkv = "optimizer/1/0/mu/vision/blocks/attention/qkv/weight"
     assert rules.spec(mesh, qkv, (32, 3, 16, 80, 1280)) == PartitionSpec(None, None, "tensor", None, "fsdp")
     with pytest.raises(ValueError, match=r"tensor=\d does not divide .*q_proj/weight of shape \(3, 128, 384\)"):
         rules.spec(mesh, f"{attention}/q_proj/weight", (3, 128, 384))
 
 
-def test_a_matrix_that_no_rule_names_is_warned_of(caplog):
-    """None of ours is."""
+def test_a_matrix_that_matches_no_rule_causes_a_warning(caplog):
+    """Every matrix of the model matches a rule."""
     mesh = types.SimpleNamespace(shape=dict.fromkeys(AXES, 1))
     for variant in ("couple", "blend"):
         for path, leaf in jax.tree.leaves_with_path(abstract_params(tiny_config(model__variant=variant))):
@@ -137,7 +137,7 @@ def test_a_matrix_that_no_rule_names_is_warned_of(caplog):
     assert not caplog.text
     for _ in range(2):
         rules.spec(mesh, "experts/adapter/down/weight", (4, 8, 8))
-    assert caplog.text.count("no rule of parallel.rules names the matrix experts/adapter/down/weight") == 1
+    assert caplog.text.count("no rule of parallel.rules matches the matrix experts/adapter/down/weight") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The same numbers on every mesh: training, drawing, and what is read back from a checkpoint."""
+"""The same results on every mesh: training, drawing, and restoring a checkpoint."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import ENVIRONMENT, ROOT
 
-# Of how many groups, and the meshes: expert, data, fsdp, tensor. In CI each axis is cut in one of them.
+# The number of groups, and the meshes: expert, data, fsdp, tensor. In CI each axis is larger than 1 in one of them.
 IN_CI = (2, "2x2x1x1", "1x1x2x2")
 ON_EIGHT = (4, "4x2x1x1", "2x1x2x2", "1x8x1x1", "1x1x8x1", "1x2x2x2", "2x2x2x1", "4x1x1x2")
 
@@ -20,7 +20,7 @@ def found(request) -> dict[str, dict]:
     groups, *meshes = request.param
     devices = math.prod(map(int, meshes[0].split("x")))
     flags = f"--xla_force_host_platform_device_count={devices} "
-    # The older emitters compile in a third of the time, but their float64 functions are good to 1e-9 only.
+    # The older emitters compile in a third of the time, but their float64 functions are only accurate to 1e-9.
     quick = request.param == IN_CI
     flags += os.environ["XLA_FLAGS"] if quick else "--xla_backend_optimization_level=0"
     done = subprocess.run(
@@ -35,10 +35,10 @@ def found(request) -> dict[str, dict]:
     return {name: mesh | known for name, mesh in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-def test_ten_steps_and_a_sampling_call_come_out_as_on_one_device(found):
-    """In float64, relative to each array's largest entry: only the order of sums differs. On four devices to 1e-8, for
-    want of better functions; on eight to 1e-10, and float32's losses to 1e-5. Images to one grey level: a float32 sum
-    may fall on the other side of the rounding."""
+def test_ten_steps_and_a_sampling_call_equal_those_on_one_device(found):
+    """In float64, relative to each array's largest entry: only the order of sums differs. On four devices to 1e-8,
+    because the functions are less accurate; on eight to 1e-10, and float32's losses to 1e-5. Images to one grey level:
+    a float32 sum may round the other way."""
     for name, mesh in found.items():
         assert mesh["moved"] > 0.1, "the steps change the weights"
         for what in ("parameters", "average", "losses"):
@@ -46,19 +46,19 @@ def test_ten_steps_and_a_sampling_call_come_out_as_on_one_device(found):
         assert mesh["images"] <= 1, name
     first = next(iter(found.values()))
     assert first.get("float32_losses", 0) < 1e-5
-    assert first["own_prompts"] < 1e-5, "where each row reads its own prompt"
+    assert first["own_prompts"] < 1e-5, "if each row reads its own prompt"
 
 
 def test_batches_flow_times_noise_and_dropout_are_the_same_bits(found):
     assert all(mesh["same_draws"] for mesh in found.values())
 
 
-def test_checkpoints_are_read_onto_other_meshes_bit_for_bit(found):
+def test_checkpoints_are_restored_on_other_meshes_bit_for_bit(found):
     assert all(mesh["restored"] for mesh in found.values())
 
 
-def test_each_device_holds_its_own_groups_alone_and_sends_only_sums_along_expert_and_data(found):
-    """All layers over the axis `expert`, those of weights, average and contexts alike."""
+def test_each_device_holds_only_its_groups_and_sends_only_sums_over_expert_and_data(found):
+    """The layers of weights, average and contexts are sharded over the axis `expert`."""
     for name, mesh in found.items():
         expert, _, fsdp, tensor = map(int, name.split("x"))
         assert mesh["layers_of_state"] == mesh["layers_of_contexts"] == [mesh["layers"] // expert], name
@@ -67,8 +67,8 @@ def test_each_device_holds_its_own_groups_alone_and_sends_only_sums_along_expert
     assert next(iter(found.values()))["own_prompts_collectives"] == ["all-reduce"]
 
 
-def test_over_tensor_attention_sends_nothing(found):
-    """Query heads are sharded in both towers and KV heads repeated, so that a layer's two halves need a sum each, and
+def test_attention_over_tensor_sends_nothing(found):
+    """Query heads are sharded in both towers and KV heads replicated, so that each half of a layer needs one sum, and
     nothing else is sent."""
     read = next(iter(found.values()))["read_over_tensor"]
     assert read["hidden"] < 1e-8

@@ -1,4 +1,4 @@
-"""What runs on an accelerator lowers for GPUs and TPUs, at the flagship's size and in bfloat16, by shapes alone."""
+"""All accelerator programs lower for GPUs and TPUs, at the flagship's size and in bfloat16, from shapes only."""
 
 import functools
 
@@ -48,9 +48,9 @@ def vlm() -> dict:
     return jax.eval_shape(qwen2_vl.unstack, weights)
 
 
-def chance() -> answers.Chance:
+def token_sampling() -> answers.TokenSampling:
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    return answers.Chance(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ROWS)), scalar, scalar)
+    return answers.TokenSampling(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ROWS)), scalar, scalar)
 
 
 @pytest.mark.parametrize("config", [flagship, blend])
@@ -66,22 +66,22 @@ def test_a_sampling_call():
 
 
 def test_prefill_and_decoding_of_a_token():
-    """Of prompts with a picture, drawn by chance and penalised, which takes more than greedy decoding does."""
+    """For prompts with a picture, with sampling and a repetition penalty, which need more than greedy decoding."""
     config, weights = flagship(), vlm()
     model = config.model_config.vlm
     prompts = programs.abstract_prompts(config, ROWS, TOKENS, pictures=1)
     seen = jax.ShapeDtypeStruct((ROWS, model.text.vocab_size), bool)
     penalty = answers.Penalty(jax.ShapeDtypeStruct((), jnp.float32), seen)
-    lowers(answers.read, model, weights, prompts, chance(), penalty, capacity=CAPACITY)
+    lowers(answers.read, model, weights, prompts, token_sampling(), penalty, capacity=CAPACITY)
     read = functools.partial(answers.read, model, capacity=CAPACITY)
-    token, state = jax.eval_shape(read, weights, prompts, chance(), penalty)
+    token, state = jax.eval_shape(read, weights, prompts, token_sampling(), penalty)
     assert state.cache[0].keys.shape == (ROWS, TOKENS + CAPACITY, 2, 128) and len(state.cache) == 28
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    lowers(answers.read_token, model, weights, state, token, chance(), count, penalty)
+    lowers(answers.read_token, model, weights, state, token, token_sampling(), count, penalty)
 
 
 def test_encoding_and_decoding_of_images():
-    """With the geometry of dc-ae-f32c32-in-1.0, by its config.json."""
+    """With the geometry of dc-ae-f32c32-in-1.0, from its config.json."""
     widths = (128, 256, 512, 512, 1024, 1024)
 
     def stages(depths, norms, activations):

@@ -1,4 +1,4 @@
-"""The planner: what it describes is what training makes, and what it reads off a program is there."""
+"""The planner: its descriptions match training's arrays, and it parses compiled programs correctly."""
 
 import importlib.metadata
 import json
@@ -33,7 +33,7 @@ PICTURES = dict(data__prompts="pictures", train__share_contexts=False, data__pro
     [{}, {"train__share_contexts": False}, {"model__variant": "blend"}, PICTURES],
     ids=["couple", "own prompts", "blend", "pictures"],
 )
-def test_descriptions_are_those_of_what_training_makes(settings):
+def test_descriptions_match_the_arrays_that_training_makes(settings):
     config = tiny_config(**settings)
     encoder, source = encoder_for(config), open_data(config)
     drawings = source.drawings("train", encoder).__getitems__(range(config.train.batch_size))
@@ -47,7 +47,7 @@ def test_descriptions_are_those_of_what_training_makes(settings):
     fixed = latte_flow.split_trained(config.model_config, {"vlm": vlm})[1]
     frozen = frozen_inputs(config, encoder, source.captions, fixed, one_device())
     ours = programs.abstract_frozen(config, one_device(), len(source.captions))
-    if config.train.share_contexts:  # padded to the longest caption, of which the config knows the bound alone
+    if config.train.share_contexts:  # padded to the longest caption; the config has only an upper bound
         ours, frozen = (
             jax.tree.map(lambda x: jnp.zeros(x.shape[:2] if x.ndim > 1 else x.shape), t) for t in (ours, frozen)
         )
@@ -91,7 +91,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_traffic_is_counted_by_kind_group_and_loop():
     """By hand: an all-gather of 128 bytes among four chips sends 3/4 of them, seven times, and so on; the sum of 60
-    bytes over all eight sends 7/8 of them twice; two pieces of one exchange are one."""
+    bytes over all eight sends 7/8 of them twice; two instructions with one channel count once."""
     assert traffic(HLO, 8) == {
         "all-gather": Traffic(7, 7 * 128 * 3 / 4),
         "collective-permute": Traffic(7, 7 * 32),
@@ -101,15 +101,15 @@ def test_traffic_is_counted_by_kind_group_and_loop():
     }
 
 
-def test_a_loop_of_unknown_length_is_not_guessed():
-    with pytest.raises(ValueError, match="does not say how often it runs"):
+def test_a_loop_of_unknown_length_is_an_error():
+    with pytest.raises(ValueError, match="the trip count of a loop is unknown"):
         traffic(HLO.replace("direction=LT", "direction=GT"), 8)
 
 
 @pytest.fixture(scope="module")
 def with_libtpu() -> dict[str, str]:
-    """The environment of a process that has the TPU's compiler. It stands in a directory of its own, kept between runs
-    of the tests, since in the user's environment every command would complain and lose seconds."""
+    """The environment of a process with the TPU's compiler. It is in a separate directory, kept between test runs,
+    because in the user's environment every command would print warnings and lose seconds."""
     wanted = chips.pods_compiler()
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "lattejax-tests"
     directory = caches / re.sub(r"[^\w.]+", "-", f"{wanted} {sys.implementation.cache_tag}")
@@ -128,7 +128,7 @@ COMPILES = sys.platform == "linux" and platform.machine() == "x86_64"
 
 @pytest.mark.skipif(not COMPILES, reason="libtpu is for Linux on x86-64")
 @pytest.mark.parametrize("program", ["train", "sample"])
-def test_a_plan_for_real_chips_ends_with_a_json_object(program, with_libtpu):
+def test_a_plan_for_real_chips_prints_a_json_object_last(program, with_libtpu):
     flags = [*tiny_flags(model__num_groups=4, train__batch_size=16), "--config.mesh.expert=4"]
     flags += ["--captions=10", "--topology=v5e:2x2", "--json", f"--{'no' * (program == 'train')}sample"]
     done = run_command("plan", *flags, env=with_libtpu)
@@ -142,16 +142,16 @@ def test_a_plan_for_real_chips_ends_with_a_json_object(program, with_libtpu):
     assert plan["tflops_per_chip"] == pytest.approx(197 * plan["bounds_seconds"]["compute"])
     assert plan["collective_bytes"] == int(sum(one["sent_bytes"] for one in plan["collectives"].values()))
     if program == "sample":
-        assert plan["collectives"] == {}, "each chip draws images of its own"
+        assert plan["collectives"] == {}, "chips draw different images"
     else:
         assert plan["hbm_parts_gib"]["optimizer"] == pytest.approx(2 * plan["hbm_parts_gib"]["parameters"], rel=1e-3)
         assert plan["days"] == pytest.approx(12 * plan["step_seconds_lower_bound"] / 86_400)
         assert set(plan["collectives"]) == {"all-reduce"}
-    for line in ("memory on a chip", "  by interconnect", "by the data sheet: "):
+    for line in ("memory per chip", "  by interconnect", "from the data sheet: "):
         assert f"\n{line}" in done.stdout
 
 
-def test_without_libtpu_it_says_what_to_install(monkeypatch):
+def test_without_libtpu_the_error_names_what_to_install(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -162,11 +162,11 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
 
 def test_another_compiler_than_the_pods_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1")
-    with pytest.raises(UserError, match=r"libtpu 0\.0\.1 is here, and a pod with JAX .* has libtpu==0\.0\."):
+    with pytest.raises(UserError, match=r"libtpu 0\.0\.1 is installed, but a pod with JAX .* has libtpu==0\.0\."):
         chips.check_compiler()
 
 
 @pytest.mark.parametrize("name", ["v9:4x4", "v5e", "v5e:4", "v5e:4x4 "])
-def test_a_topology_that_is_none_is_refused(name):
+def test_an_invalid_topology_is_refused(name):
     with pytest.raises(UserError, match="must be one of v4, v5e, v5p, v6e and a shape, like v5e:4x4"):
         chips.open_topology(name)

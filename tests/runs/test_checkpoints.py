@@ -1,4 +1,4 @@
-"""What is read from a checkpoint is what was written, or it is said that it is not."""
+"""A checkpoint is restored as it was written, or reported as damaged."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,22 +12,22 @@ from tests.helpers import assert_same_bits
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
-def test_a_fingerprint_tells_every_changed_bit_and_every_exchange(dtype):
+def test_a_fingerprint_detects_every_changed_bit_and_every_exchange(dtype):
     array = np.arange(24).reshape(2, 3, 4).astype(jnp.dtype(dtype))
     array[0, 0, 0] = 1
-    whole = fingerprints({"a": {"x": array}})["a"]
-    assert fingerprints({"a": {"x": jnp.asarray(array)}})["a"] == whole
-    found = {whole}
+    original = fingerprints({"a": {"x": array}})["a"]
+    assert fingerprints({"a": {"x": jnp.asarray(array)}})["a"] == original
+    found = {original}
     for place in [(0, 0, 1), (1, 2, 3)]:
         changed = array.copy()
         changed[place] = ~changed[place] if dtype == "bool" else changed[place] + 1
         found.add(fingerprints({"a": {"x": changed}})["a"])
     found.add(fingerprints({"a": {"x": np.swapaxes(array, 0, 1).reshape(2, 3, 4)}})["a"])
     assert len(found) == (4 if dtype != "bool" else len(found))
-    assert fingerprints({"b": {"x": array, "y": array}})["b"] != whole
+    assert fingerprints({"b": {"x": array, "y": array}})["b"] != original
 
 
-def test_a_checkpoint_that_says_another_fingerprint_is_damaged(tmp_path, caplog):
+def test_a_checkpoint_with_another_fingerprint_is_damaged(tmp_path, caplog):
     arrays, directory = {"params": {"x": jnp.arange(5.0)}, "ema": {"x": jnp.ones(3)}}, epath.Path(tmp_path / "stage")
     checkpoints = Checkpoints(directory)
     for step in (1, 2):
@@ -36,7 +36,7 @@ def test_a_checkpoint_that_says_another_fingerprint_is_damaged(tmp_path, caplog)
     progress = directory / "2" / "progress" / "metadata"
     progress.write_text(progress.read_text().replace(fingerprints(arrays)["ema"], "0" * 16))
     assert checkpoints.restore(2, params=arrays["params"])["progress"] == {"data": 2}
-    assert not caplog.text, "reading what is good says nothing"
+    assert not caplog.text, "reading undamaged items logs nothing"
     with pytest.raises(DamagedCheckpoint, match="2 is damaged: ema is not what was written"):
         checkpoints.restore(2, **arrays)
     step, restored = checkpoints.restore_latest(**arrays)
@@ -45,22 +45,22 @@ def test_a_checkpoint_that_says_another_fingerprint_is_damaged(tmp_path, caplog)
     (directory / "1" / "params").rename(directory / "1" / "elsewhere")
     with pytest.raises(DamagedCheckpoint, match="1 is damaged"):
         checkpoints.restore_latest(**arrays)
-    assert checkpoints.steps == [1], "where none is whole, none is moved"
+    assert checkpoints.steps == [1], "if all are damaged, none is moved"
     checkpoints.close()
 
 
-PASSING = {
+TEMPORARY = {
     "network": OSError("UNAVAILABLE: connection reset by peer"),
     "bucket": ValueError("PERMISSION_DENIED: Error opening gs://bucket/a"),
     "memory": MemoryError("RESOURCE_EXHAUSTED: out of memory"),
 }
 
 
-@pytest.mark.parametrize("case", PASSING)
-def test_an_error_that_may_pass_is_tried_again_and_is_no_damage(case, tmp_path, monkeypatch, caplog):
-    """Twice in vain, then well; and always in vain, which is reported, with nothing put aside."""
+@pytest.mark.parametrize("case", TEMPORARY)
+def test_an_error_that_may_be_temporary_is_retried_and_is_no_damage(case, tmp_path, monkeypatch, caplog):
+    """Two failures, then success; and only failures, which are reported without moving the checkpoint."""
     monkeypatch.setattr(module, "RETRY_SECONDS", (0, 0))
-    arrays, left = {"params": {"x": jnp.arange(5.0)}}, [PASSING[case]] * 2
+    arrays, left = {"params": {"x": jnp.arange(5.0)}}, [TEMPORARY[case]] * 2
     checkpoints = Checkpoints(epath.Path(tmp_path / "stage"))
     checkpoints.save(1, arrays, {})
     checkpoints.wait()
@@ -75,7 +75,7 @@ def test_an_error_that_may_pass_is_tried_again_and_is_no_damage(case, tmp_path, 
     step, restored = checkpoints.restore_latest(**arrays)
     assert step == 1 and caplog.text.count("trying again") == 2
     assert_same_bits(restored["params"], arrays["params"])
-    left.extend([PASSING[case]] * 3)
+    left.extend([TEMPORARY[case]] * 3)
     with pytest.raises(UserError, match="1 cannot be read: ") as reported:
         checkpoints.restore_latest(**arrays)
     assert not isinstance(reported.value, DamagedCheckpoint)
@@ -83,7 +83,7 @@ def test_an_error_that_may_pass_is_tried_again_and_is_no_damage(case, tmp_path, 
     checkpoints.close()
 
 
-def test_weights_of_another_shape_are_no_damage_and_are_not_tried_again(tmp_path, caplog):
+def test_weights_of_another_shape_are_no_damage_and_are_not_retried(tmp_path, caplog):
     checkpoints = Checkpoints(epath.Path(tmp_path / "stage"))
     checkpoints.save(1, {"params": {"x": jnp.arange(5.0)}}, {})
     checkpoints.wait()

@@ -1,4 +1,4 @@
-"""Answers against greedy decoding that reads everything again for each token, draws against transformers' filter."""
+"""Answers against greedy decoding without a cache, and sampling against transformers' top-p filter."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from transformers import TopPLogitsWarper
 from lattejax.data import digits
 from lattejax.models import qwen2_vl
 from lattejax.sampling import answers
-from lattejax.sampling.answers import Answerer, Chance, Decoding, choose, keep_top
+from lattejax.sampling.answers import Answerer, Decoding, TokenSampling, choose, keep_top
 from lattejax.sampling.padding import bucket
 from tests.helpers import encoder_for, randomize, tiny_config
 
@@ -38,23 +38,23 @@ def tokens(answerer, count, stops=(-1,), **settings):
 
 
 def greedy(prompt, count):
-    """Token ids, each from a fresh pass over the whole text so far."""
-    ids, said = prompt.input_ids, []
+    """Token ids, each from a new pass over the complete text so far."""
+    ids, generated = prompt.input_ids, []
     forward = jax.jit(qwen2_vl.forward, static_argnames="config")
     for _ in range(count):
-        whole = type(prompt)(ids, prompt.images)
-        hidden, _ = forward(VLM_CONFIG, VLM, ENCODER.batch([whole], len(prompt.input_ids) + count))
-        said.append(int(np.argmax(qwen2_vl.logits(VLM_CONFIG, VLM, hidden)[0, len(ids) - 1])))
-        ids = np.append(ids, said[-1])
-    return said
+        text = type(prompt)(ids, prompt.images)
+        hidden, _ = forward(VLM_CONFIG, VLM, ENCODER.batch([text], len(prompt.input_ids) + count))
+        generated.append(int(np.argmax(qwen2_vl.logits(VLM_CONFIG, VLM, hidden)[0, len(ids) - 1])))
+        ids = np.append(ids, generated[-1])
+    return generated
 
 
-def test_tokens_are_the_greedy_ones(answerer):
+def test_tokens_equal_greedy_decoding_without_a_cache(answerer):
     """In a batch of prompts of different lengths, one without an image."""
     np.testing.assert_array_equal(tokens(answerer, 5), [greedy(prompt, 5) for prompt in prompts()])
 
 
-def test_rows_stop_at_their_stop_tokens_and_the_stream_with_the_last(answerer):
+def test_rows_stop_at_their_stop_tokens_and_decoding_stops_with_the_last_row(answerer):
     free = tokens(answerer, 6)
     stops = (int(free[0, 2]), int(free[1, 1]), int(free[2, 3]))
     lengths = [next(i for i, token in enumerate(row) if token in stops) + 1 for row in free]
@@ -75,7 +75,7 @@ def test_answers_do_not_depend_on_the_batch_and_equal_the_streamed_text(answerer
         assert [answerer.generate([prompt], decoding)[0] for prompt in prompts()] == together
 
 
-def test_a_seed_repeats_its_answer_and_another_gives_another(answerer):
+def test_the_same_seed_repeats_an_answer_and_another_seed_changes_it(answerer):
     drawn = [tokens(answerer, 8, temperature=2.0, seed=seed).tolist() for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -87,19 +87,19 @@ def test_top_p_keeps_what_transformers_keeps(top_p):
     np.testing.assert_array_equal(keep_top(jnp.asarray(logits), top_p), expected)
 
 
-def test_draws_follow_the_distribution():
-    """Shares of 4,000 draws, within five standard deviations; 0.9 of the mass are the first three of four tokens."""
+def test_samples_follow_the_distribution():
+    """Shares of 4,000 samples, within five standard deviations; top_p=0.9 keeps the first three of four tokens."""
     logits = np.log([0.5, 0.3, 0.15, 0.05]).astype(np.float32)
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.9)):
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), np.arange(4000))
-        drawn = choose(jnp.tile(logits, (4000, 1)), Chance(keys, temperature, top_p), 3)
+        drawn = choose(jnp.tile(logits, (4000, 1)), TokenSampling(keys, temperature, top_p), 3)
         expected = np.exp(logits / temperature) * (np.arange(4) < (3 if top_p < 1 else 4))
         expected /= expected.sum()
         shares = np.bincount(drawn, minlength=4) / 4000
         assert np.all(np.abs(shares - expected) <= 5 * np.sqrt(expected * (1 - expected) / 4000))
 
 
-def test_the_least_temperature_is_greedy(answerer):
+def test_a_tiny_temperature_or_top_p_is_greedy(answerer):
     np.testing.assert_array_equal(tokens(answerer, 5, temperature=1e-4), tokens(answerer, 5))
     np.testing.assert_array_equal(tokens(answerer, 5, temperature=5.0, top_p=1e-6), tokens(answerer, 5))
 
@@ -124,11 +124,11 @@ def test_settings_out_of_range_are_refused(setting):
 def test_buckets_waste_at_most_a_quarter():
     sizes = [bucket(size) for size in range(1, 5000)]
     assert all(size <= padded <= 1.25 * size for size, padded in zip(range(1, 5000), sizes, strict=True))
-    assert len(set(sizes)) == 8 + 4 * 9 + 1  # four to a doubling from 8 to 4,096, and one more
+    assert len(set(sizes)) == 8 + 4 * 9 + 1  # four per doubling from 8 to 4,096, and one more
 
 
 def test_prefill_and_decoding_are_compiled_once_for_a_range_of_lengths(answerer):
-    """Texts of 33 to 40 tokens and answers of up to 8 or 9 make one shape; the 41st token makes another."""
+    """Texts of 33 to 40 tokens and answers of up to 8 or 9 give one shape; the 41st token gives another."""
     answers.read.clear_cache()
     answers.read_token.clear_cache()
     questions, lengths = [ENCODER.question("seven " * count + "?") for count in range(1, 30)], set()

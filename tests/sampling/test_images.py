@@ -1,4 +1,4 @@
-"""The sampler: one context pass, K loops, and images that depend on seed and sample index alone."""
+"""The sampler: one context pass, K loops, and images that depend only on seed and sample index."""
 
 import functools
 import itertools
@@ -43,20 +43,20 @@ def draw(prompts=PROMPTS, sampling=FIVE_STEPS, variant="couple", **overrides) ->
 
 
 def test_images_do_not_depend_on_the_batches_they_are_drawn_in():
-    """Up to one grey level, where float32 sums of another shape fall on the other side of the rounding."""
-    whole = draw()
-    assert whole.shape == (6, 8, 8, 3) and whole.dtype == np.uint8
+    """Up to one grey level: float32 sums of another shape may round the other way."""
+    expected = draw()
+    assert expected.shape == (6, 8, 8, 3) and expected.dtype == np.uint8
     for batch_size in (1, 4):
-        assert np.abs(whole.astype(int) - draw(batch_size=batch_size)).max() <= 1
-    np.testing.assert_array_equal(draw(), whole)
+        assert np.abs(expected.astype(int) - draw(batch_size=batch_size)).max() <= 1
+    np.testing.assert_array_equal(draw(), expected)
 
 
 def test_seed_sample_and_prompt_matter():
-    whole = draw()
-    assert len(np.unique(whole.reshape(6, -1), axis=0)) == 6
-    assert np.any(draw(seed=1) != whole)
+    images = draw()
+    assert len(np.unique(images.reshape(6, -1), axis=0)) == 6
+    assert np.any(draw(seed=1) != images)
     swapped = draw(PROMPTS[::-1])
-    assert np.any(swapped[:3] != whole[:3]), "the same noise under another prompt"
+    assert np.any(swapped[:3] != images[:3]), "the same noise with another prompt"
 
 
 def test_prompts_of_other_lengths_compile_nothing():
@@ -86,7 +86,7 @@ SAMPLINGS = {
     "case, variant", [*((case, "couple") for case in SAMPLINGS), ("all at once", "blend"), ("all at once", "uneven")]
 )
 def test_sampling_equals_a_plain_loop(case, variant):
-    """Owner, guidance, solver and shift by hand, guidance from two separate passes. To 1e-4, in float32."""
+    """Owner, solver and shift computed by hand, guidance from two separate passes. To 1e-4, in float32."""
     sampling, ours = SAMPLINGS[case], sampler(variant)
     model, rows = ours.config, np.zeros(2, int)
     contexts = ours.read(PROMPTS[:1])
@@ -120,22 +120,22 @@ def test_sampling_equals_a_plain_loop(case, variant):
 
 
 @pytest.mark.parametrize("variant", latte_flow.VARIANTS)
-def test_prompts_with_images_draw_beside_prompts_without(variant):
-    """What is looked at matters, and a prompt draws the same whoever stands beside it, up to one grey level."""
+def test_prompts_with_and_without_images_can_be_drawn_together(variant):
+    """Conditioning images matter, and a prompt's drawing does not depend on the other prompts, up to one grey level."""
     pictures = [ENCODER.read_image(Image.fromarray(image)) for image in digits.load("test").images[:2]]
     shown = [ENCODER.drawing("another one", [picture]) for picture in pictures]
     both = ENCODER.drawing("a mix of the two", pictures)
     prompts = [*shown, PROMPTS[0], both]
     together = draw(prompts, variant=variant).reshape(4, 3, 8, 8, 3).astype(int)
     assert np.any(draw(shown[::-1], variant=variant)[:3] != together[0]), "the same noise and text, another picture"
-    # The noise is that of the sample's index: each prompt stands where it stood.
+    # The noise depends on the sample index, so each prompt keeps its place.
     for i in (1, 2, 3):
         alone = draw([PROMPTS[1]] * i + [prompts[i]], variant=variant)[3 * i :].astype(int)
         assert np.abs(alone - together[i]).max() <= 1
 
 
-def test_a_negative_prompt_takes_the_place_of_the_empty_one():
-    """Each prompt's own: as if it were the empty prompt; with the prompt itself guidance is without effect."""
+def test_a_negative_prompt_replaces_the_empty_prompt():
+    """An empty negative prompt changes nothing; with the prompt itself as negative, guidance has no effect."""
     empty = ENCODER.unconditional()
     np.testing.assert_array_equal(draw(negative=[empty, empty]), draw())
     other = draw(negative=[PROMPTS[1], empty])
@@ -148,7 +148,7 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one():
 
 
 def test_the_loops_read_no_weights_of_the_time_conditioning():
-    """Time embedding and modulations are computed for all steps ahead of the loops."""
+    """Time embedding and modulations are computed for all steps before the loops."""
     ours = sampler()
     contexts, segments = ours.read(PROMPTS[:1]), split_steps(ours.config.generation.intervals, Sampling(4))
     noise = np.zeros((1, *ours.config.generation.latent_shape), np.float32)
@@ -163,7 +163,7 @@ def test_the_loops_read_no_weights_of_the_time_conditioning():
 
 
 def test_a_sampling_call_traces_the_context_pass_once_and_outside_the_loop(monkeypatch):
-    """Over several batches and many steps; and the drawing itself has no VLM weight among its inputs."""
+    """For several batches and many steps; and drawing itself has no VLM weights among its inputs."""
     passes, calls = [], []
     forward, drawing = qwen2_vl.forward, sampling_module.draw_latents
 

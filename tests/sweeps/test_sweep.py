@@ -1,4 +1,4 @@
-"""A sweep: what it refuses before it trains, what it repeats after a kill, and what its table says."""
+"""A sweep: the errors before it trains, resuming after a kill, and its table."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ def test_prompts_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path
     assert not (tmp_path / "vlm").exists()
 
 
-def test_a_killed_sweep_trains_no_finished_run_again_and_ends_with_the_comparison(tmp_path, monkeypatch):
+def test_a_killed_sweep_resumes_without_retraining_and_ends_with_the_comparison(tmp_path, monkeypatch):
     trained, guard = [], InterruptGuard()
 
     def recorded(config, path, guard):
@@ -73,7 +73,7 @@ def test_a_killed_sweep_trains_no_finished_run_again_and_ends_with_the_compariso
         assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
 
     trained.clear()
-    assert run_sweep(plan, tmp_path, InterruptGuard()) == table and not trained, "a finished sweep has nothing to do"
+    assert run_sweep(plan, tmp_path, InterruptGuard()) == table and not trained, "a finished sweep trains nothing"
 
 
 @pytest.mark.parametrize(
@@ -89,21 +89,24 @@ def test_a_killed_sweep_trains_no_finished_run_again_and_ends_with_the_compariso
         (dict(variants=(("a", {"pretrain.steps": 3}),)), r"pretrain\.steps is the same for all runs"),
         (dict(variants=(("a", {"train.steps": 0}),)), r"train\.steps=0 trains nothing"),
         (dict(variants=(("a", {"eval.evaluators": {}}),)), "variant a: a sweep compares held-out losses"),
-        (dict(variants=(("a", {"eval.evaluators.final_digits.at": "demand"}),)), "variant a: .* nothing scores them"),
+        (
+            dict(variants=(("a", {"eval.evaluators.final_digits.at": "demand"}),)),
+            "variant a: .* has no score of them",
+        ),
         (dict(variants=(("a", {"eval.batch_size": 16}),)), r"eval\.batch_size=16 must be a multiple of 10"),
         (dict(sample_steps=(0,)), r"config\.sample_steps=\(0,\)"),
-        (dict(seeds=(0, 0)), r"config\.seeds=\(0, 0\) must be different whole numbers"),
+        (dict(seeds=(0, 0)), r"config\.seeds=\(0, 0\) must be different integers"),
         (dict(sample_steps=(0.5,)), r"config\.sample_steps"),
         (dict(sample_step=(5,)), "this one has .*sample_step"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused_as_a_whole(overrides, message):
+def test_an_invalid_sweep_is_refused_before_it_starts(overrides, message):
     with pytest.raises(UserError, match=message):
         resolve_sweep(sweep_config(**overrides))
 
 
 @pytest.mark.parametrize("experiment", ["ablations", "ablations:compute", "ablations:depth", "switches"])
-def test_the_ablations_hold_together(experiment):
+def test_the_experiments_resolve(experiment):
     name, *variants = experiment.split(":")
     plan = resolve_sweep(config_file(name, *variants))
     assert len(plan.seeds) == (1 if variants == ["depth"] else 3)
@@ -115,7 +118,7 @@ def test_the_ablations_hold_together(experiment):
 BAD_FLAGS = {
     "--config.base.train.stepz=5": "train.steps",
     "--config.train.steps=5": "base.",
-    "--config.seeds=1,1": "different whole",
+    "--config.seeds=1,1": "different integers",
 }
 
 

@@ -19,7 +19,7 @@ from tests.helpers import NO_DIGITS, assert_same_bits, tiny_config
 def config(converted, **overrides):
     settings = dict(model__text__vocab_size=checkpoints.VOCABULARY, pretrain__init_from=str(converted))
     settings |= dict(pretrain__steps=0, train__steps=2, train__ema_decay=0.0, train__learning_rate=0.05)
-    settings |= dict(eval__every=0) | NO_DIGITS  # no score is looked at
+    settings |= dict(eval__every=0) | NO_DIGITS  # no score is used
     return tiny_config(**settings | overrides)
 
 
@@ -38,8 +38,9 @@ def run(converted, tmp_path_factory):
 def test_a_run_starts_from_converted_weights_and_their_tokenizer(run, converted):
     source = Pretrained.open(converted)
     assert_same_bits(run.pretrained_vlm(), source.params("float32"))
-    asked = "Which digit is this?"
-    np.testing.assert_array_equal(run.encoder.question(asked).input_ids, source.encoder.question(asked).input_ids)
+    question = "Which digit is this?"
+    ours, theirs = (each.encoder.question(question).input_ids for each in (run, source))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

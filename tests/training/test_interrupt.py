@@ -1,4 +1,4 @@
-"""Being asked to stop: by signals, whatever Python is busy with, and by preemption notices."""
+"""Stopping on request: by signals, even while Python is busy, and by preemption notices."""
 
 import http.server
 import signal
@@ -13,13 +13,13 @@ from lattejax.training import interrupt
 from lattejax.training.interrupt import Interrupted, InterruptGuard
 from tests.helpers import ENVIRONMENT, ROOT
 
-# Its main thread stands in one call of C, as it does while XLA compiles: Python's handlers have to wait.
+# Its main thread is in one C call, as while XLA compiles: Python's signal handlers have to wait.
 BUSY = """
 import hashlib, sys, time
 from lattejax.training.interrupt import InterruptGuard
 
 def finish():
-    print("what was being written is written", flush=True)
+    print("the pending write is finished", flush=True)
 
 with InterruptGuard(at_once=True) as guard:
     if sys.argv[1] == "unsaved":
@@ -45,18 +45,18 @@ def test_a_signal_ends_the_process_as_soon_as_nothing_is_unsaved(state, signum, 
         process.send_signal(signum)
         out, errors = process.communicate(timeout=60)
     assert process.returncode == code
-    assert out == "saving\n" * (state == "unsaved") + "what was being written is written\n"
-    assert f"stopped by {signum.name}; run the same command to go on" in errors
+    assert out == "saving\n" * (state == "unsaved") + "the pending write is finished\n"
+    assert f"stopped by {signum.name}; run the same command to resume" in errors
 
 
 def test_a_preemption_notice_counts_as_sigterm(monkeypatch):
     """Once the URL answers TRUE, and not before."""
     monkeypatch.setattr(interrupt, "SECONDS_BETWEEN_NOTICES", 0.05)
-    answers, asked = [b"FALSE"], []
+    answers, requests = [b"FALSE"], []
 
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.headers["Metadata-Flavor"])
+            requests.append(self.headers["Metadata-Flavor"])
             self.send_response(200)
             self.end_headers()
             self.wfile.write(answers[0])
@@ -67,18 +67,18 @@ def test_a_preemption_notice_counts_as_sigterm(monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with InterruptGuard(notice=f"http://127.0.0.1:{server.server_port}/preempted") as guard:
-            wait_until(lambda: len(asked) > 2)
+            wait_until(lambda: len(requests) > 2)
             assert guard.signum is None
             answers[0] = b"TRUE\n"
             wait_until(lambda: guard.signum is not None)
         server.shutdown()
-    assert guard.signum == signal.SIGTERM and set(asked) == {"Google"}
+    assert guard.signum == signal.SIGTERM and set(requests) == {"Google"}
     assert Interrupted(guard.signum).exit_code == 75
 
 
-def test_without_a_metadata_server_training_goes_on_and_says_so(capsys):
+def test_without_a_metadata_server_training_continues_with_a_warning(capsys):
     with InterruptGuard(notice="http://127.0.0.1:9/preempted") as guard:
-        wait_until(lambda: "no preemption notice can be had from http://127.0.0.1:9" in capsys.readouterr().err)
+        wait_until(lambda: "cannot read a preemption notice from http://127.0.0.1:9" in capsys.readouterr().err)
         assert guard.signum is None
 
 

@@ -1,4 +1,4 @@
-"""Training on cached latents: a stopped run goes on exactly; other latents and other autoencoders are refused."""
+"""Training on cached latents: a stopped run resumes exactly; other latents and other autoencoders are refused."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ def finished(config, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_reads_on_and_ends_where_a_whole_one_ends(config, finished, tmp_path):
+def test_a_stopped_run_resumes_its_data_and_ends_like_an_uninterrupted_one(config, finished, tmp_path):
     with pytest.MonkeyPatch.context() as patch, InterruptGuard() as guard:
         patch.setattr(stages, "run_stage", functools.partial(run_interrupted, before_step=2))
         with pytest.raises(Interrupted):
@@ -63,8 +63,8 @@ def test_the_metrics_have_the_held_out_loss_and_the_time_waited_for_data(finishe
     assert results["held_out_loss"] == [line for line in lines if "held_out_loss" in line][-1]["held_out_loss"]
 
 
-def test_a_run_goes_on_with_its_own_latents_only(config, finished, tmp_path):
-    """Others at the same place are refused. Where pictures came from is of no account any more."""
+def test_a_run_resumes_only_with_its_own_latents(config, finished, tmp_path):
+    """Other latents at the same path are refused. The source of the pictures no longer matters."""
     moved = dataclasses.replace(config, images=dataclasses.replace(config.images, name="gone"))
     stages.open_workdir(moved, finished)
     workdir = shutil.copytree(finished, tmp_path / "run")
@@ -73,7 +73,7 @@ def test_a_run_goes_on_with_its_own_latents_only(config, finished, tmp_path):
         stages.train(config, workdir, InterruptGuard())
 
 
-def test_a_pathway_is_not_taken_to_latents_of_another_scale(config, finished, tmp_path):
+def test_a_pathway_is_not_trained_on_latents_of_another_scale(config, finished, tmp_path):
     other = checkpoints.convert_autoencoder(scale=0.5)
     data = dataclasses.replace(config.data, autoencoder=str(other), latents=str(tmp_path / "latents"))
     train = dataclasses.replace(config.train, init_from=str(finished))
@@ -87,7 +87,7 @@ def test_a_pathway_is_not_taken_to_latents_of_another_scale(config, finished, tm
 
 def test_a_prompt_that_is_too_long_is_found_before_training(config, tmp_path):
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, prompt_length=30))
-    with pytest.raises(UserError, match="more than the 30 that the config gives it"):
+    with pytest.raises(UserError, match="more than the config's limit of 30"):
         stages.train(short, tmp_path / "run", InterruptGuard())
     assert not (tmp_path / "run").exists()
 
@@ -111,15 +111,15 @@ def test_a_frozen_vlm_is_referred_to_and_a_trained_one_is_not(config, finished, 
         Run.open(tmp_path).pretrained_vlm()
 
 
-def test_contexts_are_read_in_pieces(config, monkeypatch):
-    """The same table, whatever the number of prompts at a time."""
+def test_contexts_are_computed_in_batches(config, monkeypatch):
+    """The table does not depend on the number of prompts at a time."""
     run_config = dataclasses.replace(config, train=dataclasses.replace(config.train, share_contexts=True))
     encoder = prompt_encoder(config, checkpoints.tokenizer())
     vlm = {"vlm": Pretrained.open(config.pretrain.init_from).params("float32")}
     captions = [f"a flower {i}" for i in range(4)]
-    whole = generation_stage.frozen_inputs(run_config, encoder, captions, vlm, one_device()).contexts
+    expected = generation_stage.frozen_inputs(run_config, encoder, captions, vlm, one_device()).contexts
     monkeypatch.setattr(generation_stage, "PROMPTS_AT_A_TIME", 2)
     pieces = generation_stage.frozen_inputs(run_config, encoder, captions, vlm, one_device()).contexts
-    for ours, theirs in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(pieces), jax.tree.leaves(expected), strict=True):
         assert ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs, atol=1e-5)

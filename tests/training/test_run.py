@@ -1,4 +1,4 @@
-"""Whole runs, tiny: what is written, what stays untouched, and what survives a kill."""
+"""Complete tiny runs: the files they write, the weights they must not change, and resuming after a kill."""
 
 import dataclasses
 import functools
@@ -51,15 +51,15 @@ def records(path) -> list[dict]:
 
 
 def steady(lines: list[dict]) -> list[dict]:
-    """Metrics without what the clock says."""
+    """Metrics without times."""
     clock = {"seconds", "images_per_second", "data_wait_seconds", "model_flops_per_second"}
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """An uninterrupted run in this process; with the logits of held-out questions between its two stages, and how many
-    programs each of the second stage's evaluations compiled."""
+    """An uninterrupted run in this process; with the logits of held-out questions between its two stages, and the
+    number of programs that each of the second stage's evaluations compiled."""
     path = tmp_path_factory.mktemp("run")
     seen = {"compiled": []}
 
@@ -99,7 +99,7 @@ def test_the_second_evaluation_compiles_nothing(finished):
     assert first > 0 and second == 0
 
 
-def test_a_run_writes_all_that_it_promises(finished):
+def test_a_run_writes_all_its_files(finished):
     path, results, _ = finished
     assert set(results) == {
         "held_out_loss",
@@ -130,20 +130,19 @@ def test_loss_is_the_mean_of_the_groups_losses(finished):
             assert line["loss"] == pytest.approx(np.mean(line["loss_per_group"]), rel=1e-5)
 
 
-# ---- What kills a run, and what it survives
+# ---- Kills and damage
 
 
-def test_a_run_that_is_killed_again_and_again_equals_an_uninterrupted_one_bit_for_bit(
-    finished, tmp_path, forked_command
-):
+def test_a_repeatedly_killed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_path, forked_command):
     """SIGTERM while XLA compiles, SIGKILL in a step of the first stage, SIGKILL while a checkpoint of the second is
-    being written, SIGTERM in a step; each time the same command goes on. The instants are drawn, from one seed."""
-    whole, rng = finished[0], np.random.default_rng(0)
+    being written, SIGTERM in a step; each time the same command resumes. The instants are random, from one seed."""
+    uninterrupted, rng = finished[0], np.random.default_rng(0)
     attempt = Attempts(forked_command, tmp_path, tiny_flags())
 
     # Nothing is trained yet: it ends at once, and leaves no checkpoint.
-    assert attempt.stop(signal.SIGTERM, attempt.says("pretrain: 53,488 trained parameters"), rng.uniform(0, 0.2)) == 75
-    assert "stopped by SIGTERM; run the same command to go on" in attempt.output()
+    starting = attempt.has_printed("pretrain: 53,488 trained parameters")
+    assert attempt.stop(signal.SIGTERM, starting, rng.uniform(0, 0.2)) == 75
+    assert "stopped by SIGTERM; run the same command to resume" in attempt.output()
     assert not list((tmp_path / "checkpoints" / "pretrain").glob("[0-9]*"))
 
     assert attempt.stop(signal.SIGKILL, lambda: logged(tmp_path, "pretrain", 4), rng.uniform(0, 0.1)) == -signal.SIGKILL
@@ -152,7 +151,7 @@ def test_a_run_that_is_killed_again_and_again_equals_an_uninterrupted_one_bit_fo
     assert not (tmp_path / "results.json").exists()
     assert attempt.stop(signal.SIGTERM, lambda: logged(tmp_path, "train", 8), rng.uniform(0, 0.05)) == 75
     assert attempt.finish() == 0, attempt.output()
-    assert_equal_runs(tmp_path, whole)
+    assert_equal_runs(tmp_path, uninterrupted)
 
 
 def assert_equal_runs(ours, theirs) -> None:
@@ -161,13 +160,13 @@ def assert_equal_runs(ours, theirs) -> None:
     assert resumed.pop("progress") == expected.pop("progress")
     assert_same_bits(resumed, expected)
     assert_same_bits(Run.open(ours).vlm(), Run.open(theirs).vlm())
-    assert steady(records(ours)) == steady(records(theirs)), "no line is lost and none stands twice"
+    assert steady(records(ours)) == steady(records(theirs)), "no line is lost or repeated"
     first, second = (json.loads((path / "results.json").read_text()) for path in (theirs, ours))
     assert first | {"seconds": 0} == second | {"seconds": 0}
 
 
 class Attempts:
-    """The same command, again and again."""
+    """Runs the same command repeatedly."""
 
     def __init__(self, forks, workdir, flags):
         self.forks, self.command = forks, ["train", *flags, f"--workdir={os.path.relpath(workdir, ROOT)}"]
@@ -176,11 +175,11 @@ class Attempts:
     def output(self) -> str:
         return self._output.read_text()
 
-    def says(self, text: str):
+    def has_printed(self, text: str):
         return lambda: text in self.output()
 
     def stop(self, signum: int, when, seconds: float, or_ended: bool = False) -> int:
-        """Starts it, and sends a signal so many seconds after `when` holds; returns the exit code."""
+        """Starts the command, and sends a signal `seconds` after `when` holds; returns the exit code."""
         process = self.forks.start(*self.command, output=self._output)
         deadline = time.monotonic() + 300
         while not when():
@@ -198,26 +197,26 @@ class Attempts:
 
 @pytest.mark.slow
 def test_soak(tmp_path_factory, forked_command):
-    """Twenty kills at random instants of a run's life, imports and compilation left out, SIGKILL and SIGTERM: it ends
-    bit for bit where an uninterrupted run ends."""
+    """Twenty kills at random instants of a run, except during imports and compilation, with SIGKILL and SIGTERM: the
+    result equals an uninterrupted run's bit for bit."""
     settings = dict(pretrain__steps=60, train__steps=400, checkpoint__every=10, log_every=10, eval__every=40)
     flags, rng = tiny_flags(**settings, eval__evaluators__digits__at="never"), np.random.default_rng(0)
-    whole, killed = (tmp_path_factory.mktemp(name) for name in ("whole", "killed"))
-    assert Attempts(forked_command, whole, flags).finish() == 0
+    uninterrupted, killed = (tmp_path_factory.mktemp(name) for name in ("uninterrupted", "killed"))
+    assert Attempts(forked_command, uninterrupted, flags).finish() == 0
     attempt, kills = Attempts(forked_command, killed, flags), 0
     while kills < 20:
         signum = signal.SIGKILL if rng.random() < 0.5 else signal.SIGTERM
-        code = attempt.stop(signum, attempt.says("trained parameters"), rng.uniform(0, 12), or_ended=True)
+        code = attempt.stop(signum, attempt.has_printed("trained parameters"), rng.uniform(0, 12), or_ended=True)
         lines = records(killed) if (killed / "metrics.jsonl").exists() else [{"stage": "", "step": 0}]
         print(f"{kills}: {signal.Signals(signum).name}, exit code {code}, at {lines[-1]['stage']} {lines[-1]['step']}")
         assert code in (75, -signal.SIGKILL), f"{attempt.output()}; if it has ended, it was too short"
         kills += 1
     assert attempt.finish() == 0, attempt.output()
-    assert_equal_runs(killed, whole)
+    assert_equal_runs(killed, uninterrupted)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(finished, tmp_path, caplog):
-    """The newest one's average has lost the end of a file. From the one before, the run ends where it would have."""
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(finished, tmp_path, caplog):
+    """A file of the newest one's average is truncated. From the previous one, the run ends with the same state."""
     path = shutil.copytree(finished[0], tmp_path / "run")
     (path / "results.json").unlink()
     newest = path / "checkpoints" / "train" / "12"
@@ -226,16 +225,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(finished, tmp
     )
     os.truncate(largest, largest.stat().st_size // 2)
     assert any(leaf.size for leaf in jax.tree.leaves(Run.open(path).trained()))
-    assert f"{newest} is damaged" in caplog.text and "that of step 8 is taken" in caplog.text
-    assert newest.is_dir(), "whoever only reads puts nothing aside"
+    assert f"{newest} is damaged" in caplog.text and "using that of step 8" in caplog.text
+    assert newest.is_dir(), "readers do not move checkpoints"
     stages.train(tiny_config(), path, InterruptGuard())
-    assert "an earlier one is taken" in caplog.text
+    assert "using an earlier one" in caplog.text
     assert (path / "checkpoints" / "damaged" / "train_12").is_dir()
     assert_equal_runs(path, finished[0])
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run_and_name_their_records(finished, tmp_path):
-    """NaN latents in steps 3 and 6, one of which may be skipped."""
+    """NaN latents in steps 3 and 6; only one step may be skipped."""
     settings = dict(pretrain__init_from=str(finished[0]), pretrain__steps=0, most_skipped_steps=1, eval__every=0)
     plans = []
 
@@ -276,9 +275,9 @@ def logged(path, stage: str, step: int) -> bool:
     return metrics.exists() and any(line["stage"] == stage and line["step"] >= step for line in records(path))
 
 
-@pytest.mark.slow  # kills and Blend's signal, in the ordinary tests, come close to it
-def test_a_signal_saves_the_step_under_way(finished, tmp_path):
-    """The state after the interrupted step is saved, and going on from it ends where the whole run ends."""
+@pytest.mark.slow  # the ordinary tests cover almost the same, by kills and Blend's signal
+def test_a_signal_saves_the_current_step(finished, tmp_path):
+    """The state after the interrupted step is saved, and resuming from it ends like the uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch, InterruptGuard() as guard:
         patch.setattr(stages, "run_stage", functools.partial(run_interrupted, before_step=7))
         with pytest.raises(Interrupted, match="SIGTERM"):
@@ -295,10 +294,10 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(finished):
 
 def test_init_from_takes_weights_and_tokenizer_with_a_fresh_optimizer(finished, tmp_path):
     """Zero steps in both stages: the new run's weights are the old one's VLM and average."""
-    whole = finished[0]
-    config = tiny_config(pretrain__init_from=str(whole), train__init_from=str(whole), pretrain__steps=0, train__steps=0)
+    source = str(finished[0])
+    config = tiny_config(pretrain__init_from=source, train__init_from=source, pretrain__steps=0, train__steps=0)
     stages.train(config, tmp_path, InterruptGuard())
-    new, old = Run.open(tmp_path), Run.open(whole)
+    new, old = Run.open(tmp_path), Run.open(source)
     assert_same_bits(new.vlm(), old.vlm())
     assert_same_bits(new.trained(), old.trained())
     assert new.encoder.tokenizer.get_vocab() == old.encoder.tokenizer.get_vocab()
@@ -329,20 +328,20 @@ def test_abstract_weights_describe_the_real_ones(finished):
 # ---- Blend, and prompts with images
 
 
-def test_blend_trains_what_answers_and_goes_on_after_a_signal(finished, tmp_path):
+def test_blend_trains_the_answering_layers_and_resumes_after_a_signal(finished, tmp_path):
     """From the first run's VLM: both losses and the answers are in the metrics, the layers that answer move with their
-    average, the rest of the VLM does not, and an interrupted run ends where the whole one ends."""
+    average, the rest of the VLM does not, and an interrupted run ends like an uninterrupted one."""
     settings = dict(model__variant="blend", pretrain__init_from=str(finished[0]), pretrain__steps=0)
     settings |= dict(eval__evaluators__final_digits__at="never")  # the next test scores drawings
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    results = stages.train(tiny_config(**settings), whole, InterruptGuard())
-    of_drawn = {name for name in finished[1] if "guidance" in name or "frechet" in name}  # of which there are none
+    uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
+    results = stages.train(tiny_config(**settings), uninterrupted, InterruptGuard())
+    of_drawn = {name for name in finished[1] if "guidance" in name or "frechet" in name}  # none of these
     assert set(results) == set(finished[1]) - of_drawn
-    train = [line for line in records(whole) if line["stage"] == "train"]
+    train = [line for line in records(uninterrupted) if line["stage"] == "train"]
     assert all({"loss", "answer_loss", "loss_per_group"} <= set(line) for line in train if "learning_rate" in line)
     assert [line["step"] for line in train if {"answer_accuracy", "held_out_loss"} <= set(line)] == [6, 12]
 
-    run = Run.open(whole)
+    run = Run.open(uninterrupted)
     before, after, average = run.pretrained_vlm(), run.vlm(), run.trained()["vlm"]["text"]["layers"]
     assert_same_bits(after["text"]["layers"], average)
     assert_same_bits(after["vision"], before["vision"])
@@ -353,9 +352,9 @@ def test_blend_trains_what_answers_and_goes_on_after_a_signal(finished, tmp_path
     with pytest.MonkeyPatch.context() as patch, InterruptGuard() as guard:
         patch.setattr(stages, "run_stage", functools.partial(run_interrupted, before_step=7))
         with pytest.raises(Interrupted, match="SIGTERM"):
-            stages.train(tiny_config(**settings), cut, guard)
-    stages.train(tiny_config(**settings), cut, InterruptGuard())
-    ours, theirs = final_arrays(cut), final_arrays(whole)
+            stages.train(tiny_config(**settings), stopped, guard)
+    stages.train(tiny_config(**settings), stopped, InterruptGuard())
+    ours, theirs = final_arrays(stopped), final_arrays(uninterrupted)
     assert ours.pop("progress") == theirs.pop("progress")
     assert_same_bits(ours, theirs)
 

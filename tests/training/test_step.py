@@ -1,4 +1,4 @@
-"""One optimizer step: the same numbers whichever way it is cut, and only what is to be trained."""
+"""One optimizer step: the same results however it is split, and changes only to trained weights."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ EMPTY = jax.tree.map(lambda x: x[-1:], PROMPTS)
 
 @functools.cache
 def weights(model=MODEL):
-    """What is trained, and what is not."""
+    """The trained and the frozen weights."""
     params = latte_flow.init(model, qwen2_vl.init(model.vlm, jax.random.key(0)), jax.random.key(1))
     trained, fixed = latte_flow.split_trained(model, params)
     return randomize(trained, scale=0.1), fixed
@@ -76,17 +76,17 @@ def questions(rows: int = 4) -> dict:
 
 
 def grouped(tree, groups: int = 2):
-    """Rows as the loss has them where each group has its own."""
+    """Rows as in the stratified loss, where each group has its own."""
     return jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), tree)
 
 
 def by_group(inputs: dict) -> dict:
-    """A batch's images in groups; questions belong to none."""
+    """A batch's images in groups; questions are not grouped."""
     return inputs | {"images": grouped(inputs["images"])}
 
 
 def row_keys(rows: int = 8, stratified: bool = True):
-    """Those of step 0."""
+    """The row keys of step 0."""
     key = jax.random.fold_in(jax.random.key(5), 0)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
     return {"images": grouped(keys) if stratified else keys}
@@ -95,13 +95,13 @@ def row_keys(rows: int = 8, stratified: bool = True):
 def one_step(loss=None, frozen=SHARED, inputs=None, params=PARAMS, **overrides):
     stage, rows, step = compiled_step(loss or flow_loss(), tuple(overrides.items()))
     inputs = batch() if inputs is None else inputs
-    inputs = {name: jax.tree.map(lambda x, name=name: x[rows[name].numbers], part) for name, part in inputs.items()}
+    inputs = {name: jax.tree.map(lambda x, name=name: x[rows[name].indices], part) for name, part in inputs.items()}
     return step(init_state(stage, params), frozen, inputs, jax.random.key(5))
 
 
 @functools.cache
 def compiled_step(loss: FlowLoss, overrides: tuple):
-    """Kept, since to compile is what takes time here."""
+    """Cached, because compilation takes most of the time."""
     stage = tiny_config(**dict(overrides)).train
     rows = {
         "images": Rows(8, stage.accumulation, 2 if loss.stratified else None),
@@ -118,9 +118,9 @@ jitted = functools.cache(jax.jit)
 
 def test_micro_batches_add_up_to_the_batch():
     """Same rows, same draws, same groups; float32 sums in another order."""
-    (_, whole), (_, cut) = one_step(), one_step(train__accumulation=4)
-    for name in whole:
-        np.testing.assert_allclose(whole[name], cut[name], rtol=1e-5, err_msg=name)
+    (_, expected), (_, accumulated) = one_step(), one_step(train__accumulation=4)
+    for name in expected:
+        np.testing.assert_allclose(expected[name], accumulated[name], rtol=1e-5, err_msg=name)
 
 
 def test_shared_contexts_equal_contexts_of_each_row():
@@ -143,8 +143,8 @@ def test_dropped_prompts_are_the_empty_prompt():
 
 
 @pytest.mark.parametrize("sizes", [(), (1, 3)])
-def test_every_group_trains_on_its_own_share_alone(sizes):
-    """Rows fall to groups in contiguous blocks: the first half moves group 0's layers, the second group 1's."""
+def test_every_group_trains_only_on_its_own_share(sizes):
+    """Groups take contiguous blocks of rows: the first half trains group 0's layers, the second group 1's."""
     config = tiny_config(model__group_sizes=sizes)
     loss, rows = flow_loss(config, prompt_dropout=0.0), by_group(batch())
 
@@ -160,17 +160,17 @@ def test_every_group_trains_on_its_own_share_alone(sizes):
         assert found[group] > 0 and found[1 - group] == 0
 
 
-def test_row_draws_depend_on_key_and_row_alone():
+def test_row_draws_depend_only_on_key_and_row():
     keys = jax.random.split(jax.random.key(0), 8)
-    whole, last = flow_loss().draw(keys), flow_loss().draw(keys[5:])
-    assert_same_bits(flow_loss().draw(grouped(keys)), grouped(whole))
-    for ours, theirs in zip(whole, last, strict=True):
+    complete, last = flow_loss().draw(keys), flow_loss().draw(keys[5:])
+    assert_same_bits(flow_loss().draw(grouped(keys)), grouped(complete))
+    for ours, theirs in zip(complete, last, strict=True):
         np.testing.assert_array_equal(ours[5:], theirs)
-    u, noise, dropped = whole
+    u, noise, dropped = complete
     assert len(np.unique(u)) == 8 and noise.shape == (8, 8, 8, 1) and dropped.dtype == bool
 
 
-# ---- How flow times are drawn
+# ---- Drawing flow times
 
 
 @pytest.mark.parametrize(
@@ -182,9 +182,9 @@ def test_row_draws_depend_on_key_and_row_alone():
     ],
 )
 @pytest.mark.parametrize("stratified", [True, False])
-def test_the_loss_is_that_of_its_formula(overrides, stratified):
+def test_the_loss_equals_its_formula(overrides, stratified):
     """Row by row: t by the inverse of the distribution, the owner's velocity, and for stratified rows the weight K·P_k
-    of the group that they stand in."""
+    of their group."""
     config = tiny_config(**overrides)
     loss, density = flow_loss(config, stratified=stratified), config.train.flow_density
     intervals, latents = config.model_config.generation.intervals, batch()["images"]["latents"]
@@ -219,8 +219,8 @@ def velocity(config, group, caption, latents, noise, t):
     return generation.velocity(model, own, generation.pick(context, caption[None]), x_t, conditioning)[0]
 
 
-def test_both_ways_to_draw_t_have_one_objective():
-    """The two losses' means over 300 batches of a density that starves a group, within four standard errors."""
+def test_both_ways_to_draw_t_have_the_same_objective():
+    """The two losses' means over 300 batches, with little density in one group, within four standard errors."""
     config = tiny_config(train__density="shifted", train__density_shift=0.2)
     means = []
     for stratified in (True, False):
@@ -241,7 +241,7 @@ def test_both_ways_to_draw_t_have_one_objective():
 
 def blend_inputs():
     trained, fixed = weights(BLEND.model_config)
-    """Its images in groups."""
+    """Blend's inputs, with images in groups."""
     inputs = by_group(batch()) | {"questions": questions()}
     return trained, Frozen(fixed, captions=jax.tree.map(jnp.asarray, PROMPTS)), inputs
 
@@ -262,15 +262,15 @@ def test_blends_loss_is_the_weighted_sum_of_both_streams():
 
 
 def test_flow_matching_reaches_the_shared_layers_through_image_tokens_and_through_contexts():
-    """The gradient of the flow's loss alone, with the contexts' part cut off and with it."""
+    """The gradient of only the flow's loss, with and without its part through the contexts."""
     trained, frozen, inputs = blend_inputs()
     images = {"images": inputs["images"]}
-    whole = jax.jit(jax.grad(lambda p: flow_loss(BLEND)(p, frozen, images, row_keys())[0]))(trained)
+    complete = jax.jit(jax.grad(lambda p: flow_loss(BLEND)(p, frozen, images, row_keys())[0]))(trained)
     vlm = functional.merge(frozen.params, trained)["vlm"]
     fixed_contexts = Frozen(frozen.params, contexts=read_prompts(BLEND.model_config, vlm, PROMPTS))
-    cut = jax.jit(jax.grad(lambda p: flow_loss(BLEND)(p, fixed_contexts, images, row_keys())[0]))(trained)
+    fixed = jax.jit(jax.grad(lambda p: flow_loss(BLEND)(p, fixed_contexts, images, row_keys())[0]))(trained)
     for name in ("k_proj", "v_proj", "q_proj"):
-        leaves = [tree["vlm"]["text"]["layers"]["attention"][name]["weight"] for tree in (whole, cut)]
+        leaves = [tree["vlm"]["text"]["layers"]["attention"][name]["weight"] for tree in (complete, fixed)]
         assert all(np.abs(leaf).max() > 0 for leaf in leaves)
         assert np.abs(leaves[0] - leaves[1]).max() > 1e-5
 
@@ -282,9 +282,9 @@ def test_blend_trains_shared_layers_on_both_streams_and_nothing_else_of_the_vlm(
     assert set(state.params["vlm"]) == {"text"} and set(state.params["vlm"]["text"]) == {"layers"}
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params["vlm"], trained["vlm"])
     assert min(jax.tree.leaves(moved)) > 0
-    _, cut = one_step(loss, frozen, inputs, trained, train__accumulation=2)
+    _, accumulated = one_step(loss, frozen, inputs, trained, train__accumulation=2)
     for name in metrics:
-        np.testing.assert_allclose(metrics[name], cut[name], rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(metrics[name], accumulated[name], rtol=1e-4, err_msg=name)
 
 
 def test_blends_loss_does_not_depend_on_unrolling():
@@ -298,7 +298,7 @@ def test_blends_loss_does_not_depend_on_unrolling():
 
 
 @pytest.mark.parametrize("config", [CONFIG, BLEND], ids=["couple", "blend"])
-def test_rows_with_pictures_train_and_dropped_ones_see_none(config):
+def test_rows_with_pictures_train_and_dropped_rows_ignore_them(config):
     """With every prompt dropped the pictures do not matter; with none dropped they do."""
     pictures = tiny_config(data__prompts="pictures", train__share_contexts=False, data__prompt_length=36)
     images = batch(config=pictures)["images"]
@@ -348,7 +348,7 @@ def test_bfloat16_computes_over_float32_masters():
 
 
 def test_average_and_clipping_follow_their_formulas():
-    """One step by hand: gradients clipped to the norm, AdamW's first step, the average a tenth of the way."""
+    """One step by hand: gradients clipped to the norm, AdamW's first step, the average moved by a tenth."""
     stage_keys = dict(train__ema_decay=0.9, train__clip_norm=1e-3, train__learning_rate=0.5, train__warmup_steps=0)
     state, metrics = one_step(**stage_keys)
     assert metrics["grad_norm"] > 1e-3
@@ -362,8 +362,8 @@ def test_average_and_clipping_follow_their_formulas():
     np.testing.assert_allclose(ema, 0.9 * before + 0.1 * after, rtol=1e-5, atol=1e-6)
 
 
-def test_weight_decay_is_on_matrices_alone():
-    """With a gradient of zero AdamW only decays: by the learning rate times the decay."""
+def test_weight_decay_is_only_on_matrices():
+    """With zero gradients AdamW only decays: by the learning rate times the decay."""
     config = tiny_config(train__weight_decay=0.1, train__warmup_steps=0, train__learning_rate=0.5)
     optimizer, zeros = make_optimizer(config.train), jax.tree.map(jnp.zeros_like, PARAMS)
     updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
@@ -377,7 +377,7 @@ def test_weight_decay_is_on_matrices_alone():
     assert decayed == {"weight"} and names == {"weight", "bias", "scale"}
 
 
-def test_no_second_copy_is_kept_where_no_average_is_asked_for():
+def test_without_averaging_there_is_no_second_copy():
     stage = tiny_config(train__ema_decay=0.0).train
     state = jax.eval_shape(lambda: init_state(stage, PARAMS))
     assert state.ema is None and state.average is state.params and set(state.arrays) == {"params", "optimizer"}
@@ -397,8 +397,8 @@ def test_learning_rate_warms_up_and_decays(decay, last):
     assert rate[-1] == pytest.approx(last, rel=0.02)
 
 
-def test_answers_alone_are_learnt():
-    """The loss is the mean negative log-likelihood of answer tokens; those before count for nothing."""
+def test_only_answers_are_learnt():
+    """The loss is the mean negative log-likelihood of answer tokens; tokens before the answer do not count."""
     source = digits.Questions("train", ENCODER)
     records = source.__getitems__([0, 1, 6])
     rows = question_batch(ENCODER, records, CONFIG.data.answer_length)
@@ -416,23 +416,23 @@ def test_answers_alone_are_learnt():
     assert texts == [f"{source.text(i)[1]}<|im_end|>" for i in (0, 1, 6)]
 
 
-def test_the_answers_loss_does_not_depend_on_how_rows_are_spread():
-    """Answers of different lengths, read whole or by two processes of a half each, in one batch or in micro-batches:
-    loss and gradient are those of the mean over all answer tokens."""
+def test_the_answers_loss_does_not_depend_on_how_rows_are_split():
+    """Answers of different lengths, read by one process or in halves by two, in one batch or in micro-batches: loss and
+    gradient are those of the mean over all answer tokens."""
     answers = ["zero one two three", "one", "two", "even odd yes no"]
     prompts = [ENCODER.question("Which digit is this?", [], answer) for answer in answers]
     lengths = [int(prompt.is_answer.sum()) for prompt in prompts]
     assert max(lengths) > 3 * min(lengths)
-    whole, *halves = (
+    complete, *halves = (
         question_batch(ENCODER, part, CONFIG.data.answer_length) for part in (prompts, prompts[:2], prompts[2:])
     )
-    spread = jax.tree.map(lambda *parts: np.concatenate(parts), *halves)
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *halves)
     config, loss = tiny_config(), AnswerLoss(MODEL, jnp.float32, "none", False)
     found = []
-    for batch, accumulation in ((whole, 1), (spread, 1), (spread, 2)):
+    for batch, accumulation in ((complete, 1), (joined, 1), (joined, 2)):
         stage = dataclasses.replace(config.pretrain, accumulation=accumulation)
         rows = {"questions": Rows(4, accumulation)}
-        inputs = {"questions": jax.tree.map(lambda x, at=rows["questions"].numbers: x[at], batch)}
+        inputs = {"questions": jax.tree.map(lambda x, at=rows["questions"].indices: x[at], batch)}
         step = jax.jit(make_train_step(stage, loss, rows, prepare=weigh_answers))
         _, metrics = step(init_state(stage, VLM), None, inputs, jax.random.key(0))
         found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
@@ -440,7 +440,7 @@ def test_the_answers_loss_does_not_depend_on_how_rows_are_spread():
 
 
 def test_the_held_out_loss_does_not_depend_on_the_batches_it_is_computed_in():
-    """20 rows at once, or 7 at a time with the last batch filled up; each row's error is that of its own flow time."""
+    """20 rows at once, or 7 at a time with the last batch padded; each row's error is for its own flow time."""
     source, loss = open_data(CONFIG), flow_loss()
     found = []
     for batch_size in (20, 7):
@@ -456,7 +456,7 @@ def test_the_held_out_loss_does_not_depend_on_the_batches_it_is_computed_in():
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
-    """NaN latents in one row: weights, average and optimizer stay bit for bit; the step counts, and is counted out."""
+    """NaN latents in one row: weights, average and optimizer keep their bits; the step is counted as skipped."""
     broken = {"images": batch()["images"] | {"latents": batch()["images"]["latents"].copy()}}
     broken["images"]["latents"][3, 0, 0] = np.nan
     before = init_state(tiny_config().train, PARAMS)

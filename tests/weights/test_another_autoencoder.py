@@ -1,4 +1,5 @@
-"""Another autoencoder is a file of modules, and a line of registration for them and for how its config.json is read."""
+"""A new autoencoder needs a file of modules, and a line of registration for them and for the reader of its
+config.json."""
 
 import dataclasses
 import json

@@ -44,7 +44,7 @@ def channels_last(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy().transpose(0, 2, 3, 1)
 
 
-# Latents' height and width. DC-AE's heads have 8 channels: up to 8 pixels attention is quadratic, beyond it is linear.
+# Latents' height and width. DC-AE's heads have 8 channels: up to 8 pixels attention is quadratic, above that linear.
 @pytest.mark.parametrize("size", [(2, 4), (8, 8), (5, 2)])
 def test_latents_and_images_equal_diffusers(checkpoint, size):
     model, path = checkpoint
@@ -54,7 +54,7 @@ def test_latents_and_images_equal_diffusers(checkpoint, size):
     with torch.no_grad():
         latents = model.encode(images).to_tuple()[0]
         expected = model.decode(latents).sample
-    tolerance = dict(rtol=1e-4, atol=1e-4)  # float32 on both sides; random weights make latents of up to 30
+    tolerance = dict(rtol=1e-4, atol=1e-4)  # float32 on both sides; with random weights, latents are up to 30
     ours = encode(config, params, channels_last(images))
     assert ours.shape == (2, *size, config.latent_channels)
     np.testing.assert_allclose(ours, channels_last(latents), **tolerance)
@@ -62,17 +62,17 @@ def test_latents_and_images_equal_diffusers(checkpoint, size):
 
 
 def diffusers_taesd3(encoder, decoder) -> AutoencoderTiny:
-    """TAESD3 in diffusers, whose decoder counts its layers from the one after the clamp."""
+    """TAESD3 in diffusers, whose decoder's layer indices start after the clamp."""
     model = AutoencoderTiny(latent_channels=16).eval()
     state = {f"encoder.layers.{name}": tensor.float() for name, tensor in load_file(encoder).items()}
     for name, tensor in load_file(decoder).items():
-        number, rest = name.split(".", 1)
-        state[f"decoder.layers.{int(number) - 1}.{rest}"] = tensor.float()
+        index, rest = name.split(".", 1)
+        state[f"decoder.layers.{int(index) - 1}.{rest}"] = tensor.float()
     model.load_state_dict(state)
     return model
 
 
-def test_a_photo_goes_through_taesd3s_own_weights_as_in_diffusers():
+def test_taesd3s_own_weights_reconstruct_a_photo_as_in_diffusers():
     """256 pixels of a photo to latents and back: within 0.1 dB of diffusers, and recognisable (above 19 dB)."""
     encoder, decoder = (shared_data(f"weights/taesd3/taesd3_{part}.safetensors") for part in ("encoder", "decoder"))
     config, params = read_taesd(epath.Path(encoder), epath.Path(decoder))
@@ -92,7 +92,7 @@ def test_a_photo_goes_through_taesd3s_own_weights_as_in_diffusers():
 
 
 def test_taesds_own_files_are_read_and_broken_ones_named(tmp_path):
-    """The names of their layers, on small random weights."""
+    """With their layers' names and small random weights."""
     model = AutoencoderTiny(latent_channels=3)
     encoder, decoder = (epath.Path(tmp_path) / f"{part}.safetensors" for part in ("encoder", "decoder"))
     state = model.state_dict()
@@ -105,7 +105,7 @@ def test_taesds_own_files_are_read_and_broken_ones_named(tmp_path):
     assert config == expected_config
     assert_same_bits(ours, expected)
     save_file(theirs | {"2.weight": torch.ones(2)}, decoder)
-    with pytest.raises(UserError, match="left over: decoder"):
+    with pytest.raises(UserError, match="unexpected: decoder"):
         read_taesd(encoder, decoder)
 
 
@@ -121,8 +121,8 @@ def edit(path, change):
         (lambda d: os.truncate(d / WEIGHTS, 3000), "cannot be read as safetensors"),
         (lambda d: (d / WEIGHTS).unlink(), "has neither"),
         (lambda d: edit(d, lambda c: c.update(_class_name="AutoencoderKL")), "'AutoencoderKL'"),
-        (lambda d: edit(d, lambda c: c.update(latent_channels=4)), "misshapen: decoder.conv_in.weight"),
-        (lambda d: edit(d, lambda c: c.update(encoder_layers_per_block=[1, 1, 1])), "left over: encoder.down_blocks"),
+        (lambda d: edit(d, lambda c: c.update(latent_channels=4)), "of the wrong shape: decoder.conv_in.weight"),
+        (lambda d: edit(d, lambda c: c.update(encoder_layers_per_block=[1, 1, 1])), "unexpected: encoder.down_blocks"),
         (lambda d: edit(d, lambda c: c.update(decoder_act_fns="gelu")), "activation='gelu'"),
         (lambda d: edit(d, lambda c: c.pop("attention_head_dim")), "attention_head_dim"),
     ],
@@ -138,7 +138,7 @@ def test_a_broken_checkpoint_is_named(damage, named, tmp_path):
 
 
 def save(family: str, directory, **stated) -> str:
-    """Saves a checkpoint whose config.json states what is given, and neither scale nor shift otherwise."""
+    """Saves a checkpoint whose config.json states the given scale or shift, and no other."""
     checkpoints.random_autoencoder(family).save_pretrained(directory)
 
     def state(values):
@@ -159,7 +159,7 @@ def save(family: str, directory, **stated) -> str:
         ("TAESD", {"scaling_factor": 1.0, "shift_factor": 0.5}, {}, 1.0, 0.5),
     ],
 )
-def test_a_converted_autoencoder_scales_as_its_checkpoint_or_the_user_says(
+def test_a_converted_autoencoder_scales_as_its_checkpoint_or_the_user_states(
     family, stated, flags, scale, shift, tmp_path
 ):
     source = save(family, tmp_path / "checkpoint", **stated)
@@ -186,7 +186,7 @@ def test_a_converted_autoencoder_shifts_and_scales_its_networks_latents(tmp_path
     "stated, flags, named",
     [
         ({}, {}, r"does not state the scale .* --scale"),
-        ({"scaling_factor": 1.0}, {}, r"does not state the scale"),  # what diffusers writes where none was stated
+        ({"scaling_factor": 1.0}, {}, r"does not state the scale"),  # diffusers writes this if none was stated
         ({"scaling_factor": 0.41407}, {"scale": 0.3189}, r"--scale=0\.3189, but .* states 0\.41407"),
         ({}, {"scale": -1.0}, r"scale=-1\.0 must be positive"),
         ({}, {"scale": float("nan")}, r"scale=nan must be positive"),

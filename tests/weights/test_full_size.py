@@ -54,8 +54,8 @@ def checkpoint(tmp_path_factory):
 
 
 def peak_memory(*arguments: str) -> int:
-    """Bytes that `python -m lattejax.convert` holds at most, by its own account: a process started from a large one
-    has that one's peak in its resource usage."""
+    """The peak memory in bytes of `python -m lattejax.convert`, measured by itself: the resource usage of a child
+    process would include the peak of a large parent."""
     program = """
 import atexit, runpy, sys
 sys.argv[0] = "convert"
@@ -90,12 +90,12 @@ def test_conversion_within_its_memory_and_the_logits_of_a_photo(checkpoint, tmp_
 
     logits = np.asarray(all_logits(answerer.params, batch))[0]
     answerer.encoder.stop_tokens = (-1,)
-    said = [int(token[0]) for token in answerer.tokens(batch, Decoding(max_tokens=8))]
+    ours = [int(token[0]) for token in answerer.tokens(batch, Decoding(max_tokens=8))]
     image_token = answerer.encoder.image_token
     del answerer
     gc.collect()
 
-    # What was written back is also what transformers reads here.
+    # transformers reads here the checkpoint that was written back.
     theirs = Qwen2VLForConditionalGeneration.from_pretrained(back, dtype=torch.float32).eval()
     ids = torch.tensor(prompt.input_ids)[None]
     inputs = dict(
@@ -110,4 +110,4 @@ def test_conversion_within_its_memory_and_the_logits_of_a_photo(checkpoint, tmp_
     print(f"{ids.shape[1]} tokens; logits differ by {difference:.1e} at most, their spread is {expected.std():.2f}")
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     theirs.generation_config.eos_token_id = None
-    assert said == theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert ours == theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()

@@ -1,4 +1,4 @@
-"""From a Hugging Face checkpoint to ours and back: every bit, whatever is broken, and onto a mesh."""
+"""From a Hugging Face checkpoint to ours and back: bit for bit, with errors for broken files, and onto a mesh."""
 
 import hashlib
 import json
@@ -61,10 +61,10 @@ def test_there_and_back_every_bit_is_the_same(original, dtype, tmp_path, monkeyp
     Pretrained.open(tmp_path / "ours").write_hugging_face(tmp_path / "back")
 
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
-    again, told = Qwen2VLForConditionalGeneration.from_pretrained(
+    again, report = Qwen2VLForConditionalGeneration.from_pretrained(
         tmp_path / "back", output_loading_info=True, dtype=dtype
     )
-    assert not any(told.values()), told
+    assert not any(report.values()), report
     states = model.state_dict(), again.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(same_bits(states[0][name], states[1][name]) for name in states[0])
@@ -74,7 +74,7 @@ def test_there_and_back_every_bit_is_the_same(original, dtype, tmp_path, monkeyp
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_the_record_says_where_the_weights_come_from(source, converted):
+def test_the_record_names_the_weights_source(source, converted):
     record = json.loads((converted / "conversion.json").read_text())
     assert record["source"] == str(source)
     expected = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in source.glob("*.safetensors")}
@@ -109,7 +109,7 @@ def text_config(**values):
 
 NORM, KEYS = "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"
 
-# What is done to a checkpoint, and what the error names.
+# The damage to a checkpoint, and a part of the error message.
 BROKEN = {
     "missing shard": (lambda d: sorted(d.glob("*.safetensors"))[1].unlink(), "model-00002-of-"),
     "truncated shard": (lambda d: os.truncate(sorted(d.glob("*.safetensors"))[1], 5000), "model-00002-of-"),
@@ -125,8 +125,8 @@ BROKEN = {
     ),
     "no weights": (lambda d: [file.unlink() for file in d.glob("model*")], "neither"),
     "missing tensor": (lambda d: rewrite(d, lambda state: state.pop(KEYS)), f"missing: {KEYS}"),
-    "left over": (lambda d: rewrite(d, lambda s: s.update(extra=torch.ones(2))), "left over: extra"),
-    "misshapen": (lambda d: rewrite(d, lambda s: s.update({NORM: torch.ones(2)})), rf"misshapen: {NORM} \(2,\)"),
+    "unexpected tensor": (lambda d: rewrite(d, lambda s: s.update(extra=torch.ones(2))), "unexpected: extra"),
+    "wrong shape": (lambda d: rewrite(d, lambda s: s.update({NORM: torch.ones(2)})), rf"wrong shape: {NORM} \(2,\)"),
     "integers": (lambda d: rewrite(d, lambda s: s.update({NORM: torch.ones(48).int()})), f"{NORM} has dtype I32"),
     "layers of two dtypes": (lambda d: rewrite(d, lambda s: s.update({KEYS: s[KEYS].half()})), "is float16"),
     "other head, though tied": (
@@ -141,7 +141,7 @@ BROKEN = {
     "width that is no number": (lambda d: edit(d / "config.json", text_config(hidden_size="big")), "config.json"),
     "no heads": (lambda d: edit(d / "config.json", text_config(num_attention_heads=0)), "config.json"),
     "another image token": (lambda d: edit(d / "config.json", lambda c: c.update(image_token_id=5)), "image token"),
-    "another geometry": (lambda d: edit(d / "config.json", text_config(intermediate_size=41)), "misshapen"),
+    "another geometry": (lambda d: edit(d / "config.json", text_config(intermediate_size=41)), "of the wrong shape"),
     "more layers": (
         lambda d: edit(d / "config.json", text_config(num_hidden_layers=4, layer_types=["full_attention"] * 4)),
         "missing: model.layers.3",
@@ -192,7 +192,7 @@ def test_a_broken_checkpoint_is_named_and_leaves_nothing_behind(case, source, tm
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_a_head_that_copies_the_tied_embedding_is_no_weight(source, tmp_path):
+def test_a_head_that_copies_the_tied_embedding_is_ignored(source, tmp_path):
     shutil.copytree(source, tmp_path / "checkpoint")
     rewrite(tmp_path / "checkpoint", lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
     pretrained.convert(str(tmp_path / "checkpoint"), tmp_path / "out")
@@ -200,7 +200,7 @@ def test_a_head_that_copies_the_tied_embedding_is_no_weight(source, tmp_path):
 
 
 def test_the_hubs_older_config_and_template_files_are_read(source, converted, tmp_path):
-    """Text geometry at the top level, rotary settings as rope_scaling, the template with images in a file of its own,
+    """Text geometry at the top level, rotary settings as rope_scaling, the template with images in a separate file,
     pixel bounds under their old names."""
     old = tmp_path / "old"
     shutil.copytree(source, old)
@@ -237,8 +237,8 @@ def test_nothing_is_overwritten(source, converted, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_killed_conversion_is_never_taken_for_a_whole_one(source, tmp_path):
-    """Killed while weights are written; the next conversion starts over and ends."""
+def test_a_killed_conversion_is_never_taken_for_a_complete_one(source, tmp_path):
+    """It is killed while weights are written; the next conversion starts over and finishes."""
     with start_command("convert", f"--source={source}", f"--out={tmp_path / 'out'}") as running:
         while not list(tmp_path.glob("out.partial-*/params*/**/d/*")):
             time.sleep(0.001)
@@ -255,9 +255,9 @@ def test_a_killed_conversion_is_never_taken_for_a_whole_one(source, tmp_path):
 @pytest.mark.parametrize("least", [0, 5000], ids=["everything", "arrays alone"])
 def test_damaged_weights_are_one_clear_line(least, converted, tmp_path):
     shutil.copytree(converted, tmp_path / "weights")
-    cut = [file for file in (tmp_path / "weights/params").glob("**/d/*") if file.stat().st_size > least]
-    assert cut
-    for file in cut:
+    truncated = [file for file in (tmp_path / "weights/params").glob("**/d/*") if file.stat().st_size > least]
+    assert truncated
+    for file in truncated:
         os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(UserError, match=r"\w+ in .* cannot be read") as error:
         Pretrained.open(tmp_path / "weights").params()
@@ -272,7 +272,7 @@ def test_a_remote_checkpoint_is_refused_before_any_work(converted, tmp_path):
 
 
 def test_a_hub_id_is_looked_up_in_the_hubs_cache(source, tmp_path):
-    """Laid out as huggingface_hub keeps downloads; there is no network to fetch from."""
+    """The files are laid out like huggingface_hub's downloads; nothing is fetched from the network."""
     repository = tmp_path / "models--some--vlm"
     shutil.copytree(source, repository / "snapshots" / "0123abc")
     (repository / "refs").mkdir()
@@ -293,7 +293,7 @@ def test_a_hub_id_is_looked_up_in_the_hubs_cache(source, tmp_path):
 
 @pytest.fixture
 def converted_before(source, tmp_path, monkeypatch):
-    """The same weights as an earlier version has converted them, without an axis for heads."""
+    """The same weights as an earlier version converted them, without an axis for heads."""
     pack = Leaf.pack
 
     def merged(leaf: Leaf, tensors: Iterator) -> np.ndarray:
@@ -306,7 +306,7 @@ def converted_before(source, tmp_path, monkeypatch):
     return tmp_path / "before"
 
 
-def test_weights_that_an_earlier_version_has_converted_are_read_and_written_back(
+def test_weights_converted_by_an_earlier_version_are_read_and_written_back(
     source, converted, converted_before, tmp_path
 ):
     before = Pretrained.open(converted_before)
@@ -316,8 +316,8 @@ def test_weights_that_an_earlier_version_has_converted_are_read_and_written_back
     assert ours.keys() == theirs.keys() and all(same_bits(ours[name], theirs[name]) for name in theirs)
 
 
-def test_weights_are_cut_over_a_mesh_and_answer_alike(converted, converted_before):
-    """In a process of its own with four devices: every array is where the rules put it, and the tokens are the same."""
+def test_weights_sharded_over_a_mesh_give_the_same_answers(converted, converted_before):
+    """In a separate process with four devices: every array is placed by the rules, and the tokens are the same."""
     answerer = Answerer.load(converted, "float32")
     batch = answerer.encoder.batch([answerer.encoder.question("Which digit is this?")])
     expected = [int(token[0]) for token in answerer.tokens(batch, Decoding(max_tokens=12))]

@@ -1,5 +1,5 @@
-"""On the path of the processes that tests start: hides PyTorch, which users need not have and which loads slowly,
-and what the variable HIDDEN_PACKAGES names."""
+"""On the path of processes that tests start: hides PyTorch, which users do not need and which loads slowly, and the
+packages in the variable HIDDEN_PACKAGES."""
 
 import os
 import sys

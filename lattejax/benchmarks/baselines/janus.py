@@ -1,8 +1,8 @@
-"""Janus-Pro by transformers: another unified model, which draws an image token by token.
+"""Janus-Pro in transformers: another unified model, which draws an image token by token.
 
-The geometry is that of Janus-Pro-1B (arXiv 2501.17811), whose language model has 1.6 billion weights with both ends;
-they are random. Its vision tower, which drawing does not use, has one layer instead of 24, and its decoder of image
-tokens is left out.
+The geometry is that of Janus-Pro-1B (arXiv 2501.17811), whose language model has 1.6 billion parameters including
+embedding and head; the weights are random. Its vision tower, which drawing does not use, has one layer instead of 24,
+and its decoder of image tokens is omitted.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ def geometry() -> JanusConfig:
 
 
 class Janus:
-    """Draws so many images with guidance: 576 tokens each, one after the other, with a KV cache."""
+    """Draws a batch of images with guidance: 576 tokens each, one after the other, with a KV cache."""
 
     def __init__(self, batch_size: int, prompt_tokens: int, guidance: float):
         self.model = JanusForConditionalGeneration(geometry()).eval()

@@ -1,4 +1,4 @@
-"""The generation pathway in eager PyTorch, as its user would write it, on our weights.
+"""The generation pathway in eager PyTorch, written in the usual style, with our weights.
 
 Axes: B batch, T context token, N image token, H query head, D width, d head dimension.
 """
@@ -15,18 +15,18 @@ from lattejax.models.generation_config import GenerationConfig
 
 
 def tensors(tree):
-    """Our arrays as tensors that share their memory."""
+    """Converts our arrays to tensors that share their memory."""
     return jax.tree.map(torch.from_dlpack, tree)
 
 
 def apply(params, x):
-    """A linear map; where its outputs have an axis for heads and one for what is in a head, both as one."""
+    """A linear map; if its outputs have axes for heads and head dimension, it merges them."""
     bias = params.get("bias")
     return linear(x, params["weight"].flatten(0, -2), None if bias is None else bias.flatten())
 
 
 class Positions:
-    """How image tokens that follow `start` tokens know their places: M-RoPE, and the table on the embedded latents."""
+    """Positions of image tokens after `start` tokens: M-RoPE, and the table added to the embedded latents."""
 
     def __init__(self, config: GenerationConfig, start: int):
         text, (rows, columns) = config.text, config.grid
@@ -76,8 +76,8 @@ def layer(config: GenerationConfig, params, h, c, positions: Positions, keys, va
 
 
 def velocity(config: GenerationConfig, params, positions: Positions, contexts, x_t, t):
-    """One group's velocity [B, h, w, C]; contexts: of each layer keys and values [B, G, T, d]; t [B or 1]. Patches of
-    one latent."""
+    """One group's velocity [B, h, w, C], with patches of one latent; contexts are each layer's keys and values
+    [B, G, T, d]; t [B or 1]."""
     (rows, columns), channels, width = config.grid, config.token_dim, config.text.hidden_size
     h = apply(params["embedding"]["proj"], x_t.reshape(len(x_t), rows * columns, channels)) + positions.table
     frequencies = torch.tensor(1000 * 10_000.0 ** (-np.arange(128) / 128), dtype=torch.float32)
@@ -94,7 +94,7 @@ def velocity(config: GenerationConfig, params, positions: Positions, contexts, x
 
 
 class Sampler:
-    """Euler's rule in equal steps with one group, guided unless the scale is 1; the empty prompt's context is last."""
+    """Euler's method in equal steps with one group, guided unless the scale is 1; the last context is unconditional."""
 
     def __init__(
         self, config: GenerationConfig, pathway: Params, contexts: Context, noise, guidance: float, steps: int
@@ -123,7 +123,7 @@ class Sampler:
 
 
 class Trainer:
-    """Flow matching of one group with AdamW, each step on the same latents, noise and times; row j's prompt is j."""
+    """Flow matching of one group with AdamW, every step on the same latents, noise and times; row j has prompt j."""
 
     def __init__(self, config: Config, trained: Params, contexts: Context, latents, noise, t):
         stage, self.config = config.train, config.model_config.generation
@@ -161,5 +161,5 @@ class Trainer:
         return np.stack([loss.detach().numpy(), norm.numpy()])
 
     def head(self) -> np.ndarray:
-        """The head's weight as it is now."""
+        """The head's current weight."""
         return self.params["head"]["proj"]["weight"].detach().numpy()

@@ -1,4 +1,4 @@
-"""PyTorch's matrix products alone."""
+"""Matrix products in PyTorch."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from lattejax.benchmarks.speed import Call, Product
 
 
 def product_calls(products: Iterable[Product]) -> dict[str, Call]:
-    """As `lattejax.benchmarks.speed.product_calls`, float32."""
+    """Like `lattejax.benchmarks.speed.product_calls`, in float32."""
 
     def call(product: Product) -> Call:
         x, weight = torch.randn(product.rows, product.inputs), torch.randn(product.outputs, product.inputs)

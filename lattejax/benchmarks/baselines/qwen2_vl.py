@@ -1,4 +1,4 @@
-"""Qwen2-VL's language model by transformers, on our weights."""
+"""Qwen2-VL's language model in transformers, with our weights."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from lattejax.weights import naming
 
 
 def geometry(config: VLMConfig) -> Qwen2VLConfig:
-    """Ours, as transformers writes it."""
+    """Our geometry as a transformers config."""
     text, vision = config.text, config.vision
     rope = dict(rope_type="default", rope_theta=text.rope_theta, mrope_section=list(text.mrope_section))
     return Qwen2VLConfig(
@@ -43,7 +43,7 @@ def geometry(config: VLMConfig) -> Qwen2VLConfig:
 
 
 def model_of(config: VLMConfig, params: Params) -> Qwen2VLForConditionalGeneration:
-    """The model with our weights, a tree for each layer, whose memory it shares."""
+    """The model with our weights (a tree for each layer); it shares their memory."""
     model = Qwen2VLForConditionalGeneration(geometry(config))
     ours = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(params)
@@ -62,7 +62,7 @@ def model_of(config: VLMConfig, params: Params) -> Qwen2VLForConditionalGenerati
 
 
 class Reader:
-    """Reads one batch of unpadded prompts of text, and answers it greedily."""
+    """Reads one batch of unpadded text prompts, and answers it greedily."""
 
     def __init__(self, config: VLMConfig, params: Params, prompts: Prompts):
         self.model = model_of(config, params)
@@ -81,6 +81,6 @@ class Reader:
 
     @torch.no_grad()
     def answer(self, new_tokens: int) -> np.ndarray:
-        """So many tokens [B, new_tokens]."""
+        """Returns the answers' tokens [B, new_tokens]."""
         tokens = self.model.generate(**self.inputs, max_new_tokens=new_tokens, do_sample=False)
         return tokens[:, self.inputs["input_ids"].shape[1] :].numpy()
