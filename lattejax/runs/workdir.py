@@ -26,7 +26,7 @@ class Workdir:
     path: epath.Path
 
     @classmethod
-    def at(cls, path: str | epath.Path) -> "Workdir":
+    def at(cls, path: epath.PathLike) -> "Workdir":
         """Takes a local path, also a relative one, or a remote one."""
         return cls(located(path))
 

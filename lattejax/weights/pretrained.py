@@ -43,7 +43,7 @@ RECORD = "conversion.json"
 CHUNK_BYTES = 16 << 20  # of an array on disk: a device that owns a part reads the chunks that it touches
 
 
-def convert(source: str, out: str | epath.Path) -> None:
+def convert(source: str, out: epath.PathLike) -> None:
     """Converts a hub id's or a local directory's checkpoint into the directory `out`.
 
     Raises:
@@ -82,7 +82,7 @@ class Pretrained:
     record: dict[str, Any]
 
     @classmethod
-    def open(cls, path: str | epath.Path) -> "Pretrained":
+    def open(cls, path: epath.PathLike) -> "Pretrained":
         """Raises `UserError` where there is no whole conversion."""
         directory = located(path)
         if not is_converted(directory):
@@ -119,7 +119,7 @@ class Pretrained:
         }
         return traverse_util.unflatten_dict(arrays, sep="/")
 
-    def write_hugging_face(self, out: str | epath.Path) -> None:
+    def write_hugging_face(self, out: epath.PathLike) -> None:
         """Writes the checkpoint back as transformers reads it, under the hub's names, every weight bit for bit.
 
         Raises:
