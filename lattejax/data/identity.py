@@ -28,7 +28,7 @@ class Identity:
     def save(self, path: epath.Path) -> None:
         write_whole(path, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
 
-    def check(self, other: "Identity", ours: str, theirs: str) -> None:
+    def check(self, other: "Identity", ours: str | epath.Path, theirs: str) -> None:
         """Raises `UserError` where the two differ, naming whose they are."""
         different = [
             f"{field.name} {getattr(self, field.name)} of {ours}, {getattr(other, field.name)} of {theirs}"
