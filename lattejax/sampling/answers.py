@@ -62,7 +62,7 @@ class Chance(NamedTuple):
     top_p: Float[Array, ""]
 
 
-def keep_top(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
+def keep_top(logits: Float[Array, "B V"], top_p: float | Float[Array, ""]) -> Float[Array, "B V"]:
     """Leaves the likeliest tokens whose probabilities first reach `top_p` together, and closes the rest (-inf)."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
@@ -87,7 +87,7 @@ class Penalty(NamedTuple):
 
 
 def choose(
-    logits: Float[Array, "B V"], chance: Chance | None, count: Int[Array, ""], penalty: Penalty | None = None
+    logits: Float[Array, "B V"], chance: Chance | None, count: int | Int[Array, ""], penalty: Penalty | None = None
 ) -> Int[Array, "B"]:
     """The next token: the likeliest one, or by chance; `count` tells the draws of one answer apart."""
     if penalty is not None:
@@ -146,7 +146,7 @@ class Answerer:
         self.repetition_penalty = repetition_penalty
 
     @classmethod
-    def load(cls, weights: str | epath.Path, dtype: str = "bfloat16", mesh: Mesh | None = None) -> "Answerer":
+    def load(cls, weights: epath.PathLike, dtype: str = "bfloat16", mesh: Mesh | None = None) -> "Answerer":
         """Opens what `lattejax.convert` has written; see `Pretrained.params`."""
         pretrained = Pretrained.open(weights)
         encoder = pretrained.encoder  # complains before the weights are read
@@ -180,7 +180,7 @@ class Answerer:
         yield text[len(said) :]
 
     def tokens(
-        self, prompts: Prompts, decoding: Decoding = Decoding(), rows: Sequence[int] | None = None
+        self, prompts: Prompts, decoding: Decoding = Decoding(), rows: Sequence[int] | np.ndarray | None = None
     ) -> Iterator[np.ndarray]:
         """Yields the answers' tokens [B], one at a time, until every row has met a stop token.
 

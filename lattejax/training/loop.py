@@ -228,7 +228,7 @@ class Window:
 
     def close(
         self, batch_size: int, flops_per_example: float
-    ) -> tuple[dict[str, np.ndarray], list[int], dict[str, float]]:
+    ) -> tuple[dict[str, np.ndarray | np.floating], list[int], dict[str, float]]:
         """Returns means over the window's steps, those left out that were skipped; which those are; and rates. A new
         window begins."""
         fetched = hosts.fetch(self._metrics)
