@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import tempfile
 
+import jaxtyping
 import pytest
 
 FASTER_TO_COMPILE = "--xla_backend_optimization_level=0"
@@ -16,6 +17,11 @@ if FASTER_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):
 # Test workers, and runs that tests start, compile the same programs repeatedly.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="lattejax-test-cache-"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
+
+# What lattejax's functions take and return is checked against their signatures, shapes included; not in the processes
+# that tests start. An int passes for a float (PEP 484).
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook("lattejax", CHECKER)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from lattejax.benchmarks.measuring import (
 )
 from lattejax.benchmarks.speed import alternate, bandwidth, reading_calls
 from lattejax.configuration import Config
+from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
 from lattejax.models import flops
 from lattejax.models.functional import Params
@@ -42,10 +43,13 @@ def context(config: Config, work: Work, against: str) -> Result:
     return measure(config, work, calls, products, work_flops, against)[0]
 
 
-class _Endless:
+class _Endless(PromptEncoder):
     """Replaces the encoder of an Answerer, so that answers do not stop."""
 
     stop_tokens = (-1,)
+
+    def __init__(self):
+        pass  # it encodes nothing
 
 
 def decode(config: Config, work: Work, against: str) -> Result:

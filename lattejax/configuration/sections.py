@@ -6,7 +6,7 @@ What the paper does not state (learning rate, betas, clipping, average, density)
 
 import dataclasses
 import json
-import typing
+from collections.abc import Iterable
 from typing import Any
 
 from lattejax.flow.densities import Density, LogitNormal, Shifted, Uniform
@@ -41,7 +41,7 @@ def check(name: str, value: Any, good: bool, expected: str) -> None:
         raise ValueError(f"{name}={value!r} must be {expected}")
 
 
-def check_one_of(name: str, value: str, known: typing.Iterable[str]) -> None:
+def check_one_of(name: str, value: str, known: Iterable[str]) -> None:
     check(name, value, value in known, f"one of {list(known)}")
 
 

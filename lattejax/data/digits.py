@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epy
 from PIL import Image
@@ -143,7 +144,7 @@ class Drawings:
     def __init__(self, split: str, encoder: PromptEncoder, prompts: str):
         digits = load(split)
         pixels = digits.images.astype(np.float32) / 127.5 - 1
-        self.latents = np.asarray(Autoencoder(PixelConfig()).encode({}, pixels))
+        self.latents = np.asarray(Autoencoder(PixelConfig()).encode({}, jnp.asarray(pixels)))
         self.labels = digits.labels
         if prompts == "captions":
             self._prompts = [(CAPTIONS[label], ()) for label in self.labels]
@@ -169,5 +170,5 @@ class Drawings:
 def requests(encoder: PromptEncoder, prompts: str) -> list[EncodedPrompt]:
     """A prompt for each digit, in order: its caption, or a request with the first held-out picture."""
     drawings = Drawings("test", encoder, prompts)
-    firsts = drawings.__getitems__([np.flatnonzero(drawings.labels == label)[0] for label in range(10)])
+    firsts = drawings.__getitems__([int(np.flatnonzero(drawings.labels == label)[0]) for label in range(10)])
     return [encoder.drawing(drawing.caption, drawing.images) for drawing in firsts]

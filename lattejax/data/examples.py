@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ class Drawing:
     images: tuple[ReadableImage, ...] = ()
 
 
+@runtime_checkable
 class Drawings(Protocol):
     """Random access to the images to draw."""
 
@@ -29,6 +30,7 @@ class Drawings(Protocol):
     def __getitems__(self, indices: Sequence[int]) -> list[Drawing]: ...
 
 
+@runtime_checkable
 class Questions(Protocol):
     """Random access to questions about pictures, each with its answer."""
 
@@ -43,6 +45,7 @@ class Questions(Protocol):
         """The same prompt, up to where the answer begins."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """A data set, in the splits "train" and "test".
 

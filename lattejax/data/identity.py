@@ -28,7 +28,7 @@ class Identity:
     def save(self, path: epath.Path) -> None:
         write_atomically(path, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
 
-    def check(self, other: "Identity", ours: str, theirs: str) -> None:
+    def check(self, other: "Identity", ours: str | epath.Path, theirs: str) -> None:
         """Raises `UserError` if the two differ; `ours` and `theirs` name them in the message."""
         different = [
             f"{field.name} {getattr(self, field.name)} of {ours}, {getattr(other, field.name)} of {theirs}"

@@ -1,5 +1,6 @@
 """Reading image files, and cropping images to squares."""
 
+import io
 from typing import BinaryIO
 
 import numpy as np
@@ -27,7 +28,7 @@ def on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_image(opened: BinaryIO, name: str, *, turn: bool = True) -> Image.Image:
+def decode_image(opened: BinaryIO | io.BytesIO, name: str, *, turn: bool = True) -> Image.Image:
     """Reads a complete image, rotated by its EXIF orientation unless `turn` is false.
 
     Raises:

@@ -3,7 +3,7 @@
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from etils import epy
 
@@ -11,6 +11,7 @@ with epy.lazy_imports():
     import grain
 
 
+@runtime_checkable
 class RandomAccess(Protocol):
     """Records by index, several at once, which is faster for any storage."""
 

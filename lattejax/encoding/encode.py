@@ -40,7 +40,7 @@ with epy.lazy_imports():
     import grain
 
 
-def encode(config: Config, out: str | epath.Path, worker: int = 0, workers: int = 1) -> bool:
+def encode(config: Config, out: epath.PathLike, worker: int = 0, workers: int = 1) -> bool:
     """Encodes the config's pictures into the directory `out`, or resumes an interrupted encoding.
 
     Args:
@@ -154,7 +154,9 @@ def encode_pixels(
         return autoencoder.encode(encoder, pixels.astype(jnp.float32) / 127.5 - 1)
 
 
-def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File, encoder: Encoder, bar: tqdm) -> Shard:
+def _write_shard(
+    out: epath.Path, config: Config, pictures: Pictures, file: File, encoder: Encoder, bar: tqdm
+) -> "Written":
     """Encodes pictures into a file, and then writes the file that describes it."""
     settings, unreadable, captions = config.images, [], set()
 

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epy
@@ -38,6 +38,7 @@ class Picture:
     problem: str = ""
 
 
+@runtime_checkable
 class Pictures(Protocol):
     """Random access to pictures.
 
@@ -73,7 +74,7 @@ def check_disjoint(train: Pictures, test: Pictures) -> None:
             raise UserError(f"config.images.train and .test share {len(shared)} pictures of {name!r}; hold out others")
 
 
-def _read(opened: BinaryIO, name: str, caption: str, *, turn: bool = True) -> Picture:
+def _read(opened: BinaryIO | io.BytesIO, name: str, caption: str, *, turn: bool = True) -> Picture:
     if not caption.strip():
         return Picture(name, caption, None, f"{name} has an empty caption")
     try:

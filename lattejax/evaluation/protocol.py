@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -61,6 +61,7 @@ class Subject:
         return self.make_held_out_losses()
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """A score. `registry` lists them.
 
@@ -87,6 +88,7 @@ class Evaluator(Protocol):
     def __call__(self, subject: Subject) -> Report: ...
 
 
+@runtime_checkable
 class DrawingScore(Protocol):
     """A score of drawings only, so it can also be taken of images drawn elsewhere: a sweep draws them with several
     numbers of steps."""

@@ -5,6 +5,8 @@ stratified draw of `flow.intervals` needs. Noise is at t = 0.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from fractions import Fraction
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from scipy.special import ndtr
 class Uniform:
     """The uniform density."""
 
-    def cumulative(self, t: np.ndarray) -> np.ndarray:
+    def cumulative(self, t: float | Sequence[float] | np.ndarray) -> np.ndarray | np.float64:
         return np.asarray(t, np.float64)
 
     def quantile(self, u: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
@@ -30,7 +32,7 @@ class LogitNormal:
     mean: float
     std: float
 
-    def cumulative(self, t: np.ndarray) -> np.ndarray:
+    def cumulative(self, t: float | Sequence[float] | np.ndarray) -> np.ndarray | np.float64:
         t = np.asarray(t, np.float64)
         with np.errstate(divide="ignore"):
             return ndtr((np.log(t) - np.log1p(-t) - self.mean) / self.std)
@@ -43,13 +45,13 @@ class LogitNormal:
 class Shifted:
     """t = s·u / (1 + (s − 1)·u) of a uniform u: s below 1 favours noise. s = 1/3 is SD3's shift of 3."""
 
-    shift: float
+    shift: float | Fraction
 
-    def cumulative(self, t: np.ndarray) -> np.ndarray:
+    def cumulative(self, t: float | Sequence[float] | np.ndarray) -> np.ndarray | np.float64:
         t = np.asarray(t, np.float64)
         return t / (self.shift - (self.shift - 1) * t)
 
-    def quantile(self, u: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    def quantile(self, u: Float[Array, "*rows"] | Fraction) -> Float[Array, "*rows"] | Fraction:
         return self.shift * u / (self.shift * u + (1 - u))  # exactly 0 and 1 at both ends
 
 

@@ -47,7 +47,7 @@ class Intervals:
     def lengths(self) -> tuple[float, ...]:
         return tuple(float(length) for length in np.diff(self.edges))
 
-    def group_of(self, t: float | np.ndarray) -> np.ndarray:
+    def group_of(self, t: float | np.ndarray) -> np.ndarray | np.int64:
         """Returns the group that owns flow time t; on the host, in float64."""
         return np.clip(np.searchsorted(self.edges, t, side="right") - 1, 0, self.num_groups - 1)
 

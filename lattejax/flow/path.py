@@ -21,7 +21,9 @@ def target_velocity(
 
 
 def guide(
-    conditional: Float[Array, "*rows h w C"], unconditional: Float[Array, "*rows h w C"], scale: Float[Array, ""]
+    conditional: Float[Array, "*rows h w C"],
+    unconditional: Float[Array, "*rows h w C"],
+    scale: float | Float[Array, ""],
 ) -> Float[Array, "*rows h w C"]:
     """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) on every channel; scale 1 means no guidance."""
     return unconditional + scale * (conditional - unconditional)

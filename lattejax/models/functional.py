@@ -55,6 +55,6 @@ def merge(*parts: Params) -> Params:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def cast_floats(tree: Any, dtype: jnp.dtype) -> Any:
+def cast_floats(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
     """Casts every floating-point leaf to `dtype` and leaves the rest (ids, masks, positions) alone."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)

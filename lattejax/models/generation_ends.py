@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.linear import Linear, zeros
 
 
-def sincos(positions: Float[np.ndarray, "n"], channels: int) -> Float[np.ndarray, "n channels"]:
+def sincos(positions: Int[np.ndarray, "n"], channels: int) -> Float[np.ndarray, "n {channels}"]:
     """The sine-cosine embedding of positions along one axis: sines, then cosines, of amplitude 1.
 
     Frequencies fall from 1 towards 10⁻⁴ rad per position. `channels` is even. Computed on the host, in float64.

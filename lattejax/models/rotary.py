@@ -2,7 +2,7 @@
 
 Follows Qwen2-VL (arXiv 2409.12191, section 2.1) and its implementation in transformers.
 
-Axes: B batch, T token, I image, P patch, d head dimension.
+Axes: B batch, tokens of text or of an image, I image, d head dimension.
 """
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 # Cosines and sines, each with one row of d entries per token; they broadcast over heads.
-Rotary = tuple[Float[Array, "... T d"], Float[Array, "... T d"]]
+Rotary = tuple[Float[Array, "... tokens d"], Float[Array, "... tokens d"]]
 
 
 def _frequencies(channels: int, theta: float) -> np.ndarray:
@@ -18,7 +18,7 @@ def _frequencies(channels: int, theta: float) -> np.ndarray:
 
 
 def multimodal_rotary(
-    position_ids: Int[Array, "B 3 T"], head_dim: int, theta: float, sections: tuple[int, int, int]
+    position_ids: Int[Array, "B 3 tokens"], head_dim: int, theta: float, sections: tuple[int, int, int]
 ) -> Rotary:
     """Returns the cosines and sines of M-RoPE.
 
@@ -31,7 +31,7 @@ def multimodal_rotary(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def vision_rotary(positions: Int[Array, "I P 2"], head_dim: int, theta: float = 10_000.0) -> Rotary:
+def vision_rotary(positions: Int[Array, "I tokens 2"], head_dim: int, theta: float = 10_000.0) -> Rotary:
     """Returns the vision tower's cosines and sines: half the frequencies follow the row, half the column."""
     angles = positions[..., None] * jnp.asarray(_frequencies(head_dim // 2, theta))  # [I, P, 2, d/4]
     angles = angles.reshape(*angles.shape[:-2], -1)
@@ -39,7 +39,7 @@ def vision_rotary(positions: Int[Array, "I P 2"], head_dim: int, theta: float = 
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B T heads d"], rotary: Rotary) -> Float[Array, "B T heads d"]:
+def rotate(x: Float[Array, "B tokens heads d"], rotary: Rotary) -> Float[Array, "B tokens heads d"]:
     """Rotates each pair (x[i], x[i + d/2]) by its angle; in at least float32, and rounded once."""
     cos, sin = (table[..., None, :] for table in rotary)
     first, second = jnp.split(x, 2, axis=-1)

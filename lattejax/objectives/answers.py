@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -43,7 +44,7 @@ class AnswerLoss:
     """The first stage's loss, which trains only the VLM."""
 
     config: ModelConfig
-    dtype: jnp.dtype
+    dtype: jax.typing.DTypeLike
     remat: str
     unroll: bool
 

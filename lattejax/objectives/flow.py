@@ -44,7 +44,7 @@ class FlowLoss:
     stratified: bool
     prompt_dropout: float
     answer_weight: float
-    dtype: jnp.dtype
+    dtype: jax.typing.DTypeLike
     remat: str
     unroll: bool
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from einops import rearrange
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from lattejax.parallel.mesh import ROW_AXES
@@ -59,7 +59,7 @@ class Rows:
     def sharding(self, mesh: Mesh) -> NamedSharding:
         return NamedSharding(mesh, self.spec)
 
-    def check(self, mesh: Mesh, name: str) -> None:
+    def check(self, mesh: Mesh | AbstractMesh, name: str) -> None:
         """Raises `ValueError` unless every device gets an equal share; `name` is the batch size's config key."""
         if self.groups is not None and self.groups % mesh.shape["expert"]:
             raise ValueError(f"mesh.expert={mesh.shape['expert']} does not divide the {self.groups} groups")

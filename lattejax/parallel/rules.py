@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lattejax.models.functional import Params
 from lattejax.parallel.mesh import AXES
@@ -46,7 +46,7 @@ MATRICES = ("weight", "embedding")  # the last component of a matrix's path
 KV_HEADS = r"(k_proj|v_proj)/(weight|bias)$"
 
 
-def spec(mesh: Mesh, path: str, shape: Sequence[int], axes: Sequence[str] = AXES) -> PartitionSpec:
+def spec(mesh: Mesh | AbstractMesh, path: str, shape: Sequence[int], axes: Sequence[str] = AXES) -> PartitionSpec:
     """Returns how the array at a path ("experts/decoder/mlp/up_proj/weight") is sharded.
 
     Args:
@@ -83,7 +83,7 @@ def _warn_unmatched(path: str) -> None:
     logging.warning("no rule of parallel.rules matches the matrix %s; every device keeps a copy", path)
 
 
-def shardings(mesh: Mesh, tree: Any, axes: Sequence[str] = AXES) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, tree: Any, axes: Sequence[str] = AXES) -> Any:
     """Returns a NamedSharding for each array of a tree; see `spec`."""
 
     def sharding(path, array) -> NamedSharding:

@@ -37,7 +37,7 @@ class Run:
     mesh: Mesh
 
     @classmethod
-    def open(cls, path: str | epath.Path, mesh: Mesh | None = None) -> "Run":
+    def open(cls, path: epath.PathLike, mesh: Mesh | None = None) -> "Run":
         """Opens a run, for one device if no mesh is given. Raises `UserError` if there is none."""
         workdir = Workdir.at(path)
         if not workdir.config.exists():
@@ -136,7 +136,7 @@ class Run:
             return self.params()["vlm"]
         return self.pretrained_vlm()
 
-    def export(self, out: str | epath.Path) -> None:
+    def export(self, out: epath.PathLike) -> None:
         """Writes the run's average weights as safetensors, in a directory that can be opened like a run's.
 
         Raises:
@@ -150,7 +150,7 @@ class Run:
             configuration.save(self.config, Workdir(directory).config)
 
 
-def open_vlm(path: str | epath.Path, mesh: Mesh | None = None) -> Run | Pretrained:
+def open_vlm(path: epath.PathLike, mesh: Mesh | None = None) -> Run | Pretrained:
     """Opens a VLM to start from: converted weights, or a run (for `mesh`, see `Run.open`)."""
     return Pretrained.open(path) if is_converted(resolve_path(path)) else Run.open(path, mesh)
 

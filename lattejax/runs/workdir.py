@@ -26,7 +26,7 @@ class Workdir:
     path: epath.Path
 
     @classmethod
-    def at(cls, path: str | epath.Path) -> "Workdir":
+    def at(cls, path: epath.PathLike) -> "Workdir":
         """Opens a local path, absolute or relative, or a remote one."""
         return cls(resolve_path(path))
 

@@ -62,7 +62,7 @@ class TokenSampling(NamedTuple):
     top_p: Float[Array, ""]
 
 
-def keep_top(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
+def keep_top(logits: Float[Array, "B V"], top_p: float | Float[Array, ""]) -> Float[Array, "B V"]:
     """Keeps the fewest likeliest tokens whose total probability reaches `top_p`, and masks the rest with -inf."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
@@ -88,7 +88,10 @@ class Penalty(NamedTuple):
 
 
 def choose(
-    logits: Float[Array, "B V"], sampling: TokenSampling | None, count: Int[Array, ""], penalty: Penalty | None = None
+    logits: Float[Array, "B V"],
+    sampling: TokenSampling | None,
+    count: int | Int[Array, ""],
+    penalty: Penalty | None = None,
 ) -> Int[Array, "B"]:
     """The next token: the likeliest, or sampled; `count` distinguishes the samples of one answer."""
     if penalty is not None:
@@ -147,7 +150,7 @@ class Answerer:
         self.repetition_penalty = repetition_penalty
 
     @classmethod
-    def load(cls, weights: str | epath.Path, dtype: str = "bfloat16", mesh: Mesh | None = None) -> "Answerer":
+    def load(cls, weights: epath.PathLike, dtype: str = "bfloat16", mesh: Mesh | None = None) -> "Answerer":
         """Opens weights that `lattejax.convert` wrote; see `Pretrained.params`."""
         pretrained = Pretrained.open(weights)
         encoder = pretrained.encoder  # raises before the weights are read
@@ -181,7 +184,7 @@ class Answerer:
         yield text[len(yielded) :]
 
     def tokens(
-        self, prompts: Prompts, decoding: Decoding = Decoding(), rows: Sequence[int] | None = None
+        self, prompts: Prompts, decoding: Decoding = Decoding(), rows: Sequence[int] | np.ndarray | None = None
     ) -> Iterator[np.ndarray]:
         """Yields the answers' tokens [B], one at a time, until every row has reached a stop token.
 

@@ -38,7 +38,7 @@ read_prompts = jax.jit(latte_flow.read_prompts, static_argnames=("config", "rema
 
 
 def sample_noise(
-    seed: int | Int[Array, ""], samples: Int[Array, "B"], shape: tuple[int, int, int]
+    seed: int | Int[Array, ""], samples: Int[Array | np.ndarray, "B"], shape: tuple[int, int, int]
 ) -> Float[Array, "B h w C"]:
     """Standard normal noise for the given sample indices."""
     return _noise(jax.random.key(seed), samples, shape)
@@ -142,7 +142,7 @@ class ImageSampler:
         return cls(run.config.model_config, stored.autoencoder, run.encoder, weights, decoder, run.mesh)
 
     @classmethod
-    def load(cls, workdir: str | epath.Path, autoencoder: str = "", mesh: Mesh | None = None) -> "ImageSampler":
+    def load(cls, workdir: epath.PathLike, autoencoder: str = "", mesh: Mesh | None = None) -> "ImageSampler":
         """Reads a run's average weights.
 
         Args:

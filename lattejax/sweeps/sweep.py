@@ -111,7 +111,7 @@ def _override(base: dict[str, Any], name: str, overrides: dict[str, Any]) -> Con
         raise UserError(f"variant {name}: {error}") from error
 
 
-def run_sweep(sweep: Sweep, path: str | epath.Path, guard: InterruptGuard) -> str:
+def run_sweep(sweep: Sweep, path: epath.PathLike, guard: InterruptGuard) -> str:
     """Trains the runs that are not finished, scores them, and returns the comparison's table as Markdown.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lattejax.configuration import Config
 from lattejax.errors import UserError
@@ -21,7 +21,7 @@ def stage_rows(config: Config) -> dict[str, dict[str, Rows]]:
     return {"pretrain": {"questions": Rows(pretrain.batch_size, pretrain.accumulation)}, "train": streams}
 
 
-def check_mesh(config: Config, mesh: Mesh) -> None:
+def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises `UserError` unless weights and batches can be sharded over the mesh."""
     names = {"questions": "answer_batch_size", "images": "batch_size"}
     try:

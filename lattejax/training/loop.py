@@ -230,7 +230,7 @@ class Window:
 
     def close(
         self, batch_size: int, flops_per_example: float
-    ) -> tuple[dict[str, np.ndarray], list[int], dict[str, float]]:
+    ) -> tuple[dict[str, np.ndarray | np.floating], list[int], dict[str, float]]:
         """Returns the means over the window's steps without the skipped ones, the skipped steps, and rates; starts a
         new window."""
         fetched = hosts.fetch(self._metrics)

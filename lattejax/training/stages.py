@@ -37,7 +37,7 @@ from lattejax.weights.autoencoders import StoredAutoencoder
 from lattejax.weights.pretrained import Pretrained
 
 
-def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict[str, Any]:
+def train(config: Config, path: epath.PathLike, guard: InterruptGuard) -> dict[str, Any]:
     """Trains both stages and scores the result; resumes an interrupted run with the same config.
 
     Returns the final scores, which are also in the workdir's `results.json`.
@@ -59,7 +59,7 @@ def train(config: Config, path: str | epath.Path, guard: InterruptGuard) -> dict
     return results
 
 
-def pretrain(config: Config, path: str | epath.Path, guard: InterruptGuard) -> None:
+def pretrain(config: Config, path: epath.PathLike, guard: InterruptGuard) -> None:
     """Trains the first stage only; other runs can start from its workdir. Raises as `train` does."""
     run, clock = open_workdir(config, path)
     train_vlm(run, clock, guard)
@@ -94,7 +94,7 @@ def converted_vlm(config: Config) -> Pretrained | None:
 # ---- Before any work starts
 
 
-def open_workdir(config: Config, path: str | epath.Path) -> tuple[Run, RunClock]:
+def open_workdir(config: Config, path: epath.PathLike) -> tuple[Run, RunClock]:
     """Checks that everything fits, and initializes the workdir or confirms that it belongs to this run."""
     workdir, mesh = Workdir.at(path), open_mesh(config)
     refuse_another_config(config, workdir)

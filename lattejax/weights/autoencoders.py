@@ -80,7 +80,7 @@ def _fingerprint(hashes: dict[str, str], autoencoder: Autoencoder) -> str:
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def convert(source: str, out: str | epath.Path, scale: float | None = None, shift: float | None = None) -> None:
+def convert(source: str, out: epath.PathLike, scale: float | None = None, shift: float | None = None) -> None:
     """Converts a checkpoint of diffusers, or TAESD's own files, into the directory `out`.
 
     Args:

@@ -43,7 +43,7 @@ RECORD = "conversion.json"
 CHUNK_BYTES = 16 << 20  # of an array on disk: a device reads the chunks that overlap its shard
 
 
-def convert(source: str, out: str | epath.Path) -> None:
+def convert(source: str, out: epath.PathLike) -> None:
     """Converts a checkpoint, from a hub id or a local directory, into the directory `out`.
 
     Raises:
@@ -82,7 +82,7 @@ class Pretrained:
     record: dict[str, Any]
 
     @classmethod
-    def open(cls, path: str | epath.Path) -> "Pretrained":
+    def open(cls, path: epath.PathLike) -> "Pretrained":
         """Raises `UserError` if there is no complete conversion."""
         directory = resolve_path(path)
         if not is_converted(directory):
@@ -119,7 +119,7 @@ class Pretrained:
         }
         return traverse_util.unflatten_dict(arrays, sep="/")
 
-    def write_hugging_face(self, out: str | epath.Path) -> None:
+    def write_hugging_face(self, out: epath.PathLike) -> None:
         """Writes a checkpoint for transformers, under the hub's names, with every weight bit for bit as converted.
 
         Raises:

@@ -50,7 +50,7 @@ def test_picture_prompts_show_another_picture_of_the_same_digit():
     (drawing,) = source.__getitems__([7])
     np.testing.assert_array_equal(drawing.images[0].patches, shown.patches)
     assert drawing.caption == digits.REQUEST
-    asked = [source.__getitems__([np.flatnonzero(source.labels == label)[0]])[0] for label in range(10)]
+    asked = [source.__getitems__([int(np.flatnonzero(source.labels == label)[0])])[0] for label in range(10)]
     for request, drawing in zip(digits.requests(encoder, "pictures"), asked, strict=True):
         np.testing.assert_array_equal(request.images[0].patches, drawing.images[0].patches)
         assert digits.REQUEST in encoder.tokenizer.decode(request.input_ids)

@@ -1,6 +1,7 @@
 """Attention in blocks of queries against attention in one call."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ def test_blocks_of_queries_change_nothing(most_scores, rows):
     q, k, v = (rng.standard_normal((2, length, heads, 8), np.float32) for length, heads in ((11, 4), (13, 2), (13, 2)))
     mask = rng.random((2, 11 if rows else 1, 13)) < 0.6
     mask[..., 0] = True
+    q, k, v, mask = map(jnp.asarray, (q, k, v, mask))
 
     def total(q, k, v, most):
         return (attention(q, k, v, mask, most) ** 2).sum()

@@ -49,7 +49,7 @@ def test_the_vlms_logits_lose_no_more_than_transformers(pair, batch):
 
     @jax.jit
     def logits(params):
-        vlm_config, arrays = converted.vlm_config, ours.encoder.batch(prompts)
+        vlm_config, arrays = converted.vlm_config, jax.tree.map(jnp.asarray, ours.encoder.batch(prompts))
         return qwen2_vl.logits(vlm_config, params, qwen2_vl.forward(vlm_config, params, arrays)[0])
 
     wide, narrow = (np.asarray(logits(converted.params(d)), np.float32)[mask] for d in ("float32", "bfloat16"))
@@ -66,7 +66,7 @@ def test_modulations_and_gates_keep_float32():
     config = model(2)
     layer = jax.tree.map(lambda x: x[0].astype(jnp.bfloat16), weights(config)["experts"])
     layer["modulation"] = {"weight": jnp.zeros_like(layer["modulation"]["weight"]), "bias": jnp.full(96, 0.003)}
-    c = np.ones((1, config.vlm.text.hidden_size), np.float32)
+    c = jnp.ones((1, config.vlm.text.hidden_size))
     modulation = functional.bind(GenerationLayer, config.generation.layer, params=layer).modulate(c)
     assert {x.dtype for x in modulation} == {jnp.dtype("float32")}
     np.testing.assert_allclose(modulation.attention_scale, 1.003, rtol=1e-6)

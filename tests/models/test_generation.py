@@ -48,7 +48,8 @@ def prompts_of_lengths(lengths: list[int], seed: int = 0) -> Prompts:
     ids = rng.integers(0, TEXT.vocab_size, (len(lengths), longest)).astype(np.int32)
     positions = token_positions(np.zeros(longest), [], image_token=-1, merge=2)
     mask = np.arange(longest) < np.array(lengths)[:, None]
-    return Prompts(ids, mask, np.where(mask[:, None], positions, 0).astype(np.int32))
+    positions = np.where(mask[:, None], positions, 0).astype(np.int32)
+    return Prompts(*map(jnp.asarray, (ids, mask, positions)))
 
 
 def weights(config: ModelConfig):
@@ -177,7 +178,7 @@ def group_velocity(config: ModelConfig, params, prompts: Prompts, group: int, x_
 )
 def test_sampling_form_equals_training_form(config):
     params, prompts = weights(config), prompts_of_lengths([5, 9])
-    x_t = np.random.default_rng(0).standard_normal((2, 4, 6, 3)).astype(np.float32)
+    x_t = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 6, 3)), jnp.float32)
     t, rows = np.array([0.1, 0.7], np.float32), np.arange(2)
     table, pathway = read_prompts(config, params["vlm"], prompts), latte_flow.pathway(config, params)
     stacks = (np.stack([x, x]) for x in (rows, x_t, t))
@@ -226,7 +227,7 @@ def test_attention_maps_need_residual_attention():
 def test_padding_does_not_change_a_velocity():
     config = model(2)
     params = weights(config)
-    x_t = np.random.default_rng(0).standard_normal((2, 4, 6, 3)).astype(np.float32)
+    x_t = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 6, 3)), jnp.float32)
     padded = prompts_of_lengths([5, 9])
     alone = jax.tree.map(lambda x: x[:1, ..., :5], padded)
     t = jnp.array([0.2])

@@ -61,7 +61,7 @@ def changes(started, variant: str, latent_position: str, dtype: str) -> dict[str
         context = latte_flow.read_prompts(config, params["vlm"], prompts_of_lengths([16]))
         pathway = latte_flow.pathway(config, params)
         conditioning = generation.condition(config.generation, pathway, Step(*[jnp.array([0.5])] * 2))
-        rows = np.zeros(len(x_t), int)
+        rows = jnp.zeros(len(x_t), int)
         return generation.velocity(config.generation, pathway, generation.pick(context, rows), x_t, conditioning)
 
     back = np.argsort(order)

@@ -124,7 +124,7 @@ def test_everything_equals_transformers(batch, model):
     real = padded.mask
     np.testing.assert_array_equal(padded.position_ids.swapaxes(0, 1)[:, real], positions.numpy()[:, real])
     if padded.images is not None:
-        features = np.asarray(vision.encode(config.vision, stacked["vision"], padded.images))
+        features = np.asarray(vision.encode(config.vision, stacked["vision"], jax.tree.map(jnp.asarray, padded.images)))
         with torch.no_grad():
             their_features = theirs.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
         used = padded.images.mask[:, :, :: encoder.merge**2]

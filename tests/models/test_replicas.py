@@ -30,9 +30,9 @@ def test_sublayers_equal_transformers_for_one_image_token(kv_heads):
 
     taken, attended, fed = [], [], []
     for layer in module.model.language_model.layers:
-        layer.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0][:, -1:].numpy()))
-        layer.self_attn.register_forward_hook(lambda _, __, outputs: attended.append(outputs[0][:, -1:].numpy()))
-        layer.mlp.register_forward_hook(lambda _, __, output: fed.append(output[:, -1:].numpy()))
+        layer.register_forward_pre_hook(lambda _, inputs: taken.append(jnp.asarray(inputs[0][:, -1:])))
+        layer.self_attn.register_forward_hook(lambda _, __, outputs: attended.append(jnp.asarray(outputs[0][:, -1:])))
+        layer.mlp.register_forward_hook(lambda _, __, output: fed.append(jnp.asarray(output[:, -1:])))
     ids = np.append(prompt.input_ids, 50)[None]
     with torch.no_grad():
         module(
@@ -44,7 +44,7 @@ def test_sublayers_equal_transformers_for_one_image_token(kv_heads):
 
     config = ModelConfig(converted.vlm_config, GenerationConfig(text, (1, 1, 4), num_groups=1))
     params = latte_flow.init(config, converted.params("float32"), jax.random.key(0))
-    padded = encoder.batch([prompt], length=len(prompt.input_ids) + 3)
+    padded = jax.tree.map(jnp.asarray, encoder.batch([prompt], length=len(prompt.input_ids) + 3))
     context = latte_flow.read_prompts(config, params["vlm"], padded)
     positions = generation.image_positions(config.generation, context.next_position)
     rotary = multimodal_rotary(positions, text.head_dim, text.rope_theta, text.mrope_section)

@@ -1,11 +1,9 @@
 """Meshes that fit the devices, and those that do not; and the placement of rows and weights on them."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from lattejax import configuration
 from lattejax.errors import UserError
@@ -82,7 +80,7 @@ def test_rows_are_placed_by_their_indices():
     ],
 )
 def test_batches_that_do_not_fit_a_mesh_are_refused(rows, sizes, named):
-    mesh = types.SimpleNamespace(shape={axis: sizes.get(axis, 1) for axis in AXES})
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
     with pytest.raises(ValueError, match=named):
         rows.check(mesh, "train.batch_size")
 
@@ -94,7 +92,7 @@ def test_optimizer_and_average_are_sharded_like_the_weights():
     config = tiny_config()
     params = abstract_trained(config)
     state = jax.eval_shape(lambda params: init_state(config.train, params), params)
-    mesh = types.SimpleNamespace(shape={"expert": 2, "data": 2, "fsdp": 2, "tensor": 2})
+    mesh = AbstractMesh((2, 2, 2, 2), AXES)
     specs = {
         jax.tree_util.keystr(path, simple=True, separator="/"): rules.spec(mesh, name, leaf.shape)
         for path, leaf in jax.tree.leaves_with_path(state)
@@ -116,7 +114,7 @@ def test_optimizer_and_average_are_sharded_like_the_weights():
 
 @pytest.mark.parametrize("tensor, of_kv_heads", [(2, "tensor"), (4, None)])
 def test_complete_heads_are_sharded_and_too_few_kv_heads_are_replicated(tensor, of_kv_heads):
-    mesh = types.SimpleNamespace(shape={"expert": 1, "data": 1, "fsdp": 2, "tensor": tensor})
+    mesh = AbstractMesh((1, 1, 2, tensor), AXES)
     attention = "vlm/text/layers/attention"
     for name, heads, axis in (("q_proj", 12, "tensor"), ("k_proj", 2, of_kv_heads), ("v_proj", 2, of_kv_heads)):
         shape = (28, heads, 128, 1536)
@@ -128,9 +126,9 @@ def test_complete_heads_are_sharded_and_too_few_kv_heads_are_replicated(tensor, 
         rules.spec(mesh, f"{attention}/q_proj/weight", (3, 128, 384))
 
 
-def test_a_matrix_that_matches_no_rule_causes_a_warning(caplog):
+def test_a_matrix_that_no_rule_names_is_warned_of(caplog):
     """Every matrix of the model matches a rule."""
-    mesh = types.SimpleNamespace(shape=dict.fromkeys(AXES, 1))
+    mesh = AbstractMesh((1, 1, 1, 1), AXES)
     for variant in ("couple", "blend"):
         for path, leaf in jax.tree.leaves_with_path(abstract_params(tiny_config(model__variant=variant))):
             rules.spec(mesh, jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
@@ -145,6 +143,6 @@ def test_a_matrix_that_matches_no_rule_causes_a_warning(caplog):
 )
 def test_a_tensor_axis_that_would_split_query_heads_is_refused(tensor, named):
     config = configuration.resolve(config_file("imagenet256"))
-    mesh = types.SimpleNamespace(shape={"expert": 4, "data": 1, "fsdp": 4, "tensor": tensor})
+    mesh = AbstractMesh((4, 1, 4, tensor), AXES)
     with pytest.raises(UserError, match=f"mesh.tensor={tensor} does not divide {named}"):
         check_mesh(config, mesh)
