@@ -94,7 +94,7 @@ def test_batches_pad_rows_and_images_and_point_each_token_at_its_patch():
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
-    with pytest.raises(UserError, match="more than the 5"):
+    with pytest.raises(UserError, match="more than the config's limit of 5"):
         ENCODER.batch([ENCODER.drawing("a handwritten seven")], 5)
 
 

@@ -325,7 +325,7 @@ def test_one_step_costs_a_kth_of_vanillas_and_reads_no_vlm_weights():
         (dict(num_groups=2, pathway={"residual_gate": "token"}), "residual_gate='token' is unknown"),
         (dict(num_groups=2, pathway={"replica_init": "zeros"}), "replica_init='zeros' is unknown"),
         (dict(num_groups=2, pathway={"latent_position": "rope"}), "latent_position='rope' is unknown"),
-        (dict(num_groups=2, hidden_size=30, num_heads=3, num_kv_heads=1, mrope_section=(1, 2, 2)), "that 4 divides"),
+        (dict(num_groups=2, hidden_size=30, num_heads=3, num_kv_heads=1, mrope_section=(1, 2, 2)), "a multiple of 4"),
         (dict(num_groups=2, variant="mixed"), r"variant='mixed' is unknown; use one of \['couple', 'blend'\]"),
         (dict(num_groups=2, variant="blend", pathway={"replica_init": "random"}), "variant='blend' has none"),
     ],

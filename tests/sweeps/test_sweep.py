@@ -30,7 +30,7 @@ def sweep_config(**overrides) -> ConfigDict:
 
 def test_prompts_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path):
     pictures = {"data.prompts": "pictures", "train.share_contexts": False}
-    with pytest.raises(UserError, match="more than the 24"):
+    with pytest.raises(UserError, match="more than the config's limit of 24"):
         run_sweep(resolve_sweep(sweep_config(variants=(*TWO, ("pictures", pictures)))), tmp_path, InterruptGuard())
     assert not (tmp_path / "vlm").exists()
 

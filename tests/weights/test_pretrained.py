@@ -173,7 +173,7 @@ BROKEN = {
         lambda d: (d / "chat_template.jinja").write_text("{{ messages[0].role }}"),
         "a place for images",
     ),
-    "no image processor": (lambda d: (d / "preprocessor_config.json").unlink(), "no image processor"),
+    "no image processor": (lambda d: (d / "preprocessor_config.json").unlink(), "no readable image processor"),
     "patches of another size": (
         lambda d: edit(d / "preprocessor_config.json", lambda c: c.update(patch_size=14)),
         "patch_size is 14",
