@@ -154,9 +154,7 @@ def encode_pixels(
         return autoencoder.encode(encoder, pixels.astype(jnp.float32) / 127.5 - 1)
 
 
-def _write_shard(
-    out: epath.Path, config: Config, pictures: Pictures, file: File, encoder: Encoder, bar: tqdm
-) -> "Written":
+def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File, encoder: Encoder, bar: tqdm):
     """Encodes pictures into a file, and then writes the file that describes it."""
     settings, unreadable, captions = config.images, [], set()
 

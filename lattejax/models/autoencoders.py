@@ -8,6 +8,7 @@ Axes: B batch, H row, W column of an image, h and w of latents, C latent channel
 
 import dataclasses
 import math
+from typing import Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float
@@ -18,7 +19,19 @@ from lattejax.models.functional import Params
 from lattejax.models.pixels import PixelConfig
 from lattejax.models.taesd import TAESDConfig
 
-NetworkConfig = DCAEConfig | TAESDConfig | PixelConfig
+
+@runtime_checkable
+class NetworkConfig(Protocol):
+    """The geometry of a network in `NETWORKS`: a frozen dataclass."""
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    @property
+    def compression(self) -> int:
+        """Pixels per latent, along each side."""
+
+
 NETWORKS = {DCAEConfig: dc_ae, TAESDConfig: taesd, PixelConfig: pixels}
 PIXELS = "pixels"  # the autoencoder without weights
 

@@ -135,7 +135,7 @@ def _run_layers(
     conditioning: Conditioning,
     remat: str = "none",
     keep_maps: bool = False,
-) -> tuple[Float[Array, "B N D"], Float[Array, "M B H N N"] | list[Float[Array, "B H N N"]] | None]:
+) -> tuple[Float[Array, "B N D"], Float[Array, "M B H N N"] | list[Float[Array, "B H N N"] | None] | None]:
     """Returns one group's hidden states after its last layer and, if they are kept, what its layers hand on."""
     embed = functional.bind(LatentEmbedding, config, params=params["embedding"])
     h = embed(x_t.astype(embed.proj.weight.dtype))

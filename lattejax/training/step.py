@@ -93,7 +93,7 @@ def abstract_state(stage: Stage, params: Params, mesh: Mesh) -> TrainState:
     return rules.abstract(mesh, jax.eval_shape(functools.partial(init_state, stage), params))
 
 
-def row_keys(key: Key[Array, ""], numbers: Int[Array | np.ndarray, "*rows"]) -> Key[Array, "*rows"]:
+def row_keys(key: Key[Array, ""], indices: Int[Array | np.ndarray, "*rows"]) -> Key[Array, "*rows"]:
     """Derives each row's PRNG key from the step's key and the row's index."""
     fold = functools.partial(jax.random.fold_in, key)
     for _ in indices.shape:

@@ -48,7 +48,7 @@ def read_checkpoint(directory: epath.Path) -> tuple[NetworkConfig, Params, dict[
     return *read_taesd(encoder, decoder), hashes[0] | hashes[1]
 
 
-def listed_scaling(directory: epath.Path) -> tuple[float | None, float | None]:
+def listed_scaling(directory: epath.Path) -> tuple[Any, Any]:
     """Returns the scale and the shift of latents that a checkpoint states; None if it states none.
 
     A DC-AE's scale of 1 counts as none: diffusers writes it for a checkpoint that stated no scale. TAESD's own files

@@ -5,18 +5,21 @@ import json
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from lattejax.errors import UserError
 from lattejax.evaluation import registry
-from lattejax.evaluation.protocol import Report
+from lattejax.evaluation.protocol import Report, Subject
+from lattejax.models import latte_flow, qwen2_vl
+from lattejax.parallel.mesh import one_device
 from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.scores import scores_on_demand
-from tests.helpers import tiny_config
+from tests.helpers import encoder_for, tiny_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,9 @@ def test_evaluators_that_do_not_fit_are_refused(evaluators, named, registered):
 
 
 def test_two_figures_of_one_name_are_refused(registered):
-    twice = [lambda subject: Report({"brightness": 1.0})] * 2
-    with pytest.raises(UserError, match="two evaluators return brightness"):
-        registry.take_scores(twice, None)
+    config = tiny_config(eval__evaluators={name: {"type": "answers", "examples": 1} for name in ("one", "two")})
+    source, encoder = open_data(config), encoder_for(config)
+    vlm = {"vlm": qwen2_vl.init(config.model_config.vlm, jax.random.key(0))}
+    subject = Subject(config, source, encoder, one_device(), lambda: latte_flow.unstack(vlm))
+    with pytest.raises(UserError, match="two evaluators return answer_accuracy"):
+        registry.take_scores(registry.due(registry.open_evaluators(config, source), "pretrain"), subject)

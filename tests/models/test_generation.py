@@ -207,7 +207,7 @@ def test_attention_maps_are_what_the_plain_renderings_layers_hand_on(residual, f
         own = context._replace(layers=generation.group_layers(g, context.layers, group))
         pathway = latte_flow.pathway(config, params)
         pathway = pathway | {"experts": generation.group_layers(g, pathway["experts"], group)}
-        x_t, t = np.random.default_rng(3).standard_normal((1, *g.latent_shape)), np.array([0.6])
+        x_t, t = jnp.asarray(np.random.default_rng(3).standard_normal((1, *g.latent_shape))), jnp.array([0.6])
         if form == "a list":
             pathway, own = latte_flow.unstack(pathway), own._replace(layers=Layers(own.layers).unstack())
         maps = generation.attention_maps(g, pathway, own, x_t, generation.condition(g, pathway, Step(t, t)))
@@ -220,8 +220,13 @@ def test_attention_maps_are_what_the_plain_renderings_layers_hand_on(residual, f
 
 
 def test_attention_maps_need_residual_attention():
+    config = model(2, "none")
+    g, params = config.generation, weights(config)
+    context = read_prompts(config, params["vlm"], prompts_of_lengths([3]))
+    x_t, t = jnp.zeros((1, *g.latent_shape)), jnp.array([0.1])
+    pathway = latte_flow.pathway(config, params)
     with pytest.raises(ValueError, match="hands no maps on"):
-        generation.attention_maps(model(2, "none").generation, None, None, None, None)
+        generation.attention_maps(g, pathway, context, x_t, generation.condition(g, pathway, Step(t, t)))
 
 
 def test_padding_does_not_change_a_velocity():

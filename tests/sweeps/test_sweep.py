@@ -93,7 +93,10 @@ def test_a_killed_sweep_resumes_without_retraining_and_ends_with_the_comparison(
             dict(variants=(("a", {"eval.evaluators.final_digits.at": "demand"}),)),
             "variant a: .* has no score of them",
         ),
-        (dict(variants=(("a", {"eval.batch_size": 16}),)), r"eval\.batch_size=16 must be a multiple of 10"),
+        (
+            dict(variants=(("a", {"eval.batch_size": 16}),)),
+            r"eval\.batch_size=16 must be a multiple of the 10 scored prompts",
+        ),
         (dict(sample_steps=(0,)), r"config\.sample_steps=\(0,\)"),
         (dict(seeds=(0, 0)), r"config\.seeds=\(0, 0\) must be different integers"),
         (dict(sample_steps=(0.5,)), r"config\.sample_steps"),
