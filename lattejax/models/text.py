@@ -10,6 +10,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
