@@ -24,9 +24,8 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
     extra = evaluation.get("evaluators", {})
     if "held_out_loss" in extra:
         raise UserError("; ".join(f"config.{key} has been removed: use config.{RETIRED[key]}" for key in old))
-    logging.warning(
-        "the config is of an earlier version; config.eval.evaluators has replaced config.%s", ", ".join(old)
-    )
+    message = "the config is of an earlier version; config.eval.evaluators has replaced config.%s"
+    logging.log_first_n(logging.WARNING, message, 1, ", ".join(old))
     evaluators = {"held_out_loss": {"at": "training"}, "samples": {"at": "training"}}
     if values.get("data", {}).get("source") == "digits":
         evaluators["answers"] = {"at": "training"}
