@@ -30,6 +30,7 @@ NOT_RUN = {
     "needs the TPU's compiler",
     "needs a TPU pod",
     "needs a cluster",
+    "needs GPUs",
 }
 
 
