@@ -18,10 +18,11 @@ if FASTER_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="lattejax-test-cache-"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
 
-# What lattejax's functions take and return is checked against their signatures, shapes included; not in the processes
-# that tests start. An int passes for a float (PEP 484).
+# Signatures of the code on arrays are checked, shapes included; not in the processes that tests start, and not in the
+# rest of the package, where it would cost time and tell little. An int passes for a float (PEP 484).
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-jaxtyping.install_import_hook("lattejax", CHECKER)
+CHECKED = ("models", "flow", "objectives", "sampling", "parallel", "training.step")
+jaxtyping.install_import_hook([f"lattejax.{name}" for name in CHECKED], CHECKER)
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lattejax.errors import UserError
 
 
-def open_image(path: str) -> Image.Image:
+def open_image(path: epath.PathLike) -> Image.Image:
     """Opens an image file, rotated by its EXIF orientation; raises `UserError` if it is missing or not an image."""
     file = epath.Path(path)
     if not file.is_file():
         raise UserError(f"{path}: there is no such file")
     with file.open("rb") as opened:
-        return on_white(decode_image(opened, path))
+        return on_white(decode_image(opened, str(path)))
 
 
 def on_white(image: Image.Image) -> Image.Image:

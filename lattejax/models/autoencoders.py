@@ -11,6 +11,7 @@ import math
 from typing import Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from lattejax.models import dc_ae, functional, pixels, taesd
@@ -69,7 +70,7 @@ class Autoencoder:
             raise ValueError(f"image_size={image_size} is no multiple of {self.network.compression} pixels per latent")
         return side, side, self.network.latent_channels
 
-    def encode(self, encoder: Params, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+    def encode(self, encoder: Params, images: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w C"]:
         """Takes images in [-1, 1], whose sides the network's compression divides; returns scaled latents."""
         latents = functional.bind(NETWORKS[type(self.network)].Encoder, self.network, params=encoder)(images)
         return (latents - self.shift) * self.scale

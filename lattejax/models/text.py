@@ -10,7 +10,6 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -135,7 +134,7 @@ class Vocabulary(nnx.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs)
         self.tied = config.tie_word_embeddings
 
-    def embed(self, input_ids: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return self.embedding[...][input_ids]
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -225,7 +225,7 @@ class Window:
         yield
         self._started += time.perf_counter() - started
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: dict[str, jax.Array | np.ndarray]) -> None:
         self._metrics[step] = metrics
 
     def close(

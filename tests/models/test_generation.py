@@ -207,10 +207,11 @@ def test_attention_maps_are_what_the_plain_renderings_layers_hand_on(residual, f
         own = context._replace(layers=generation.group_layers(g, context.layers, group))
         pathway = latte_flow.pathway(config, params)
         pathway = pathway | {"experts": generation.group_layers(g, pathway["experts"], group)}
-        x_t, t = jnp.asarray(np.random.default_rng(3).standard_normal((1, *g.latent_shape))), jnp.array([0.6])
+        x_t, t = np.random.default_rng(3).standard_normal((1, *g.latent_shape)), np.array([0.6])
         if form == "a list":
             pathway, own = latte_flow.unstack(pathway), own._replace(layers=Layers(own.layers).unstack())
-        maps = generation.attention_maps(g, pathway, own, x_t, generation.condition(g, pathway, Step(t, t)))
+        step = Step(jnp.asarray(t), jnp.asarray(t))
+        maps = generation.attention_maps(g, pathway, own, jnp.asarray(x_t), generation.condition(g, pathway, step))
 
     layers = range(*g.layers_of[group].indices(config.vlm.text.num_layers))
     experts = [rendering.take(params["experts"], i) for i in layers]

@@ -200,7 +200,7 @@ def test_decoding_token_by_token_equals_reading_the_complete_text(stacked):
     expected = np.asarray(qwen2_vl.logits(config, params, hidden))
 
     decode_token = jax.jit(qwen2_vl.decode_token, static_argnames="config")
-    logits, state = qwen2_vl.prefill(config, params, prompts, capacity=count)
+    logits, state = qwen2_vl.prefill(config, params, jax.tree.map(jnp.asarray, prompts), capacity=count)
     for step in range(count + 1):
         for row, length in enumerate(lengths):
             np.testing.assert_allclose(logits[row], expected[row, length - 1 + step], **TOLERANCE)

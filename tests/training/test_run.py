@@ -9,6 +9,7 @@ import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -84,7 +85,7 @@ def finished(tmp_path_factory):
 def held_out_logits(path) -> np.ndarray:
     run = Run.open(path)
     source = digits.Questions("test", run.encoder)
-    prompts = run.encoder.batch([source.unanswered(i) for i in range(0, 40)])
+    prompts = jax.tree.map(jnp.asarray, run.encoder.batch([source.unanswered(i) for i in range(0, 40)]))
     vlm, config = run.vlm(), run.config.model_config.vlm
     return np.asarray(qwen2_vl.logits(config, vlm, qwen2_vl.forward(config, vlm, prompts)[0]))
 

@@ -65,14 +65,15 @@ def flow_loss(config=CONFIG, **overrides) -> FlowLoss:
 def batch(rows: int = 8, config=CONFIG) -> dict:
     source = open_data(config)
     drawings = source.drawings("train", ENCODER).__getitems__(range(rows))
-    return {"images": image_batcher(config, ENCODER, source.captions)(drawings)}
+    return jax.tree.map(jnp.asarray, {"images": image_batcher(config, ENCODER, source.captions)(drawings)})
 
 
 @functools.cache
 def questions(rows: int = 4) -> dict:
     source = digits.Questions("train", ENCODER)
     records = source.__getitems__([7 * i for i in range(rows)])
-    return weigh_answers({"questions": question_batch(ENCODER, records, CONFIG.data.answer_length)})["questions"]
+    batch = {"questions": question_batch(ENCODER, records, CONFIG.data.answer_length)}
+    return weigh_answers(jax.tree.map(jnp.asarray, batch))["questions"]
 
 
 def grouped(tree, groups: int = 2):
@@ -401,7 +402,7 @@ def test_only_answers_are_learnt():
     """The loss is the mean negative log-likelihood of answer tokens; tokens before the answer do not count."""
     source = digits.Questions("train", ENCODER)
     records = source.__getitems__([0, 1, 6])
-    rows = question_batch(ENCODER, records, CONFIG.data.answer_length)
+    rows = jax.tree.map(jnp.asarray, question_batch(ENCODER, records, CONFIG.data.answer_length))
     value, _ = AnswerLoss(MODEL, jnp.float32, "none", False)(VLM, None, weigh_answers({"questions": rows}), None)
     hidden, _ = qwen2_vl.forward(CONFIG.model_config.vlm, VLM, rows["prompts"])
     scores = jax.nn.log_softmax(qwen2_vl.logits(CONFIG.model_config.vlm, VLM, hidden))
