@@ -18,6 +18,7 @@ take at the best rate that this machine reached between the repeats.
 import dataclasses
 import json
 from pathlib import Path
+from typing import Annotated
 
 import jax
 from absl import flags
@@ -30,6 +31,9 @@ from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import prompt_encoder
 from lattejax.errors import UserError
+from lattejax.flow.schedule import Guidance, NumSteps
+from lattejax.models.text import MOST_POSITIONS
+from lattejax.ranges import Range, Size
 
 MODELS = {
     "sample": drawing.sample,
@@ -38,19 +42,20 @@ MODELS = {
     "decode": reading.decode,
 }
 BASELINES = {"sample": ("vanilla", "torch", "janus"), "train": ("torch",), "context": ("torch",), "decode": ("torch",)}
+Tokens = Annotated[int, Range(2, MOST_POSITIONS)]
 BATCH_SIZES = {"sample": 1, "train": 16, "context": 1, "decode": 1}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
 AGAINST = flags.DEFINE_enum("against", "", ["", *BASELINES["sample"]], "The baseline, timed in alternation with ours.")
-BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Images, prompts or answers; 0: 16 for train, else 1.", lower_bound=0
+BATCH_SIZE = cli.define_number("batch_size", None, "Images, prompts or answers; default: 16 for train, else 1.", Size)
+PROMPT_TOKENS = cli.define_number("prompt_tokens", 16, "Tokens in each prompt.", Tokens)
+STEPS = cli.define_number("steps", 40, "For sample: steps per call.", NumSteps)
+GUIDANCE = cli.define_number("guidance", 5.0, "For sample: guidance scale; 1 omits the unconditional pass.", Guidance)
+NEW_TOKENS = cli.define_number("new_tokens", 64, "For decode: tokens per answer.", Tokens)
+RECORDS = cli.define_number(
+    "records", 20_000, "For data: records to write and read.", Annotated[int, Range(1000, 10**7)]
 )
-PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 16, "Tokens in each prompt.", lower_bound=2)
-STEPS = flags.DEFINE_integer("steps", 40, "For sample: steps per call.", lower_bound=1)
-GUIDANCE = flags.DEFINE_float("guidance", 5.0, "For sample: guidance scale; 1 omits the unconditional pass.")
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "For decode: tokens per answer.", lower_bound=2)
-RECORDS = flags.DEFINE_integer("records", 20_000, "For data: records to write and read.", lower_bound=1000)
-REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds, after one untimed warm-up.", lower_bound=1)
+REPEATS = cli.define_number("repeats", 5, "Timed rounds, after one untimed warm-up.", Annotated[int, Range(1, 10_000)])
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 RESULTS = flags.DEFINE_string("results", "", "For plot: a file of JSON lines.")
 OUT = flags.DEFINE_string("out", "speed.png", "For plot: the image file to write.")

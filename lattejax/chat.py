@@ -18,19 +18,20 @@ from lattejax.configuration import DTYPES
 from lattejax.data.images import open_image
 from lattejax.data.prompts import ReadableImage, Turn
 from lattejax.errors import UserError
+from lattejax.ranges import Seed
 from lattejax.runs.inference import inference_weights
 from lattejax.runs.run import Run
-from lattejax.sampling.answers import Answerer, Decoding
+from lattejax.sampling.answers import Answerer, Decoding, MaxTokens, Temperature, TopP
 
 WEIGHTS = flags.DEFINE_string("weights", None, "Converted weights: a directory written by lattejax.convert.")
 WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.")
 IMAGE = flags.DEFINE_multi_string("image", [], "An image file to ask about; repeatable and optional.")
 QUESTION = flags.DEFINE_string("question", None, "The question.")
 SYSTEM = flags.DEFINE_string("system", None, "The system prompt; default: the chat template's.")
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Maximum length of an answer, in tokens.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 is greedy decoding.")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus sampling: the total probability of the tokens to sample from.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of token sampling.")
+MAX_TOKENS = cli.define_number("max_tokens", 256, "Maximum length of an answer, in tokens.", MaxTokens)
+TEMPERATURE = cli.define_number("temperature", 0.0, "Sampling temperature; 0 is greedy decoding.", Temperature)
+TOP_P = cli.define_number("top_p", 1.0, "Nucleus sampling: the total probability of the tokens to sample from.", TopP)
+SEED = cli.define_number("seed", 0, "Seed of token sampling.", Seed)
 DTYPE = flags.DEFINE_enum(
     "dtype", "bfloat16", DTYPES, "Dtype of --weights and the computation; a run uses its config's."
 )

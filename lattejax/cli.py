@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any
 
 from absl import app, flags, logging
 
@@ -20,6 +21,7 @@ from lattejax.configuration.earlier import RETIRED
 from lattejax.errors import UserError
 from lattejax.parallel import hosts
 from lattejax.parallel.mesh import make_mesh
+from lattejax.ranges import Natural, Range, range_of
 
 
 def run(
@@ -97,6 +99,30 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "lattejax"))
 
 
+def define_number(name: str, default: float | None, text: str, kind: Any) -> flags.FlagHolder:
+    """Defines a flag for a number of an annotated type, see `ranges`."""
+    return flags.DEFINE(NumberParser(*range_of(kind)), name, default, text, serializer=flags.ArgumentSerializer())
+
+
+class NumberParser(flags.ArgumentParser):
+    """Parses a number in a range."""
+
+    def __init__(self, kind: type, allowed: Range):
+        self.kind, self.allowed, self.syntactic_help = kind, allowed, f"a number {allowed}"
+
+    def parse(self, argument: str | float) -> float:
+        try:
+            value = self.kind(argument)
+        except ValueError:
+            raise ValueError(f"{argument!r} is no {'integer' if self.kind is int else 'number'}") from None
+        if value not in self.allowed:
+            raise ValueError(f"it must be {self.allowed}")
+        return value
+
+    def flag_type(self) -> str:
+        return self.kind.__name__
+
+
 def define_cluster_flags() -> Callable[[], None]:
     """Defines the flags that connect the processes of a job; returns a function that connects them."""
     cluster = flags.DEFINE_enum(
@@ -106,9 +132,10 @@ def define_cluster_flags() -> Callable[[], None]:
         "How processes connect: auto asks the TPU pod or the scheduler (SLURM, …), explicit uses the flags below.",
     )
     coordinator = flags.DEFINE_string("coordinator", "", "For --cluster=explicit: host:port of process 0.")
-    processes = flags.DEFINE_integer("processes", 0, "For --cluster=explicit: the number of processes.")
-    process = flags.DEFINE_integer("process", 0, "For --cluster=explicit: this process's index, from 0.")
-    seconds = flags.DEFINE_integer("connect_seconds", 300, "How long the processes wait for each other.", lower_bound=1)
+    processes = define_number("processes", 0, "For --cluster=explicit: the number of processes.", Natural)
+    process = define_number("process", 0, "For --cluster=explicit: this process's index, from 0.", Natural)
+    wait = Annotated[int, Range(1, 86_400)]
+    seconds = define_number("connect_seconds", 300, "How long the processes wait for each other.", wait)
     return lambda: hosts.connect(cluster.value, coordinator.value, processes.value, process.value, seconds.value)
 
 

@@ -16,6 +16,7 @@ from absl import flags
 
 from lattejax import cli
 from lattejax.errors import UserError
+from lattejax.models.autoencoders import Scale, Shift
 from lattejax.runs.run import Run
 from lattejax.weights import autoencoders, diffusers, hugging_face, pretrained
 from lattejax.weights.pretrained import Pretrained
@@ -28,8 +29,8 @@ TO = flags.DEFINE_enum(
     ["lattejax", "hf", "safetensors"],
     "lattejax: from a Hugging Face checkpoint. hf: from such a conversion. safetensors: from a run.",
 )
-SCALE = flags.DEFINE_float("scale", None, "Scale of an autoencoder's latents; default: as its checkpoint states.")
-SHIFT = flags.DEFINE_float("shift", None, "Shift of an autoencoder's latents, before they are scaled.")
+SCALE = cli.define_number("scale", None, "Scale of an autoencoder's latents; default: as its checkpoint states.", Scale)
+SHIFT = cli.define_number("shift", None, "Shift of an autoencoder's latents, before they are scaled.", Shift)
 flags.mark_flags_as_required(["source", "out"])
 
 

@@ -13,11 +13,12 @@ from ml_collections import config_flags
 from lattejax import cli, configuration
 from lattejax.encoding.encode import encode
 from lattejax.errors import UserError
+from lattejax.ranges import Natural, Size
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
 OUT = flags.DEFINE_string("out", None, "The directory of the latents.")
-WORKER = flags.DEFINE_integer("worker", 0, "Index of this worker, from 0.", lower_bound=0)
-WORKERS = flags.DEFINE_integer("workers", 1, "Number of processes that encode into --out.", lower_bound=1)
+WORKER = cli.define_number("worker", 0, "Index of this worker, from 0.", Natural)
+WORKERS = cli.define_number("workers", 1, "Number of processes that encode into --out.", Size)
 flags.mark_flags_as_required(["config", "out"])
 
 

@@ -16,10 +16,11 @@ from ml_collections import config_flags
 
 from lattejax import cli, configuration
 from lattejax.pods.planning import describe, make_plan
+from lattejax.ranges import Size
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
 TOPOLOGY = flags.DEFINE_string("topology", None, "The chips: v4, v5e, v5p or v6e and a shape, e.g. v5e:4x4.")
-CAPTIONS = flags.DEFINE_integer("captions", 1000, "Number of distinct captions, if train.share_contexts is set.")
+CAPTIONS = cli.define_number("captions", 1000, "Number of distinct captions, if train.share_contexts is set.", Size)
 SAMPLE = flags.DEFINE_bool("sample", False, "Plan a sampling call of eval.batch_size images instead of a train step.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 flags.mark_flags_as_required(["config", "topology"])

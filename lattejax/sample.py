@@ -11,9 +11,10 @@ from lattejax import cli
 from lattejax.data.images import open_image
 from lattejax.errors import UserError
 from lattejax.files import write_with
-from lattejax.flow.schedule import Sampling
+from lattejax.flow.schedule import Guidance, NumSteps, Sampling, Shift
 from lattejax.flow.solvers import SOLVERS
 from lattejax.parallel import hosts
+from lattejax.ranges import Seed, Size
 from lattejax.runs.run import Run
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler
@@ -27,16 +28,18 @@ NEGATIVE_PROMPT = flags.DEFINE_multi_string(
     [],
     "What guidance steers away from, instead of the empty prompt: one for all prompts, or one for each.",
 )
-NUM = flags.DEFINE_integer("num", 16, "Images per prompt.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 40, "Sampling steps.", lower_bound=1)
-GUIDANCE = flags.DEFINE_float("guidance", 2.0, "Guidance scale; 1: no guidance.")
+NUM = cli.define_number("num", 16, "Images per prompt.", Size)
+STEPS = cli.define_number("steps", 40, "Sampling steps.", NumSteps)
+GUIDANCE = cli.define_number("guidance", 2.0, "Guidance scale; 1: no guidance.", Guidance)
 GUIDANCE_INTERVAL = flags.DEFINE_list(
     "guidance_interval", ["0", "1"], "Only steps that start between these flow times are guided; 0 is noise."
 )
 SOLVER = flags.DEFINE_enum("solver", "euler", list(SOLVERS), "The ODE solver; a Heun step costs two velocities.")
-SHIFT = flags.DEFINE_float("shift", 1.0, "Shifts the step times: below 1 towards the noise, above 1 towards the image.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per batch.", lower_bound=1)
+SHIFT = cli.define_number(
+    "shift", 1.0, "Shifts the step times: below 1 towards the noise, above 1 towards the image.", Shift
+)
+SEED = cli.define_number("seed", 0, "Seed of the noise.", Seed)
+BATCH_SIZE = cli.define_number("batch_size", 64, "Images per batch.", Size)
 OUT = flags.DEFINE_string("out", "samples.png", "The .png file to write the labelled grid to.")
 NPZ = flags.DEFINE_bool("npz", False, "Also write arr_0, uint8 [prompts * num, height, width, 3], beside --out.")
 MESH = flags.DEFINE_list("mesh", ["data=-1"], "The device mesh, e.g. data=2,fsdp=-1; devices draw different images.")

@@ -80,9 +80,9 @@ def changed(section: str, name: str, value: object):
         ),
         (changed("model", "interval_edges", (0.0, 0.2, 0.4, 0.6, 0.9)), "must increase from 0 to 1"),
         (changed("train", "density", "beta"), r"config\.train\.density='beta' must be one of"),
-        (changed("train", "density_shift", 0.0), r"config\.train\.density_shift=0\.0 must be positive"),
-        (changed("train", "answer_batch_size", 0), r"config\.train\.answer_batch_size=0 must be positive"),
-        (changed("eval", "sample_steps", 0), r"config\.eval\.sample_steps=0 must be positive"),
+        (changed("train", "density_shift", 0.0), r"config\.train\.density_shift=0\.0 must be above 0"),
+        (changed("train", "answer_batch_size", 0), r"config\.train\.answer_batch_size=0 must be from 1"),
+        (changed("eval", "sample_steps", 0), r"config\.eval\.sample_steps=0 must be from 1"),
         (changed("eval", "solver", "rk4"), r"config\.eval\.solver='rk4' must be one of"),
         (changed("eval", "guidance_interval", (0.9, 0.1)), r"config\.eval\.guidance_interval"),
         (
@@ -103,7 +103,7 @@ def changed(section: str, name: str, value: object):
             r"config\.pretrain\.batch_size=48 must be a multiple of accumulation=5",
         ),
         (changed("train", "remat", "some"), r"config\.train\.remat='some' must be one of"),
-        (changed("train", "ema_decay", 1.0), r"config\.train\.ema_decay=1\.0 must be in \[0, 1\)"),
+        (changed("train", "ema_decay", 1.0), r"config\.train\.ema_decay=1\.0 must be at least 0 and below 1"),
         (changed("train", "init_from", "runs/a"), r"set pretrain\.init_from to the same run"),
     ],
 )

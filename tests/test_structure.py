@@ -28,7 +28,7 @@ LAYERS = """
     models
     flow
     files
-    errors
+    errors ranges
 """
 LEVELS = {name: level for level, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 PACKAGE = ROOT / "lattejax"

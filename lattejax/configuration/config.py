@@ -15,12 +15,12 @@ from lattejax.configuration.sections import (
     Profile,
     Stage,
     Tokenizer,
-    check,
     check_one_of,
 )
 from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.latte_flow import ModelConfig
 from lattejax.models.qwen2_vl import VLMConfig
+from lattejax.ranges import Natural, Positive, Seed, check_ranges
 
 DTYPES = ("float32", "bfloat16")
 LEAST_MASS = 1e-5  # of the density of flow time, in a group's interval
@@ -28,10 +28,10 @@ LEAST_MASS = 1e-5  # of the density of flow time, in a group's interval
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = 0
+    seed: Seed = 0
     dtype: str = "bfloat16"  # of the computation; or "float32", which master weights always use
-    log_every: int = 100  # steps between lines of metrics
-    most_skipped_steps: int = 100  # per stage, for a loss or gradients that are not finite; one more stops the run
+    log_every: Positive = 100  # steps between lines of metrics
+    most_skipped_steps: Natural = 100  # per stage, for a loss or gradients that are not finite; one more stops the run
     mesh: Mesh = Mesh()
     model: Model = Model()
     images: Images = Images()
@@ -44,9 +44,8 @@ class Config:
     profile: Profile = Profile()
 
     def __post_init__(self):
+        check_ranges(self)
         check_one_of("dtype", self.dtype, DTYPES)
-        check("log_every", self.log_every, self.log_every > 0, "positive")
-        check("most_skipped_steps", self.most_skipped_steps, self.most_skipped_steps >= 0, "at least 0")
         _ = self.model_config  # runs its own checks
         if self.mesh.expert != 1:
             if self.trains_answers or self.model.group_sizes:

@@ -8,6 +8,7 @@ from lattejax.configuration import Config
 from lattejax.data.examples import Questions, Source
 from lattejax.errors import UserError
 from lattejax.evaluation.protocol import Report, Subject
+from lattejax.ranges import Natural, check_ranges
 from lattejax.sampling.answers import Answerer, Decoding
 
 LONGEST_ANSWER = 6  # tokens
@@ -17,16 +18,17 @@ LONGEST_ANSWER = 6  # tokens
 class AnswerAccuracy:
     """The share of `examples` held-out questions (0: all) that greedy decoding answers word for word."""
 
-    examples: int
+    examples: Natural
     judges = "vlm"
+
+    def __post_init__(self):
+        check_ranges(self)
 
     @classmethod
     def open(cls, config: Config, source: Source, *, examples: int | None = None) -> "AnswerAccuracy":
         """`examples` defaults to `config.eval.examples`."""
         if not source.has_questions:
             raise UserError(f"config.data.source={config.data.source!r} has no questions whose answers could be scored")
-        if examples is not None and (type(examples) is not int or examples < 0):
-            raise UserError(f"examples={examples!r} must be a non-negative integer; 0: all of them")
         return cls(config.eval.examples if examples is None else examples)
 
     def __call__(self, subject: Subject) -> Report:

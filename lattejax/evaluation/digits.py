@@ -14,7 +14,8 @@ from lattejax.data.prompts import EncodedPrompt, PromptEncoder
 from lattejax.errors import UserError
 from lattejax.evaluation.frechet import frechet_distance
 from lattejax.evaluation.protocol import Report, Subject
-from lattejax.flow.schedule import Sampling
+from lattejax.flow.schedule import Guidance, Sampling
+from lattejax.ranges import Size, check_ranges
 
 with epy.lazy_imports():
     from sklearn import svm
@@ -64,19 +65,20 @@ class DigitScore:
     at each of several guidance scales; in that case the score of the training images is reported too."""
 
     config: Config
-    images: int
-    guidance: tuple[float, ...] = ()
+    images: Size
+    guidance: tuple[Guidance, ...] = ()
     judges = "pathway"
     num_prompts = CLASSES
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.images % CLASSES:
+            raise ValueError(f"images={self.images} must be a multiple of {CLASSES}")
 
     @classmethod
     def open(cls, config: Config, source: Source, *, images: int, guidance: Sequence[float] = ()) -> "DigitScore":
         if config.data.source != "digits":
             raise UserError(f"config.data.source={config.data.source!r} has no digits to score")
-        if type(images) is not int or images < 1 or images % CLASSES:
-            raise UserError(f"images={images!r} must be a positive multiple of {CLASSES}")
-        for scale in guidance:
-            _with_guidance(config, scale)  # raises for an invalid scale
         return cls(config, images, tuple(guidance))
 
     def prompts(self, encoder: PromptEncoder) -> list[EncodedPrompt]:
@@ -92,7 +94,7 @@ class DigitScore:
             return Report(self._drawn(subject, self.config.eval.sampling))
         figures = {}
         for scale in self.guidance:
-            scores = self._drawn(subject, _with_guidance(self.config, scale))
+            scores = self._drawn(subject, dataclasses.replace(self.config.eval.sampling, guidance=float(scale)))
             figures |= {f"{name}_guidance_{scale:g}": score for name, score in scores.items()}
         return Report(figures | {"frechet_train_test": frechet_train_test()})
 
@@ -105,10 +107,3 @@ class DigitScore:
             seed=self.config.seed,
         )
         return self.score(images)
-
-
-def _with_guidance(config: Config, scale: float) -> Sampling:
-    try:
-        return dataclasses.replace(config.eval.sampling, guidance=float(scale))
-    except ValueError as error:
-        raise UserError(f"guidance={scale!r}: {error}") from error

@@ -73,7 +73,7 @@ def open_evaluator(name: str, settings: dict[str, Any], config: Config, source: 
         evaluator = getattr(importlib.import_module(module), cls).open(config, source, **settings)
     except TypeError as error:  # an unknown setting, or one of the wrong type
         raise UserError(f"{key}={settings!r}: {error}") from error
-    except UserError as error:
+    except (UserError, ValueError) as error:
         raise UserError(f"{key}: {error}") from error
     return Scheduled(name, evaluator, _in_training(evaluator, config) if at == "training" else [at], every)
 

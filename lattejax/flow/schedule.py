@@ -5,37 +5,35 @@ LaTtE-Flow (arXiv 2506.06952): a step runs entirely in the group that owns its s
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from lattejax.flow.intervals import Intervals
 from lattejax.flow.solvers import SOLVERS, Steps
+from lattejax.ranges import Range, Share, check_ranges
 
-MOST_GUIDANCE = 1000.0  # far beyond any useful scale; rejects infinities and typing errors
-LEAST_SHIFT = 0.001  # the largest is its inverse; beyond these, float32 cannot tell the first or the last steps apart
+NumSteps = Annotated[int, Range(1, 10_000)]  # beyond, float32 adds more error than shorter steps save
+Guidance = Annotated[float, Range(0, 1000)]  # far beyond any useful scale
+Shift = Annotated[float, Range(0.001, 1000)]  # beyond, float32 cannot tell the first or the last steps apart
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the flow is integrated."""
 
-    num_steps: int = 40
-    guidance: float = 2.0  # the scale; 1: no guidance
+    num_steps: NumSteps = 40
+    guidance: Guidance = 2.0  # the scale; 1: no guidance
     # Only steps that start at a flow time in [low, high) are guided (Kynkäänniemi et al., arXiv 2404.07724).
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
     solver: str = "euler"
-    shift: float = 1.0  # of the step times, see `flow.densities.Shifted`
+    shift: Shift = 1.0  # of the step times, see `flow.densities.Shifted`
 
     def __post_init__(self):
+        check_ranges(self)
         low, high = self.guidance_interval
-        for name, good, expected in (
-            ("num_steps", self.num_steps > 0, "positive"),
-            ("guidance", 0 <= self.guidance <= MOST_GUIDANCE, f"from 0 to {MOST_GUIDANCE:.0f}"),
-            ("guidance_interval", 0 <= low <= high <= 1, "two increasing flow times from 0 to 1"),
-            ("solver", self.solver in SOLVERS, f"one of {list(SOLVERS)}"),
-            ("shift", LEAST_SHIFT <= self.shift <= 1 / LEAST_SHIFT, f"from {LEAST_SHIFT} to {1 / LEAST_SHIFT:.0f}"),
-        ):
-            if not good:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
+        if low > high:
+            raise ValueError(f"guidance_interval={self.guidance_interval!r} must be two increasing flow times")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver={self.solver!r} must be one of {list(SOLVERS)}")
 
 
 class Segment(NamedTuple):

@@ -7,8 +7,7 @@ Axes: B batch, H row, W column of an image, h and w of latents, C latent channel
 """
 
 import dataclasses
-import math
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from lattejax.models.dc_ae import DCAEConfig
 from lattejax.models.functional import Params
 from lattejax.models.pixels import PixelConfig
 from lattejax.models.taesd import TAESDConfig
+from lattejax.ranges import Range, check_ranges
 
 
 @runtime_checkable
@@ -37,6 +37,10 @@ NETWORKS = {DCAEConfig: dc_ae, TAESDConfig: taesd, PixelConfig: pixels}
 PIXELS = "pixels"  # the autoencoder without weights
 
 
+Scale = Annotated[float, Range(0, 1e6, above=True)]
+Shift = Annotated[float, Range(-1e6, 1e6)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
     """A network, and the map between its latents z and those that the flow sees, (z - shift) * scale.
@@ -46,14 +50,11 @@ class Autoencoder:
     """
 
     network: NetworkConfig
-    scale: float = 1.0
-    shift: float = 0.0
+    scale: Scale = 1.0
+    shift: Shift = 0.0
 
     def __post_init__(self):
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale={self.scale!r} must be positive and finite")
-        if not math.isfinite(self.shift):
-            raise ValueError(f"shift={self.shift!r} must be finite")
+        check_ranges(self)
 
     def init(self, key: jax.Array) -> Params:
         """Returns random weights: `encoder` and `decoder`."""

@@ -7,7 +7,7 @@ Axes: B batch, T token, S cached token, L layer, H query head, G KV head, D widt
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 from einops import rearrange
@@ -20,24 +20,29 @@ from lattejax.models.functional import Params
 from lattejax.models.layers import Layers
 from lattejax.models.linear import Linear
 from lattejax.models.rotary import Rotary, multimodal_rotary, rotate
+from lattejax.ranges import Range, Size, check_ranges
+
+MOST_POSITIONS = 32_768  # tokens that Qwen2-VL reads: its max_position_embeddings
+Part = Annotated[int, Range(0, 2**20)]  # of a head's frequencies, for time, rows or columns
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
     """Geometry of the language model; the defaults are Qwen2-VL-2B's."""
 
-    vocab_size: int = 151_936
-    hidden_size: int = 1536
-    intermediate_size: int = 8960
-    num_layers: int = 28
-    num_heads: int = 12
-    num_kv_heads: int = 2
-    rope_theta: float = 1_000_000.0
-    mrope_section: tuple[int, int, int] = (16, 24, 24)
-    rms_norm_eps: float = 1e-6
+    vocab_size: Size = 151_936
+    hidden_size: Size = 1536
+    intermediate_size: Size = 8960
+    num_layers: Annotated[int, Range(1, 1000)] = 28
+    num_heads: Size = 12
+    num_kv_heads: Size = 2
+    rope_theta: Annotated[float, Range(1, 1e12)] = 1_000_000.0
+    mrope_section: tuple[Part, Part, Part] = (16, 24, 24)
+    rms_norm_eps: Annotated[float, Range(0, 0.1)] = 1e-6
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
+        check_ranges(self)
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size} "

@@ -8,7 +8,7 @@ E vision width.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +22,32 @@ from lattejax.models.functional import Params
 from lattejax.models.layers import Layers
 from lattejax.models.linear import Linear
 from lattejax.models.rotary import Rotary, rotate, vision_rotary
+from lattejax.ranges import Range, Size, check_ranges
+
+Factor = Annotated[int, Range(1, 1024)]
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """Geometry of the vision tower; the defaults are Qwen2-VL-2B's."""
 
-    depth: int = 32
-    embed_dim: int = 1280
-    num_heads: int = 16
-    mlp_ratio: int = 4
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    in_channels: int = 3
-    hidden_size: int = 1536  # of the language model
+    depth: Annotated[int, Range(0, 1000)] = 32
+    embed_dim: Size = 1280
+    num_heads: Size = 16
+    mlp_ratio: Factor = 4
+    patch_size: Factor = 14
+    temporal_patch_size: Factor = 2
+    spatial_merge_size: Factor = 2
+    in_channels: Factor = 3
+    hidden_size: Size = 1536  # of the language model
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.embed_dim % (4 * self.num_heads):
+            raise ValueError(
+                f"embed_dim={self.embed_dim} must be a multiple of 4 * num_heads, {4 * self.num_heads}: rows and "
+                "columns each rotate pairs of a head"
+            )
 
     @property
     def patch_dim(self) -> int:

@@ -10,7 +10,7 @@ Axes: B batch, V vocabulary.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,16 @@ from lattejax.data.prompts import EncodedPrompt, PromptEncoder
 from lattejax.models import qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import DecodeState, Prompts, VLMConfig
+from lattejax.models.text import MOST_POSITIONS
 from lattejax.parallel import hosts
+from lattejax.ranges import Range, Seed, check_ranges
 from lattejax.sampling.padding import bucket, padded
 from lattejax.weights.pretrained import Pretrained
 
 LEAST_TEMPERATURE = 1e-6  # below this, logits divided by it overflow float32
+MaxTokens = Annotated[int, Range(1, MOST_POSITIONS)]
+Temperature = Annotated[float, Range(0, 1000)]
+TopP = Annotated[float, Range(0, 1, above=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +43,15 @@ class Decoding:
     tokens with a total probability of `top_p`; the samples of the n-th prompt are a function of `seed` and n.
     """
 
-    max_tokens: int = 256  # of an answer, including the stop token
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    max_tokens: MaxTokens = 256  # of an answer, including the stop token
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    seed: Seed = 0
 
     def __post_init__(self):
-        for name, good, expected in (
-            ("max_tokens", self.max_tokens > 0, "positive"),
-            ("temperature", self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE, "0 or at least 1e-6"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("seed", 0 <= self.seed < 2**63, "in [0, 2^63)"),
-        ):
-            if not good:
-                raise ValueError(f"{name}={getattr(self, name)} must be {expected}")
+        check_ranges(self)
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"temperature={self.temperature} must be 0 or at least {LEAST_TEMPERATURE}")
 
 
 class TokenSampling(NamedTuple):

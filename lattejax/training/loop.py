@@ -43,7 +43,7 @@ class StageRecipe:
     batches: Streams
     evaluate: Callable[[TrainState], Report]
     flops_per_example: float  # in a training step, in closed form
-    profile: Profile = Profile(start=0, steps=0)
+    profile: Profile = Profile()
 
     def place(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Moves the rows of a batch that this process has read to its devices."""

@@ -69,7 +69,7 @@ def test_a_shifted_time_on_an_edge_equals_that_edge(shift, steps, groups):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(num_steps=0), "num_steps=0 must be positive"),
+        (dict(num_steps=0), "num_steps=0 must be from 1"),
         (dict(guidance_interval=(0.5, 0.2)), r"guidance_interval=\(0\.5, 0\.2\) must be two increasing"),
         (dict(guidance_interval=(-0.5, 0.2)), "guidance_interval"),
         (dict(solver="rk4"), r"solver='rk4' must be one of \['euler', 'heun'\]"),
