@@ -17,7 +17,6 @@ take at the best rate that this machine reached between the repeats.
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -30,7 +29,8 @@ from lattejax.benchmarks.measuring import Work
 from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import prompt_encoder
-from lattejax.errors import UserError
+from lattejax.errors import UserError, parsing
+from lattejax.files import output_file, parse_json, read_text, resolve_path, write_with
 from lattejax.flow.schedule import Guidance, NumSteps
 from lattejax.models.text import MOST_POSITIONS
 from lattejax.ranges import Range, Size
@@ -57,8 +57,8 @@ RECORDS = cli.define_number(
 )
 REPEATS = cli.define_number("repeats", 5, "Timed rounds, after one untimed warm-up.", Annotated[int, Range(1, 10_000)])
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
-RESULTS = flags.DEFINE_string("results", "", "For plot: a file of JSON lines.")
-OUT = flags.DEFINE_string("out", "speed.png", "For plot: the image file to write.")
+RESULTS = cli.define_path("results", None, "For plot: a file of JSON lines.")
+OUT = cli.define_path("out", "speed.png", "For plot: the image file to write.")
 
 
 def main(what: str) -> None:
@@ -95,13 +95,16 @@ def data(config: Config) -> dict:
 
 
 def plot(results: str, out: str) -> None:
-    try:
-        found = [json.loads(line) for line in Path(results).read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"--results={results}: {error}") from error
+    if results is None:
+        raise UserError("--results is missing: the file to plot")
+    lines = read_text(resolve_path(results)).splitlines()
+    found = [parse_json(line, f"--results={results}, line {number},") for number, line in enumerate(lines, 1)]
     if not found or any((one.get("benchmark"), one.get("against")) != ("sample", "torch") for one in found):
         raise UserError(f"--results={results} must hold one JSON object per line, from sample --against=torch --json")
-    speed.plot_by_groups(found).savefig(out, dpi=120)
+    path = output_file(out, ".png")
+    with parsing(f"--results={results}"):
+        figure = speed.plot_by_groups(found)
+    write_with(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def check_baseline(what: str, config: Config) -> None:

@@ -23,9 +23,9 @@ from lattejax.runs.inference import inference_weights
 from lattejax.runs.run import Run
 from lattejax.sampling.answers import Answerer, Decoding, MaxTokens, Temperature, TopP
 
-WEIGHTS = flags.DEFINE_string("weights", None, "Converted weights: a directory written by lattejax.convert.")
-WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.")
-IMAGE = flags.DEFINE_multi_string("image", [], "An image file to ask about; repeatable and optional.")
+WEIGHTS = cli.define_path("weights", None, "Converted weights: a directory written by lattejax.convert.")
+WORKDIR = cli.define_path("workdir", None, "A run's directory.")
+IMAGE = cli.define_paths("image", "An image file to ask about; repeatable and optional.")
 QUESTION = flags.DEFINE_string("question", None, "The question.")
 SYSTEM = flags.DEFINE_string("system", None, "The system prompt; default: the chat template's.")
 MAX_TOKENS = cli.define_number("max_tokens", 256, "Maximum length of an answer, in tokens.", MaxTokens)

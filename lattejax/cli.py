@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from jax.sharding import Mesh
 
 from lattejax import configuration
 from lattejax.configuration.earlier import RETIRED
-from lattejax.errors import UserError
+from lattejax.errors import UserError, first_line, one_line, refusal
+from lattejax.interrupts import Interrupted, interruptible
 from lattejax.parallel import hosts
 from lattejax.parallel.mesh import make_mesh
 from lattejax.ranges import Natural, Range, range_of
@@ -44,6 +46,7 @@ def run(
             app.usage(writeto_stdout=True)
             sys.exit(0)
         try:
+            check_text(argv[1:])
             check(argv[1:])
             rest = flags.FLAGS(argv)
             if commands and (not rest[1:] or rest[1] not in commands):
@@ -59,13 +62,33 @@ def run(
 
     def guarded(argv: list[str]) -> None:
         try:
-            main(*argv[1:])
+            with interruptible():
+                main(*argv[1:])
         except UserError as error:
             fail(error)
+        except Interrupted as interrupted:
+            interrupted.end_process()
+        except BrokenPipeError:  # whoever reads the output has stopped reading
+            os._exit(128 + signal.SIGPIPE)
+        except Exception as error:
+            if (refused := refusal(error)) is None:
+                hosts.announce_failure(first_line(error))
+                raise
+            logging.vlog(1, "%s", traceback.format_exc())  # with --verbosity=1
+            fail(UserError(refused))
 
     logging.set_verbosity(logging.WARNING)
     enable_compilation_cache()
     app.run(guarded, flags_parser=parse)
+
+
+def check_text(arguments: list[str]) -> None:
+    """Raises `UserError` for an argument whose bytes are not UTF-8."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{argument.encode(errors='backslashreplace').decode()} is not UTF-8") from None
 
 
 def rename_key(argument: str) -> str:
@@ -102,6 +125,30 @@ def enable_compilation_cache() -> None:
 def define_number(name: str, default: float | None, text: str, kind: Any) -> flags.FlagHolder:
     """Defines a flag for a number of an annotated type, see `ranges`."""
     return flags.DEFINE(NumberParser(*range_of(kind)), name, default, text, serializer=flags.ArgumentSerializer())
+
+
+def define_path(name: str, default: str | None, text: str) -> flags.FlagHolder:
+    """Defines a flag for a file or a directory."""
+    return flags.DEFINE(PathParser(), name, default, text, serializer=flags.ArgumentSerializer())
+
+
+def define_paths(name: str, text: str) -> flags.FlagHolder:
+    """Defines a flag for any number of files."""
+    return flags.DEFINE_multi(PathParser(), flags.ArgumentSerializer(), name, [], text)
+
+
+class PathParser(flags.ArgumentParser):
+    """Parses a path."""
+
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        if not argument.strip():
+            raise ValueError("it is empty; give a path, or leave the flag out")
+        return argument
+
+    def flag_type(self) -> str:
+        return "path"
 
 
 class NumberParser(flags.ArgumentParser):
@@ -153,7 +200,13 @@ def read_mesh(sizes: list[str]) -> Mesh:
 
 
 def fail(error: Exception) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Ends the process with one line on standard error, in UTF-8, and exit code 2; in a job of several, all of them."""
+    line = one_line(f"error: {error}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.stderr.buffer.write(line.encode(errors="backslashreplace") + b"\n")
+    sys.stderr.flush()
+    hosts.announce_failure(str(error))
     sys.exit(2)
 
 
@@ -164,7 +217,7 @@ def check_config_flags(arguments: list[str], section: str = "", others: tuple[st
     """
     for argument in arguments:
         name, _, value = argument.lstrip("-").partition("=")
-        if name == "config" and value and not Path(value.partition(":")[0]).is_file():
+        if name == "config" and not Path(value.partition(":")[0]).is_file():
             raise UserError(f"--config={value}: there is no such file")
         if name.startswith(f"config.{section}"):
             configuration.check_key(name.removeprefix(f"config.{section}"))

@@ -21,8 +21,8 @@ from lattejax.runs.run import Run
 from lattejax.weights import autoencoders, diffusers, hugging_face, pretrained
 from lattejax.weights.pretrained import Pretrained
 
-SOURCE = flags.DEFINE_string("source", None, "The checkpoint or run to convert: a hub id or a directory.")
-OUT = flags.DEFINE_string("out", None, "The directory to create; it must not exist yet, or be empty.")
+SOURCE = cli.define_path("source", None, "The checkpoint or run to convert: a hub id or a directory.")
+OUT = cli.define_path("out", None, "The directory to create; it must not exist yet, or be empty.")
 TO = flags.DEFINE_enum(
     "to",
     "lattejax",

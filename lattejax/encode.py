@@ -16,7 +16,7 @@ from lattejax.errors import UserError
 from lattejax.ranges import Natural, Size
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
-OUT = flags.DEFINE_string("out", None, "The directory of the latents.")
+OUT = cli.define_path("out", None, "The directory of the latents.")
 WORKER = cli.define_number("worker", 0, "Index of this worker, from 0.", Natural)
 WORKERS = cli.define_number("workers", 1, "Number of processes that encode into --out.", Size)
 flags.mark_flags_as_required(["config", "out"])

@@ -9,27 +9,23 @@ JSON. With --out they are also written there, with pictures beside the file.
 import json
 
 from absl import flags
-from etils import epath
 
 from lattejax import cli
-from lattejax.errors import UserError
-from lattejax.files import write_atomically, write_with
+from lattejax.files import output_file, write_atomically, write_with
 from lattejax.parallel import hosts
 from lattejax.runs.run import Run
 from lattejax.training.scores import as_json, scores_on_demand
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory, or an export.")
+WORKDIR = cli.define_path("workdir", None, "A run's directory, or an export.")
 SCORES = flags.DEFINE_list("scores", [], "Scores: names in the run's config.eval.evaluators, or kinds of score.")
-OUT = flags.DEFINE_string("out", "", "The .json file to write the figures to; pictures are written beside it.")
+OUT = cli.define_path("out", None, "The .json file to write the figures to; pictures are written beside it.")
 MESH = flags.DEFINE_list("mesh", ["data=-1"], "The device mesh, e.g. data=2,fsdp=-1.")
 connect = cli.define_cluster_flags()
 flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
-    out = epath.Path(OUT.value) if OUT.value else None
-    if out is not None and out.suffix != ".json":
-        raise UserError(f"--out={out} must end in .json")
+    out = None if OUT.value is None else output_file(OUT.value, ".json")
     connect()
     report = scores_on_demand(Run.open(WORKDIR.value, cli.read_mesh(MESH.value)), SCORES.value)
     if not hosts.is_first():

@@ -1,4 +1,8 @@
-"""Atomic file writes, on a local disk or in a remote store: a killed process leaves the old file or the new one."""
+"""Reading and writing files, on a local disk or in a remote store.
+
+Writes are atomic: a killed process leaves the old file or the new one. Reads are of ordinary files of a sensible size:
+anything else at their place is an error, never a wait.
+"""
 
 import contextlib
 import io
@@ -8,11 +12,20 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from etils import epath
 
-from lattejax.errors import UserError
+from lattejax.errors import UserError, refusal
+from lattejax.leases import one_writer
+
+STORES = ("gs://", "s3://", "az://")
+MOST_BYTES = 1 << 28  # of a file that is read in one piece: descriptions, pictures, tokenizers
+TEMPORARY, PARTIAL = ".tmp", ".partial-"  # in the names of unfinished files and directories
+
+
+# ---- Paths
 
 
 def is_remote(path: epath.Path) -> bool:
@@ -20,31 +33,105 @@ def is_remote(path: epath.Path) -> bool:
     return "://" in os.fspath(path)
 
 
-def write_atomically(path: epath.Path, data: bytes) -> None:
-    """Writes a file and creates its parent directories.
-
-    Writes of remote objects are atomic already; on a local disk a rename makes them so.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if is_remote(path):
-        path.write_bytes(data)
-    else:
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # several processes may write one file
-        temporary.write_bytes(data)
-        temporary.replace(path)
-
-
-def write_with(path: epath.Path, save: Callable[[BinaryIO], None]) -> None:
-    """Lets `save` write to a file in memory, and writes that."""
-    file = io.BytesIO()
-    save(file)
-    write_atomically(path, file.getvalue())
-
-
 def resolve_path(path: str | os.PathLike) -> epath.Path:
-    """Returns a local path, absolute as Orbax requires, or a remote path unchanged."""
-    path = epath.Path(path)
-    return path if is_remote(path) else path.expanduser().resolve()
+    """Returns a local path, absolute as Orbax requires, or a remote path unchanged.
+
+    Raises:
+      UserError: it is empty, of a user or a store that is unknown, or too long.
+    """
+    text = os.fspath(path)
+    if not text.strip() or "\0" in text:
+        raise UserError(f"the path {text!r} is no path")
+    if "://" in text:
+        store = text.partition("://")[0] + "://"
+        if store not in STORES:
+            raise UserError(f"{text} is in an unknown store; known are {', '.join(STORES)} and local disks")
+        return epath.Path(path)
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise UserError(f"{text} is in the home directory of an unknown user; write ./{text} for a directory here")
+    try:
+        return epath.Path(expanded).resolve()
+    except (RuntimeError, OSError) as error:  # a loop of symbolic links
+        raise UserError(f"{text} cannot be resolved: {error}") from error
+
+
+def check_name(name: str, where: str) -> None:
+    """Raises `UserError` for a file name that a listing gives and that would leave the listing's directory."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith(("/", "~")) or ".." in parts or "\0" in name or "\\" in name:
+        raise UserError(f"{where} names {name!r:.100}, which is not in its directory")
+
+
+# ---- Reading
+
+
+def check_file(path: epath.Path) -> None:
+    """Raises `UserError` unless there is an ordinary file of at most `MOST_BYTES`."""
+    with readable(path):
+        if is_remote(path):
+            if not path.exists():
+                raise UserError(f"there is no {path}")
+            return
+        if not os.path.exists(path):
+            raise UserError(f"there is no {path}")
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is not a file")
+        if (size := os.path.getsize(path)) > MOST_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, more than the {MOST_BYTES:,} that are read in one piece")
+
+
+def check_files(directory: epath.Path) -> None:
+    """Raises `UserError` if a directory, whose files a library will read, has something else: a device, a pipe, a link
+    to nothing."""
+    if is_remote(directory):
+        return
+    with readable(directory):
+        for entry in os.scandir(directory):
+            if not (entry.is_file() or entry.is_dir()):
+                raise UserError(f"{entry.path} is not a file")
+
+
+@contextlib.contextmanager
+def readable(path: epath.Path) -> Iterator[None]:
+    """Within it, an error of the system is a `UserError` about a file that is read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_bytes(path: epath.Path) -> bytes:
+    """Reads a file in one piece; raises `UserError` if it cannot be read, or is not an ordinary file."""
+    check_file(path)
+    with readable(path):
+        return path.read_bytes()
+
+
+def read_text(path: epath.Path) -> str:
+    """The same as UTF-8, without a byte order mark."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from error
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object; raises `UserError` if it holds something else or is truncated."""
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """Parses a JSON object; raises `UserError`, with `name`, if it is something else."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{name} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{name} is not valid JSON: it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{name} holds a JSON {type(value).__name__}, expected an object")
+    return value
 
 
 @contextlib.contextmanager
@@ -60,12 +147,87 @@ def local_files(directory: epath.Path) -> Iterator[str]:
         yield local
 
 
+# ---- Writing
+
+
+def write_atomically(path: epath.Path, data: bytes) -> None:
+    """Writes a file and creates its parent directories.
+
+    Writes of remote objects are atomic already; on a local disk a rename makes them so.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")  # several processes may write one file
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_with(path: epath.Path, save: Callable[[BinaryIO], None]) -> None:
+    """Lets `save` write to a file in memory, and writes that."""
+    file = io.BytesIO()
+    save(file)
+    write_atomically(path, file.getvalue())
+
+
+def output_file(path: str, suffix: str, flag: str = "--out") -> epath.Path:
+    """Returns the path of a file to write, before any work is done for it.
+
+    Raises:
+      UserError: it has another suffix, is a directory, or cannot be written.
+    """
+    if not path.endswith(suffix):
+        raise UserError(f"{flag}={path} must end in {suffix}")
+    file = resolve_path(path)
+    if file.is_dir():
+        raise UserError(f"{flag}={path} is a directory")
+    check_writable(file, f"{flag}={path}")
+    return file
+
+
+def check_writable(path: epath.Path, name: str) -> None:
+    """Raises `UserError`, with `name`, unless a file or directory can be created at `path`; leaves nothing there."""
+    if is_remote(path):
+        return
+    created = [parent for parent in path.parents if not os.path.lexists(parent)]
+    try:
+        write_atomically(path.with_name(path.name + ".check"), b"")
+    except OSError as error:
+        raise UserError(f"{name} cannot be written: {refusal(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):  # what was not created
+            path.with_name(path.name + ".check").unlink(missing_ok=True)
+            for parent in created:
+                parent.rmdir()
+
+
+def remove_leftovers(directory: epath.Path, pattern: str = "*") -> None:
+    """Removes what killed processes have left in a directory: unfinished files and directories.
+
+    Only the one process that writes there may call this, see `leases`.
+    """
+    if is_remote(directory):
+        return
+    for marker in (f"{pattern}{TEMPORARY}", f"{pattern}{PARTIAL}*"):
+        for left in directory.glob(marker):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
     """Yields a directory to fill, which becomes `path` when the block succeeds; an exception leaves nothing at `path`.
 
     Until then it is beside `path`, under the name of `path` with ".partial-" and some digits; a killed process leaves
-    it. A remote store has no rename: there the block fills `path` itself, and should write last what readers check for.
+    it, and the next one removes it. A remote store has no rename: there the block fills `path` itself, and should write
+    last what readers check for.
 
     Raises:
       UserError: there is something at `path` already, or it cannot be written.
@@ -77,28 +239,15 @@ def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
         path.mkdir(parents=True, exist_ok=True)
         yield path
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-        partial.mkdir()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object; raises `UserError` if it holds something else or is truncated."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {path}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
+    check_writable(path, os.fspath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with one_writer(path.with_name(f".{path.name}"), os.fspath(path)):
+        remove_leftovers(path.parent, path.name)
+        partial = path.with_name(f"{path.name}{PARTIAL}{secrets.token_hex(4)}")
+        try:
+            partial.mkdir()
+            yield partial
+            os.replace(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise

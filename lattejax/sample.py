@@ -5,12 +5,11 @@ python -m lattejax.sample --workdir=runs/digits --prompt="a handwritten seven" -
 
 import numpy as np
 from absl import flags
-from etils import epath
 
 from lattejax import cli
 from lattejax.data.images import open_image
 from lattejax.errors import UserError
-from lattejax.files import write_with
+from lattejax.files import output_file, write_with
 from lattejax.flow.schedule import Guidance, NumSteps, Sampling, Shift
 from lattejax.flow.solvers import SOLVERS
 from lattejax.parallel import hosts
@@ -19,10 +18,10 @@ from lattejax.runs.run import Run
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.")
-AUTOENCODER = flags.DEFINE_string("autoencoder", "", "The run's autoencoder, if it has moved.")
+WORKDIR = cli.define_path("workdir", None, "A run's directory.")
+AUTOENCODER = cli.define_path("autoencoder", None, "The run's autoencoder, if it has moved.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; repeatable.")
-IMAGE = flags.DEFINE_multi_string("image", [], "An image file that every prompt is conditioned on; repeatable.")
+IMAGE = cli.define_paths("image", "An image file that every prompt is conditioned on; repeatable.")
 NEGATIVE_PROMPT = flags.DEFINE_multi_string(
     "negative_prompt",
     [],
@@ -40,7 +39,7 @@ SHIFT = cli.define_number(
 )
 SEED = cli.define_number("seed", 0, "Seed of the noise.", Seed)
 BATCH_SIZE = cli.define_number("batch_size", 64, "Images per batch.", Size)
-OUT = flags.DEFINE_string("out", "samples.png", "The .png file to write the labelled grid to.")
+OUT = cli.define_path("out", "samples.png", "The .png file to write the labelled grid to.")
 NPZ = flags.DEFINE_bool("npz", False, "Also write arr_0, uint8 [prompts * num, height, width, 3], beside --out.")
 MESH = flags.DEFINE_list("mesh", ["data=-1"], "The device mesh, e.g. data=2,fsdp=-1; devices draw different images.")
 connect = cli.define_cluster_flags()
@@ -71,9 +70,7 @@ def read_negative_prompts() -> list[str]:
 
 
 def main() -> None:
-    out = epath.Path(OUT.value)
-    if out.suffix != ".png":
-        raise UserError(f"--out={out} must end in .png")
+    out = output_file(OUT.value, ".png")
     sampling = read_sampling()
     read_negative_prompts()  # raises before anything is read
     connect()
@@ -81,7 +78,7 @@ def main() -> None:
     images = [run.encoder.read_image(open_image(path)) for path in IMAGE.value]
     prompts = [run.encoder.drawing(prompt, images) for prompt in PROMPT.value]
     negative = [run.encoder.drawing(prompt, images) for prompt in read_negative_prompts()]
-    sampler = ImageSampler.of(run, run.params(run.config.dtype), AUTOENCODER.value)
+    sampler = ImageSampler.of(run, run.params(run.config.dtype), AUTOENCODER.value or "")
     settings = dict(images_per_prompt=NUM.value, batch_size=BATCH_SIZE.value, seed=SEED.value)
     images = sampler(prompts, sampling, negative=negative, **settings)
     if not hosts.is_first():

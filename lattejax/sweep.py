@@ -6,28 +6,22 @@ Run the same command again to resume an interrupted sweep. Keys of the base conf
 --config.base.train.steps=500.
 """
 
-import sys
-
 from absl import flags
 from ml_collections import config_flags
 
 from lattejax import cli
 from lattejax.sweeps.sweep import resolve_sweep, run_sweep
-from lattejax.training.interrupt import Interrupted, InterruptGuard
+from lattejax.training.interrupt import InterruptGuard
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The sweep: a file with get_config().")
-WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the sweep's runs, table and plots.")
+WORKDIR = cli.define_path("workdir", None, "The directory of the sweep's runs, table and plots.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
     sweep = resolve_sweep(CONFIG.value)
     with InterruptGuard(at_once=True) as guard:
-        try:
-            print(run_sweep(sweep, WORKDIR.value, guard))
-        except Interrupted as interrupted:
-            print(interrupted, file=sys.stderr)
-            sys.exit(interrupted.exit_code)
+        print(run_sweep(sweep, WORKDIR.value, guard))
 
 
 if __name__ == "__main__":

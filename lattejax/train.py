@@ -6,7 +6,6 @@ Exit code 2 means bad input: fix it first.
 """
 
 import json
-import sys
 
 import jax
 from absl import flags
@@ -15,11 +14,11 @@ from ml_collections import config_flags
 from lattejax import cli, configuration
 from lattejax.errors import UserError
 from lattejax.parallel import hosts
-from lattejax.training.interrupt import Interrupted, InterruptGuard
+from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.stages import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
-WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; may be remote (gs://…).")
+WORKDIR = cli.define_path("workdir", None, "The run's directory; may be remote (gs://…).")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every key, mark those that are not default, and exit.")
 NOTICE = flags.DEFINE_string("preemption_notice", "", "A URL that answers TRUE when the machine will be preempted.")
 connect = cli.define_cluster_flags()
@@ -33,13 +32,9 @@ def main() -> None:
     if WORKDIR.value is None:
         raise UserError("--workdir is missing: give the directory for the run's files")
     with InterruptGuard(at_once=True, notice=NOTICE.value) as guard:
-        try:
-            connect()
-            guard.multi_process = jax.process_count() > 1
-            results = train(config, WORKDIR.value, guard)
-        except Interrupted as interrupted:
-            print(interrupted, file=sys.stderr)
-            sys.exit(interrupted.exit_code)
+        connect()
+        guard.multi_process = jax.process_count() > 1
+        results = train(config, WORKDIR.value, guard)
     if hosts.is_first():
         print(json.dumps(results, indent=2))
 

@@ -43,11 +43,11 @@ def test_a_directory_appears_when_everything_is_written_or_not_at_all(tmp_path):
         pass
 
 
-def test_of_two_concurrent_writers_one_complete_directory_appears(tmp_path):
-    with pytest.raises(OSError), new_directory(tmp_path / "out") as slow:
-        (slow / "a").write_text("slow")
-        with new_directory(tmp_path / "out") as fast:
-            (fast / "a").write_text("fast")
-            (fast / "b").write_text("fast")
-    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"a": "fast", "b": "fast"}
+def test_of_two_concurrent_writers_the_second_is_refused(tmp_path):
+    with new_directory(tmp_path / "out") as first:
+        (first / "a").write_text("first")
+        second = new_directory(tmp_path / "out")
+        with pytest.raises(UserError, match=f"is being written by process {os.getpid()} on .* since 20"), second:
+            pass
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"a": "first"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

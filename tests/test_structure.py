@@ -28,7 +28,8 @@ LAYERS = """
     models
     flow
     files
-    errors ranges
+    leases
+    errors interrupts ranges
 """
 LEVELS = {name: level for level, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 PACKAGE = ROOT / "lattejax"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from etils import epath
 
@@ -21,8 +22,16 @@ class Identity:
     def load(cls, path: epath.Path) -> "Identity":
         """Reads a file that `save` wrote; raises `UserError` if it is invalid."""
         values = read_json(path)
-        if values.keys() != {field.name for field in dataclasses.fields(cls)}:
-            raise UserError(f"{path} does not describe the autoencoder of its latents: {values!r:.200}")
+        return cls.parse(values, str(path))
+
+    @classmethod
+    def parse(cls, values: Any, where: str) -> "Identity":
+        """Checks an identity from a JSON file; `where` names the file."""
+        kinds = {"sha256": (str,), "scale": (int, float), "shift": (int, float)}
+        if not isinstance(values, dict) or values.keys() != kinds.keys():
+            raise UserError(f"{where} does not describe the autoencoder of its latents: {values!r:.200}")
+        if wrong := [key for key, value in values.items() if type(value) not in kinds[key]]:
+            raise UserError(f"{where} describes an autoencoder with a wrong {', '.join(wrong)}: {values!r:.200}")
         return cls(**values)
 
     def save(self, path: epath.Path) -> None:

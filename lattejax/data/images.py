@@ -6,18 +6,15 @@ from typing import BinaryIO
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from lattejax.errors import UserError
+from lattejax.errors import parsing
+from lattejax.files import read_bytes, resolve_path
 
 
 def open_image(path: epath.PathLike) -> Image.Image:
     """Opens an image file, rotated by its EXIF orientation; raises `UserError` if it is missing or not an image."""
-    file = epath.Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: there is no such file")
-    with file.open("rb") as opened:
-        return on_white(decode_image(opened, str(path)))
+    return on_white(decode_image(io.BytesIO(read_bytes(resolve_path(path))), str(path)))
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -34,14 +31,12 @@ def decode_image(opened: BinaryIO | io.BytesIO, name: str, *, turn: bool = True)
     Raises:
       UserError: it cannot be read, or its grey levels are not of 8 bits, for which no conversion is defined.
     """
-    try:
+    with parsing(f"the image {name}"):
         image = Image.open(opened)
         image.load()
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
         return ImageOps.exif_transpose(image) if turn else image
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{name} cannot be read as an image: {error}") from error
 
 
 def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:

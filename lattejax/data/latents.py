@@ -26,8 +26,8 @@ from lattejax.data.examples import Drawing
 from lattejax.data.identity import Identity
 from lattejax.data.pipeline import every
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder
-from lattejax.errors import UserError, require
-from lattejax.files import is_remote, read_json, resolve_path
+from lattejax.errors import UserError, parsing, require
+from lattejax.files import check_name, is_remote, read_json, resolve_path
 
 with epy.lazy_imports():
     import tensorflow_datasets as tfds
@@ -66,6 +66,18 @@ class Shard:
     sha256: str
     unreadable: list[str]  # the skipped pictures, each with the reason
     contents: str = ""  # a hash of its latents and captions, in order; empty if the file is older than this field
+
+    @classmethod
+    def parse(cls, values: Any, where: epath.Path) -> "Shard":
+        """Checks a description from a JSON file; raises `UserError`, with `where`, if it is none."""
+        kinds = {"file": str, "records": int, "bytes": int, "sha256": str, "unreadable": list, "contents": str}
+        if not isinstance(values, dict) or not kinds.keys() - {"contents"} <= values.keys() <= kinds.keys():
+            raise UserError(f"{where} does not describe a file of latents: {values!r:.200}")
+        wrong = [key for key, value in values.items() if type(value) is not kinds[key]]
+        if wrong or values["records"] < 0 or values["bytes"] < 0:
+            raise UserError(f"{where} describes a file of latents with a wrong {', '.join(wrong) or 'size'}")
+        check_name(values["file"], str(where))
+        return cls(**values)
 
 
 class File(NamedTuple):
@@ -144,9 +156,11 @@ class LatentDrawings:
         from tensorflow_datasets.core.decode import DeserializeMethod
         from tensorflow_datasets.proto import tf_example_pb2
 
-        builder = tfds.builder_from_directory(directory)
-        # Decoded here, because decoding by tensorflow-datasets takes three times as long.
-        self.records = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
+        with parsing(f"the description of the latents in {directory}"):
+            builder = tfds.builder_from_directory(directory)
+            # Decoded here, because decoding by tensorflow-datasets takes three times as long.
+            self.records = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
+        self._name = f"the {split} split of the latents in {directory}; encode them again:"
         self._example = tf_example_pb2.Example
         self.latent_shape = latent_shape
 
@@ -154,7 +168,8 @@ class LatentDrawings:
         return len(self.records)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Drawing]:
-        return [self._decode(record) for record in self.records.__getitems__(list(indices))]
+        with parsing(self._name):
+            return [self._decode(record) for record in self.records.__getitems__(list(indices))]
 
     def _decode(self, record: bytes) -> Drawing:
         feature = self._example.FromString(record).features.feature
@@ -192,14 +207,15 @@ class LatentSource:
         if not (directory / MANIFEST).is_file():
             raise UserError(f"config.data.latents={data.latents!r} has no {MANIFEST}; complete it with lattejax.encode")
         require("tensorflow_datasets", "data", "training on latents")
-        manifest = read_json(directory / MANIFEST)
-        try:
-            encoding, shards = manifest["encoding"], [Shard(**shard) for shard in manifest["shards"]]
-            made_by = Identity(**encoding["autoencoder"])
+        file = directory / MANIFEST
+        manifest = read_json(file)
+        with parsing(f"{file}, which lattejax.encode writes,"):
+            encoding, shards = manifest["encoding"], [Shard.parse(shard, file) for shard in manifest["shards"]]
+            made_by = Identity.parse(encoding["autoencoder"], str(file))
             made = {"image_size": encoding["image_size"], "latent_shape": tuple(encoding["latent_shape"])}
             captions = tuple(manifest["captions"] or ())
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{directory / MANIFEST} was not written by lattejax.encode: {error!r}") from error
+            if not all(isinstance(caption, str) for caption in captions):
+                raise TypeError("its captions are no texts")
         made_by.check(autoencoder(), data.latents, data.autoencoder)
         for key, value in made.items():
             if getattr(data, key) != value:

@@ -11,16 +11,26 @@ from PIL import Image
 
 from lattejax.configuration import Config
 from lattejax.data.images import on_white
-from lattejax.data.tokenizer import IMAGE_PAD, TEXT_END, TURN_END, VISION_START, Tokenizer
-from lattejax.errors import UserError
+from lattejax.data.tokenizer import (
+    IMAGE_PAD,
+    TEXT_END,
+    TURN_END,
+    VISION_START,
+    Tokenizer,
+    check_unicode,
+    has_special_tokens,
+    mark_special_tokens,
+    tokenize_marked,
+    unused_character,
+)
+from lattejax.errors import UserError, parsing
 from lattejax.models.qwen2_vl import Prompts
 from lattejax.models.rotary import patch_positions, token_positions
+from lattejax.models.text import MOST_POSITIONS
 from lattejax.models.vision import Images
 
 with epy.lazy_imports():
     import transformers
-
-_HAS_IMAGE_PAD = f"a text contains {IMAGE_PAD}, the placeholder of an image; remove it"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,15 +84,13 @@ class PromptEncoder:
         Raises:
           UserError: the processor rejects it, e.g. because it is 200 times as long as wide.
         """
-        try:
+        with parsing(f"an image of {image.width}x{image.height} pixels"):
             features = self.processor(images=[on_white(image)], return_tensors="np")
-        except ValueError as error:
-            raise UserError(f"an image of {image.width}x{image.height} pixels cannot be read: {error}") from error
         return ReadableImage(features["pixel_values"], tuple(int(n) for n in features["image_grid_thw"][0]))
 
     def chat(self, turns: Sequence[Turn]) -> EncodedPrompt:
         """A chat so far, up to where the assistant's answer begins."""
-        return self._encode(turns, "")
+        return self._encode(turns)
 
     def question(self, question: str, images: Sequence[ReadableImage] = (), answer: str | None = None) -> EncodedPrompt:
         """A user's turn with images before the text, up to the answer, or including it if it is given."""
@@ -92,7 +100,7 @@ class PromptEncoder:
         prompt = self.chat(turns)
         if answer is None:
             return prompt
-        answered = self._encode(turns, answer + TURN_END)
+        answered = self._encode(turns, TURN_END, answer)
         return dataclasses.replace(answered, is_answer=np.arange(len(answered.input_ids)) >= len(prompt.input_ids))
 
     def drawing(self, caption: str, images: Sequence[ReadableImage] = ()) -> EncodedPrompt:
@@ -109,11 +117,14 @@ class PromptEncoder:
         if self._around_text is None:
             return [self.drawing(caption) for caption in captions]
         before, after = self._around_text
-        texts = [before + caption + after + VISION_START for caption in captions]
-        ids = [np.array(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        if any(self.image_token in prompt for prompt in ids):
-            raise UserError(_HAS_IMAGE_PAD)
-        return [EncodedPrompt(prompt) for prompt in ids]
+        plain = [caption for caption in captions if not has_special_tokens(self.tokenizer, caption)]
+        check_unicode(plain)
+        texts = [before + caption + after + VISION_START for caption in plain]
+        ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+        special = set(captions) - set(plain)
+        return [
+            self.drawing(caption) if caption in special else EncodedPrompt(np.array(next(ids))) for caption in captions
+        ]
 
     @functools.cached_property
     def _around_text(self) -> tuple[str, str] | None:
@@ -126,21 +137,32 @@ class PromptEncoder:
         """The same template with an empty caption: the unconditional prompt of guidance."""
         return self._encode([Turn("user", "")], VISION_START)
 
-    def _encode(self, turns: Sequence[Turn], reply: str) -> EncodedPrompt:
-        """The chat template, followed by the beginning of the assistant's reply."""
+    def _encode(self, turns: Sequence[Turn], end: str = "", answer: str = "") -> EncodedPrompt:
+        """The chat template, followed by the assistant's answer and a special token. Special tokens that the turns and
+        the answer spell out are text.
+
+        Raises:
+          UserError: the prompt is longer than any that the model reads.
+        """
         images = tuple(image for turn in turns for image in turn.images)
-        ids = self._tokenize(tuple((turn.role, turn.text, len(turn.images)) for turn in turns), reply)
+        ids = self._tokenize(tuple((turn.role, turn.text, len(turn.images)) for turn in turns), answer, end)
         if ids.count(self.image_token) != len(images):
-            raise UserError(_HAS_IMAGE_PAD)
+            raise UserError(f"the chat template shows {ids.count(self.image_token)} images of {len(images)}")
         # Each image's pad is repeated once for every merged patch.
         counts = iter(int(np.prod(image.grid)) // self.merge**2 for image in images)
-        return EncodedPrompt(
-            np.repeat(ids, [next(counts) if token == self.image_token else 1 for token in ids]), images
-        )
+        ids = np.repeat(ids, [next(counts) if token == self.image_token else 1 for token in ids])
+        if len(ids) > MOST_POSITIONS:
+            raise UserError(f"a prompt has {len(ids):,} tokens, more than the {MOST_POSITIONS:,} that the model reads")
+        return EncodedPrompt(ids, images)
 
-    def _tokenize_chat(self, turns: tuple[tuple[str, str, int], ...], reply: str) -> list[int]:
+    def _tokenize_chat(self, turns: tuple[tuple[str, str, int], ...], answer: str, end: str) -> list[int]:
         """Token ids of turns (role, text, number of images), with one pad per image."""
-        return self.tokenizer(self._render(turns) + reply, add_special_tokens=False)["input_ids"]
+        texts = [answer, *(text for _, text, _ in turns)]
+        check_unicode(texts)
+        mark = unused_character(texts)
+        turns = tuple((role, mark_special_tokens(self.tokenizer, text, mark), count) for role, text, count in turns)
+        answer = mark_special_tokens(self.tokenizer, answer, mark)
+        return tokenize_marked(self.tokenizer, self._render(turns) + answer + end, mark)
 
     def _render(self, turns: tuple[tuple[str, str, int], ...]) -> str:
         messages = [

@@ -3,15 +3,17 @@
 It is loaded from a directory, or, for a small model that is trained from scratch, trained on the data set's texts.
 """
 
+import functools
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath, epy
-from jinja2 import TemplateError
 
-from lattejax.errors import UserError
-from lattejax.files import local_files, read_json, write_atomically
+from lattejax.data.chat_template import check_limits
+from lattejax.errors import UserError, parsing
+from lattejax.files import check_files, local_files, read_json, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -91,32 +93,86 @@ def load(directory: epath.Path) -> Tokenizer:
     """Reads a saved tokenizer; raises `UserError` if there is none, or it is not a Qwen2-VL tokenizer."""
     if not is_saved(directory):
         raise UserError(f"no tokenizer in {directory}: {LAST_FILE} is missing")
-    try:
-        with local_files(directory) as local:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(local)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
+    check_files(directory)
+    with parsing(f"the tokenizer in {directory}"), local_files(directory) as local:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(local)
     if (directory / PROCESSOR_TEMPLATE).exists():  # where older checkpoints have the template with images
         tokenizer.chat_template = read_json(directory / PROCESSOR_TEMPLATE).get("chat_template")
     known = tokenizer.get_vocab()
     missing = [token for token in (TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD) if token not in known]
     if len(known) <= len(tokenizer.get_added_vocab()):
         missing.append("a vocabulary (tokenizer.json, or vocab.json and merges.txt)")
-    if not tokenizer.chat_template:
+    if not isinstance(tokenizer.chat_template, str) or not tokenizer.chat_template.strip():
         missing.append("a chat template")
-    elif not missing and not _shows_images(tokenizer):
-        missing.append("a chat template with a place for images")
+    elif not missing:
+        _check_template(tokenizer)
     if missing:
         raise UserError(f"the tokenizer in {directory} lacks {', '.join(missing)}; expected Qwen2-VL's")
     return tokenizer
 
 
-def _shows_images(tokenizer: Tokenizer) -> bool:
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
-    try:
-        return VISION_START + IMAGE_PAD + VISION_END in tokenizer.apply_chat_template(chat, tokenize=False)
-    except (TemplateError, TypeError) as error:
-        raise UserError(f"the chat template of {tokenizer.name_or_path} cannot be used: {error}") from error
+def _check_template(tokenizer: Tokenizer) -> None:
+    """Raises `UserError` unless the chat template shows an image and a text, each of them once."""
+    name, image, text = tokenizer.name_or_path, VISION_START + IMAGE_PAD + VISION_END, "text of a question"
+    if tokenizer.chat_template != CHAT_TEMPLATE:
+        check_limits(tokenizer.chat_template, name)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    with parsing(f"the chat template of {name}"):
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+    for what, shown in (("an image", image), ("a text", text)):
+        if (count := rendered.count(shown)) != 1:
+            raise UserError(f"the chat template of {name} shows {what} {count} times, not once; expected Qwen2-VL's")
+
+
+# ---- Special tokens in texts. Only the chat template's are special; those that a user's text spells out are text.
+
+
+def check_unicode(texts: Iterable[str]) -> None:
+    """Raises `UserError` for a text with lone surrogates, which stand for no character and have no UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            shown = text.encode(errors="backslashreplace")[:100].decode()
+            raise UserError(f"the text {shown!r} is no Unicode: {error.reason}") from error
+
+
+def has_special_tokens(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a text spells out a special token."""
+    return bool(_special_tokens(tokenizer).search(text))
+
+
+def mark_special_tokens(tokenizer: Tokenizer, text: str, mark: str) -> str:
+    """Inserts a mark into each special token that a text spells out, so that it is none."""
+    return _special_tokens(tokenizer).sub(lambda token: token[0][0] + mark + token[0][1:], text)
+
+
+def tokenize_marked(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
+    """Tokenises a text in which special tokens are special, unless they are marked."""
+    if mark not in text:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = []
+    for i, part in enumerate(_special_tokens(tokenizer, "({})").split(text)):
+        if i % 2:
+            ids.append(tokenizer.convert_tokens_to_ids(part))
+        elif part:
+            plain = part.replace(mark, "")
+            ids.extend(tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return ids
+
+
+def unused_character(texts: Sequence[str]) -> str:
+    """A character for private use that none of the texts has."""
+    used = set().union(*texts)
+    return next(character for code in range(0xE000, 0xF900) if (character := chr(code)) not in used)
+
+
+@functools.lru_cache(maxsize=16)
+def _special_tokens(tokenizer: Tokenizer, form: str = "{}") -> re.Pattern[str]:
+    """Matches any special token, the longest first."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    tokens = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+    return re.compile(form.format("|".join(map(re.escape, tokens))))
 
 
 def _copy_files(source: epath.Path, target: epath.Path) -> None:

@@ -244,10 +244,10 @@ def _read_descriptions(out: epath.Path, files: Sequence[File]) -> dict[File, Wri
         path = _description(out, file)
         if path.exists():
             values = read_json(path)
-            try:
-                written[file] = Written(Shard(**values["shard"]), values["captions"])
-            except (TypeError, KeyError) as error:
-                raise UserError(f"{path} does not describe a file of latents ({error!r}); remove it") from error
+            captions = values.get("captions")
+            if not isinstance(captions, list | None) or not all(isinstance(each, str) for each in captions or ()):
+                raise UserError(f"{path} does not describe a file of latents: its captions are no texts; remove it")
+            written[file] = Written(Shard.parse(values.get("shard"), path), captions)
     return written
 
 

@@ -8,17 +8,19 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
-from etils import epy
+from etils import epath, epy
 from PIL import Image
 
 from lattejax.configuration import Images
 from lattejax.data import digits
 from lattejax.data.images import decode_image
 from lattejax.errors import UserError, require
+from lattejax.files import check_name, parse_json, read_bytes, read_text
 
 with epy.lazy_imports():
     import tensorflow_datasets as tfds
@@ -185,35 +187,25 @@ class FolderPictures:
     def __getitem__(self, index: int) -> Picture:
         name = self.names[index]
         try:
-            with (self.folder / name).open("rb") as opened:
-                return _read(opened, name, self.captions[name])
-        except OSError as error:
-            return Picture(name, self.captions[name], None, f"{name} cannot be opened: {error}")
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8: {error}") from error
+            return _read(io.BytesIO(read_bytes(epath.Path(self.folder / name))), name, self.captions[name])
+        except UserError as error:
+            return Picture(name, self.captions[name], None, str(error))
 
 
 def _listed(folder: Path) -> dict[str, str]:
     captions = {}
-    for line_number, line in enumerate(_read_text(folder / METADATA).split("\n"), 1):
+    for line_number, line in enumerate(read_text(epath.Path(folder / METADATA)).split("\n"), 1):
         if not line.strip():
             continue
         place = f"{folder / METADATA}, line {line_number}"
-        try:
-            values = json.loads(line)
-            name, caption = values["file_name"], next(values[key] for key in TEXT_KEYS if key in values)
-        except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise UserError(f'{place} is not a JSON object with "file_name" and "text": {line!r:.100}') from error
+        values = parse_json(line, f"{place},")
+        name, caption = values.get("file_name"), next((values[key] for key in TEXT_KEYS if key in values), None)
         if not (isinstance(name, str) and isinstance(caption, str)):
-            raise UserError(f"{place}: file name and caption must be texts: {line!r:.100}")
+            raise UserError(f'{place} is not a JSON object with the texts "file_name" and "text": {line!r:.100}')
+        check_name(name, place)
         if name in captions:
             raise UserError(f"{place}: {name} is listed twice")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise UserError(f"{place}: there is no {folder / name}")
         captions[name] = caption
     return captions
@@ -224,10 +216,9 @@ def _beside(folder: Path) -> dict[str, str]:
     for file in folder.rglob("*"):
         if file.suffix.lower() in SUFFIXES and not file.is_dir():
             text = file.with_suffix(".txt")
-            try:
-                captions[str(file.relative_to(folder))] = _read_text(text)
-            except FileNotFoundError as error:
-                raise UserError(f"{file} has no caption: there is neither {text} nor {folder / METADATA}") from error
+            if not text.exists():
+                raise UserError(f"{file} has no caption: there is neither {text} nor {folder / METADATA}")
+            captions[str(file.relative_to(folder))] = read_text(epath.Path(text))
     return captions
 
 

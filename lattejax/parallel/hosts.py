@@ -1,14 +1,22 @@
-"""Multi-process runs: connecting the processes, and agreeing on values."""
+"""Multi-process runs: connecting the processes, agreeing on values, and ending together."""
 
+import os
+import sys
+import threading
+import time
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
 from lattejax.errors import UserError
 
 CLUSTERS = ("none", "auto", "explicit")
+FAILURE = "lattejax/failure"  # the key under which a process announces its failure
+SECONDS_BETWEEN_CHECKS = 0.5
+SECONDS_TO_END = 10
 
 
 def connect(cluster: str, coordinator: str = "", processes: int = 0, process: int = 0, seconds: int = 300) -> None:
@@ -45,6 +53,44 @@ def connect(cluster: str, coordinator: str = "", processes: int = 0, process: in
     print(
         f"process {jax.process_index()} of {jax.process_count()}, with {jax.local_device_count()} devices", flush=True
     )
+    threading.Thread(target=_watch_for_failure, daemon=True).start()
+
+
+# ---- A failure of one process ends all: the others would wait for it
+
+
+def announce_failure(reason: str) -> None:
+    """Ends all processes, if there are several: each prints which one failed and why, and exits with code 2."""
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        distributed.global_state.client.key_value_set(FAILURE, f"{jax.process_index()} {reason}", allow_overwrite=True)
+        _end_together()
+
+
+def _watch_for_failure() -> None:
+    client = distributed.global_state.client
+    while True:
+        time.sleep(SECONDS_BETWEEN_CHECKS)
+        try:
+            index, _, reason = client.key_value_try_get(FAILURE).partition(" ")
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" in str(error):
+                continue
+            return  # the job ends
+        if index != str(jax.process_index()):
+            print(f"error: process {index} failed: {reason}", file=sys.stderr, flush=True)
+            _end_together()
+        return
+
+
+def _end_together() -> None:
+    """Exits without waiting for computations. Process 0 stays the longest, because the others ask it for the reason."""
+    try:
+        distributed.global_state.client.wait_at_barrier(FAILURE, 1000 * SECONDS_TO_END)
+        time.sleep(SECONDS_BETWEEN_CHECKS * is_first())
+    except jax.errors.JaxRuntimeError as error:  # a process is gone already
+        print(f"some processes did not answer: {str(error).splitlines()[0]:.200}", file=sys.stderr)
+    sys.stdout.flush()
+    os._exit(2)
 
 
 def is_first() -> bool:

@@ -80,9 +80,12 @@ class Run:
         if not self.workdir.vlm_reference.exists():
             return None
         reference = read_json(self.workdir.vlm_reference)
-        source = Pretrained.open(reference["path"])
+        path = reference.get("path")
+        if not isinstance(path, str) or not isinstance(reference.get("sha256"), dict):
+            raise UserError(f"{self.workdir.vlm_reference} does not name converted weights: {reference!r:.200}")
+        source = Pretrained.open(path)
         if source.record["sha256"] != reference["sha256"]:
-            raise UserError(f"{reference['path']} holds other weights than {self.workdir.path} was trained with")
+            raise UserError(f"{path} holds other weights than {self.workdir.path} was trained with")
         return source
 
     def refer_to(self, source: Pretrained) -> None:

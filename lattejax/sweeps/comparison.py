@@ -6,14 +6,13 @@ are means over seeds, with the sample standard deviation if there are several.
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
 
-from lattejax.files import write_atomically, write_with
+from lattejax.files import read_json, write_atomically, write_with
 from lattejax.runs.records import read_records
 from lattejax.runs.run import Run
 
@@ -37,8 +36,8 @@ def write_comparison(directory: epath.Path, runs: dict[tuple[str, int], Run]) ->
     """Writes the table and the plots of finished runs (by variant and seed); returns the table as Markdown."""
     variants = list(dict.fromkeys(name for name, _ in runs))
     evaluations = {key: _evaluations(run) for key, run in runs.items()}
-    sampling = json.loads((directory / "sampling.json").read_text())["draws"]
-    results = {key: json.loads(run.workdir.results.read_text()) for key, run in runs.items()}
+    sampling = read_json(directory / "sampling.json")["draws"]
+    results = {key: read_json(run.workdir.results) for key, run in runs.items()}
     columns, rows = common_scores(results.values()), []
     for variant in variants:
         own = [key for key in runs if key[0] == variant]

@@ -24,10 +24,11 @@ from ml_collections import ConfigDict
 from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.data.prompts import prompt_encoder
-from lattejax.errors import UserError
+from lattejax.errors import UserError, parsing
 from lattejax.evaluation.protocol import DrawingScore
 from lattejax.evaluation.registry import drawing_scores, open_evaluators
-from lattejax.files import write_atomically
+from lattejax.files import read_json, write_atomically
+from lattejax.interrupts import Interrupted
 from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
 from lattejax.runs.shapes import abstract_params
@@ -35,7 +36,7 @@ from lattejax.runs.workdir import Workdir
 from lattejax.sampling.images import ImageSampler
 from lattejax.sweeps.comparison import write_comparison
 from lattejax.training.checks import check_fit, check_lengths, find_tokenizer
-from lattejax.training.interrupt import Interrupted, InterruptGuard
+from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.stages import pretrain, train
 from lattejax.weights import trees
 from lattejax.weights.autoencoders import StoredAutoencoder
@@ -159,10 +160,11 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
     a number of steps has changed.
     """
     cells = [(name, steps) for name in runs for steps in sweep.sample_steps]
-    results = {name: json.loads(run.workdir.results.read_text()) for name, run in runs.items()}
-    done = json.loads(path.read_text()) if path.exists() else {"runs": {}, "draws": []}
-    if done["runs"] == results and [(draw["variant"], draw["steps"]) for draw in done["draws"]] == cells:
-        return
+    results = {name: read_json(run.workdir.results) for name, run in runs.items()}
+    with parsing(f"{path}, which may be removed,"):
+        done = read_json(path) if path.exists() else {"runs": {}, "draws": []}
+        if done["runs"] == results and [(draw["variant"], draw["steps"]) for draw in done["draws"]] == cells:
+            return
     scores = {name: drawing_score(run.config, name) for name, run in runs.items()}
     drawers = {name: _drawer(run, scores[name]) for name, run in runs.items()}
     batches = {name: scores[name].images // run.config.eval.batch_size for name, run in runs.items()}

@@ -7,7 +7,6 @@ a step that they agree on (`loop.Stop`).
 """
 
 import http.client
-import os
 import signal
 import socket
 import sys
@@ -16,33 +15,17 @@ import time
 import urllib.request
 from collections.abc import Callable
 
-TRY_AGAIN = 75  # EX_TEMPFAIL: the same command resumes; launchers run it again
+from lattejax.interrupts import SIGNALS, Interrupted
+
 SECONDS_BETWEEN_NOTICES = 5.0
 SECONDS_BETWEEN_CHECKS = 0.05
-
-
-def exit_code(signum: int) -> int:
-    """75 for a preemption (SIGTERM); otherwise the shell convention, 128 + signum."""
-    return TRY_AGAIN if signum == signal.SIGTERM else 128 + signum
-
-
-class Interrupted(Exception):
-    """Training has saved and stopped on request; `signum` is the signal that requested it."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; run the same command to resume")
-        self.signum = signum
-
-    @property
-    def exit_code(self) -> int:
-        return exit_code(self.signum)
 
 
 class InterruptGuard:
     """A context manager: within it, the first SIGINT or SIGTERM only sets `signum`; a second one acts as usual.
 
     Args:
-      at_once: end the process, with `exit_code`, as soon as nothing is unsaved, even in the middle of a step.
+      at_once: end the process, as `Interrupted` does, as soon as nothing is unsaved, even in the middle of a step.
       notice: a URL that is polled every five seconds and answers TRUE when the machine is about to be preempted, which
         counts as SIGTERM; on Google Cloud http://metadata.google.internal/computeMetadata/v1/instance/preempted.
     """
@@ -71,7 +54,7 @@ class InterruptGuard:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in SIGNALS:
             self._previous[signum] = signal.signal(signum, self._handle)
         threading.Thread(target=self._watch, daemon=True).start()
         if self._notice:
@@ -107,14 +90,12 @@ class InterruptGuard:
             received = self._reader.recv(1)
             if not received:  # the guard has been exited
                 return
-            if received[0] in (signal.SIGINT, signal.SIGTERM):
+            if received[0] in SIGNALS:
                 self._stop(received[0])
         while self._at_once and not self._ended.is_set():
             if not self.multi_process and (finish := self._finish) is not None:
                 finish()
-                print(Interrupted(self.signum), file=sys.stderr, flush=True)
-                sys.stdout.flush()
-                os._exit(exit_code(self.signum))
+                Interrupted(self.signum).end_process()
             time.sleep(SECONDS_BETWEEN_CHECKS)
 
     def _ask_for_notice(self) -> None:

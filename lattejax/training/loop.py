@@ -17,12 +17,13 @@ from lattejax.configuration import Config, Profile, Stage
 from lattejax.data.pipeline import Streams
 from lattejax.errors import UserError
 from lattejax.evaluation.protocol import Report
+from lattejax.interrupts import Interrupted
 from lattejax.models.functional import Params
 from lattejax.parallel import hosts, rules
 from lattejax.parallel.rows import Rows
 from lattejax.runs.checkpoints import Checkpoints
 from lattejax.runs.workdir import Workdir
-from lattejax.training.interrupt import Interrupted, InterruptGuard
+from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.metrics import MetricsLog, RunClock
 from lattejax.training.step import TrainState, abstract_state, compile_for, init_state, learning_rate
 

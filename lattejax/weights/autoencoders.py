@@ -17,7 +17,7 @@ from etils import epath
 
 from lattejax.configuration import Data
 from lattejax.data.identity import Identity
-from lattejax.errors import UserError
+from lattejax.errors import UserError, parsing
 from lattejax.files import new_directory, read_json, resolve_path
 from lattejax.models.autoencoders import PIXELS, Autoencoder
 from lattejax.models.functional import Params
@@ -44,11 +44,9 @@ class StoredAutoencoder:
         if not (directory / RECORD).is_file():
             raise UserError(f"{path} holds no converted autoencoder: it has no {RECORD}; make it with lattejax.convert")
         record = read_json(directory / RECORD)
-        try:
+        with parsing(str(directory / RECORD)):
             autoencoder = Autoencoder(diffusers.read_geometry(directory), record["scale"], record["shift"])
             identity = Identity(_fingerprint(record["sha256"], autoencoder), autoencoder.scale, autoencoder.shift)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{directory / RECORD} cannot be read: {type(error).__name__}: {error}") from error
         return cls(directory, autoencoder, identity)
 
     @classmethod
@@ -104,7 +102,8 @@ def convert(source: str, out: epath.PathLike, scale: float | None = None, shift:
             raise UserError(f"--{name}={given}, but {source} states {listed}; leave the flag out")
     scale = listed_scale if scale is None else scale
     shift = next(value for value in (shift, listed_shift, 0.0) if value is not None)
-    network, params, hashes = diffusers.read_checkpoint(checkpoint)
+    with parsing(f"the autoencoder {source}"):
+        network, params, hashes = diffusers.read_checkpoint(checkpoint)
     try:
         autoencoder = Autoencoder(network, float(scale), float(shift))
     except (TypeError, ValueError) as error:

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from lattejax.errors import UserError
+from lattejax.errors import UserError, parsing
 from lattejax.files import read_json
 from lattejax.models.autoencoders import Autoencoder, NetworkConfig
 from lattejax.models.dc_ae import DCAEConfig, Stage
@@ -73,10 +73,8 @@ def read_geometry(directory: epath.Path) -> NetworkConfig:
     values = read_json(path)
     if values.get("_class_name") not in CLASSES:
         raise UserError(f"{directory} holds a {values.get('_class_name')!r}; expected one of {list(CLASSES)}")
-    try:
+    with parsing(f"{path}, the config of an {values['_class_name']},"):
         return CLASSES[values["_class_name"]](values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as the config of an {values['_class_name']}: {error}") from error
 
 
 def _dc_ae(values: dict) -> DCAEConfig:

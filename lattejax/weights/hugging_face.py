@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 import huggingface_hub
 import numpy as np
 from etils import epath, epy
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from lattejax.errors import UserError
+from lattejax.errors import UserError, parsing
 from lattejax.files import is_remote, read_json, resolve_path
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.models.text import TextConfig
@@ -46,10 +46,8 @@ def read_geometry(directory: epath.Path) -> VLMConfig:
         raise UserError(f"{directory} holds a model of type {values.get('model_type')!r}; only 'qwen2_vl' can be read")
     if "quantization_config" in values:
         raise UserError(f"{directory} holds quantized weights; use the checkpoint that they were made from")
-    try:
+    with parsing(f"the Qwen2-VL config {path}"):
         return _geometry(transformers.Qwen2VLConfig.from_dict(values))
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        raise UserError(f"{path} cannot be read as a Qwen2-VL config: {error}") from error
 
 
 def _geometry(config: "transformers.Qwen2VLConfig") -> VLMConfig:

@@ -20,19 +20,20 @@ import numpy as np
 from absl import logging
 from etils import epath, epy
 from flax import traverse_util
-from huggingface_hub.errors import StrictDataclassError
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
+from PIL import Image
 from tqdm import tqdm
 
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.prompts import PromptEncoder
-from lattejax.errors import UserError
-from lattejax.files import local_files, new_directory, read_json, resolve_path
+from lattejax.errors import UserError, parsing
+from lattejax.files import check_files, local_files, new_directory, read_json, resolve_path
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
 from lattejax.parallel import rules
 from lattejax.parallel.mesh import one_device
+from lattejax.ranges import Range
 from lattejax.weights import hugging_face, layouts, naming, shards
 from lattejax.weights.hugging_face import Checkpoint
 
@@ -87,7 +88,10 @@ class Pretrained:
         directory = resolve_path(path)
         if not is_converted(directory):
             raise UserError(f"{path} holds no converted weights: it has no {RECORD}; make it with lattejax.convert")
-        return cls(directory, hugging_face.read_geometry(directory), read_json(directory / RECORD))
+        record = read_json(directory / RECORD)
+        if not all(isinstance(record.get(key), dict) for key in ("sha256", "dtypes")):
+            raise UserError(f"{directory / RECORD} was not written by lattejax.convert: {record!r:.200}")
+        return cls(directory, hugging_face.read_geometry(directory), record)
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
@@ -149,12 +153,8 @@ class Pretrained:
     def _read(self, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         """Reads one array, with the dtype and sharding of `target`."""
         target = traverse_util.unflatten_dict({path: target}, sep="/")
-        try:
-            with _orbax():
-                read = ocp.load(self.directory / "params", layouts.as_stored(target, self._stored_shapes))
-        except Exception as error:  # Orbax raises a bare Exception for truncated or missing files
-            first_line = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{path} in {self.directory} cannot be read: {first_line:.300}") from error
+        with parsing(f"{path} in {self.directory}"), _orbax():  # Orbax raises a bare Exception for truncated files
+            read = ocp.load(self.directory / "params", layouts.as_stored(target, self._stored_shapes))
         return traverse_util.flatten_dict(layouts.as_wanted(read, target), sep="/")[path]
 
     @functools.cached_property
@@ -176,11 +176,10 @@ def read_encoder(directory: epath.Path, config: VLMConfig, generation: "Generati
     tokenizer = tokenizers.load(directory)
     if len(tokenizer) > config.text.vocab_size:
         raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} entries, the model {config.text.vocab_size}")
-    try:
-        with local_files(directory) as local:
-            processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(local)
-    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"{directory} has no readable image processor: {error}") from error
+    check_files(directory)
+    with parsing(f"the image processor in {directory}"), local_files(directory) as local:
+        processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(local)
+        processor(images=[Image.new("RGB", (200, 100))], return_tensors="np")  # its settings have the right types
     encoder, vision = PromptEncoder(tokenizer, processor, stop_tokens=generation.stop_tokens), config.vision
     for what, theirs, ours in (
         ("the image processor's patch_size", processor.patch_size, vision.patch_size),
@@ -213,6 +212,9 @@ UNSUPPORTED = {
 }
 
 
+PENALTIES = Range(0, 1000, above=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """A checkpoint's decoding settings, from its generation_config.json, if it has one."""
@@ -227,10 +229,12 @@ class Generation:
         values = read_json(file) if file.exists() else {}
         ends, penalty = values.get("eos_token_id"), values.get("repetition_penalty")
         penalty = 1.0 if penalty is None else penalty
-        if not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
-            raise UserError(f"{file}: repetition_penalty={penalty!r} must be a positive number")
+        if type(penalty) not in (int, float) or penalty not in PENALTIES:
+            raise UserError(f"{file}: repetition_penalty={penalty!r} must be a number {PENALTIES}")
         others = {name: values[name] for name, off in UNSUPPORTED.items() if values.get(name) not in (None, off)}
         if others:
             logging.warning("%s sets %s, which is not supported and ignored", file, others)
         stop_tokens = tuple(ends) if isinstance(ends, list) else (ends,) * (ends is not None)
+        if not all(type(token) is int and token >= 0 for token in stop_tokens):
+            raise UserError(f"{file}: eos_token_id={ends!r:.100} must be a token, or a list of tokens")
         return cls(stop_tokens, float(penalty))

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lattejax.errors import UserError
-from lattejax.files import is_remote, read_json
+from lattejax.files import check_files, check_name, is_remote, read_json
 
 SINGLE = "model.safetensors"  # transformers' name; with ".index.json", the name of the index of several files
 INDEX = SINGLE + ".index.json"
@@ -43,6 +43,7 @@ class Shards:
           UserError: a file is missing or truncated, or a tensor is stored twice or is not of a floating-point dtype.
         """
         check_local(directory)
+        check_files(directory)
         files, shapes = {}, {}
         for file in _file_names(directory, single):
             with _open(directory / file) as tensors:
@@ -114,6 +115,8 @@ def _file_names(directory: epath.Path, single: str) -> list[str]:
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index} is not an index of weights: its weight_map is {weight_map!r:.100}")
     files = sorted(set(weight_map.values()))
+    for file in files:
+        check_name(file, index.name)
     absent = [file for file in files if not (directory / file).is_file()]
     if absent:
         raise UserError(f"{directory} lacks {', '.join(absent)}, which {index.name} names")

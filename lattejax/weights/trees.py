@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lattejax.errors import UserError
+from lattejax.errors import UserError, first_line
 from lattejax.weights import layouts
 
 
@@ -54,5 +54,5 @@ def load_weights(path: epath.Path, target: Any) -> Any:
             return layouts.as_wanted(checkpointer.restore(path, stored_target(path, target)), target)
         except (ValueError, KeyError) as error:
             raise UserError(f"the weights in {path} do not fit the config: {error}") from error
-        except OSError as error:
-            raise UserError(f"the weights in {path} cannot be read: {error}") from error
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            raise UserError(f"the weights in {path} cannot be read: {first_line(error)}") from error

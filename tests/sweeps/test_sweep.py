@@ -8,11 +8,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from lattejax.errors import UserError
+from lattejax.interrupts import Interrupted
 from lattejax.runs.run import Run
 from lattejax.sweeps import sweep
 from lattejax.sweeps.sweep import resolve_sweep, run_sweep
 from lattejax.training import stages
-from lattejax.training.interrupt import Interrupted, InterruptGuard
+from lattejax.training.interrupt import InterruptGuard
 from tests.helpers import assert_same_bits, config_file, tiny_dict
 
 # The base of the sweep is Blend, whose pretrained VLM other runs start from before its layers are trained further.

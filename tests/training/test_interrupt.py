@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from lattejax.interrupts import Interrupted
 from lattejax.training import interrupt
-from lattejax.training.interrupt import Interrupted, InterruptGuard
+from lattejax.training.interrupt import InterruptGuard
 from tests.helpers import ENVIRONMENT, ROOT
 
 # Its main thread is in one C call, as while XLA compiles: Python's signal handlers have to wait.

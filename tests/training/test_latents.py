@@ -12,10 +12,11 @@ import pytest
 from lattejax.data.prompts import prompt_encoder
 from lattejax.encoding.encode import encode
 from lattejax.errors import UserError
+from lattejax.interrupts import Interrupted
 from lattejax.parallel.mesh import one_device
 from lattejax.runs.run import Run
 from lattejax.training import generation_stage, stages
-from lattejax.training.interrupt import Interrupted, InterruptGuard
+from lattejax.training.interrupt import InterruptGuard
 from lattejax.weights.pretrained import Pretrained
 from tests import checkpoints, pictures
 from tests.helpers import assert_same_bits, run_interrupted, tiny_config

@@ -16,12 +16,13 @@ from PIL import Image
 
 from lattejax.data import digits
 from lattejax.errors import UserError
+from lattejax.interrupts import Interrupted
 from lattejax.models import qwen2_vl
 from lattejax.runs.checkpoints import Checkpoints
 from lattejax.runs.run import Run
 from lattejax.runs.shapes import abstract_params, abstract_trained
 from lattejax.training import stages
-from lattejax.training.interrupt import Interrupted, InterruptGuard
+from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.loop import run_stage
 from lattejax.training.step import init_state
 from tests.helpers import ROOT, assert_same_bits, compilations, run_interrupted, tiny_config, tiny_flags
