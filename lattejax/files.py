@@ -81,14 +81,17 @@ def check_file(path: epath.Path) -> None:
             raise UserError(f"{path} has {size:,} bytes, more than the {MOST_BYTES:,} that are read in one piece")
 
 
-def check_files(directory: epath.Path) -> None:
+def check_files(directory: epath.Path, deep: bool = False) -> None:
     """Raises `UserError` if a directory, whose files a library will read, has something else: a device, a pipe, a link
-    to nothing."""
+    to nothing. With `deep`, its subdirectories are checked too."""
     if is_remote(directory):
         return
     with readable(directory):
         for entry in os.scandir(directory):
-            if not (entry.is_file() or entry.is_dir()):
+            if entry.is_dir():
+                if deep:
+                    check_files(epath.Path(entry.path), deep)
+            elif not entry.is_file():
                 raise UserError(f"{entry.path} is not a file")
 
 

@@ -37,6 +37,7 @@ def one_writer(path: os.PathLike, name: str) -> Iterator[None]:
         yield
         return
     file, holder = Path(f"{os.fspath(path)}{LEASE}"), Path(f"{os.fspath(path)}{HOLDER}")
+    created = not file.parent.exists()
     file.parent.mkdir(parents=True, exist_ok=True)
 
     def end_process(compromise: LeaseCompromise) -> None:
@@ -63,6 +64,9 @@ def one_writer(path: os.PathLike, name: str) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lease.release()
+        with contextlib.suppress(OSError):  # nothing was written
+            if created:
+                file.parent.rmdir()
 
 
 def _acquire(lease: SoftFileLease, holder: Path, name: str) -> None:

@@ -22,12 +22,14 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(evaluation, dict) or not (old := [key for key in RETIRED if key[5:] in evaluation]):
         return values
     extra = evaluation.get("evaluators", {})
+    if not isinstance(extra, dict) or not all(isinstance(settings, dict) for settings in extra.values()):
+        return values  # invalid, which `resolve` reports
     if "held_out_loss" in extra:
         raise UserError("; ".join(f"config.{key} has been removed: use config.{RETIRED[key]}" for key in old))
     message = "the config is of an earlier version; config.eval.evaluators has replaced config.%s"
     logging.log_first_n(logging.WARNING, message, 1, ", ".join(old))
     evaluators = {"held_out_loss": {"at": "training"}, "samples": {"at": "training"}}
-    if values.get("data", {}).get("source") == "digits":
+    if isinstance(data := values.get("data"), dict) and data.get("source") == "digits":
         evaluators["answers"] = {"at": "training"}
         evaluators["final_answers"] = {"type": "answers", "at": "end", "examples": 0}
     if images := evaluation.get("scored_images"):

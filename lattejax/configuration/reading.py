@@ -120,7 +120,7 @@ def load(path: epath.Path) -> Config:
     version = values.pop(VERSION, "0.1.0")  # earlier versions did not write it
     for key, before in keys_added().items():
         *sections, name = key.split(".")
-        section = functools.reduce(lambda values, part: values.get(part, {}), sections, values)
+        section = functools.reduce(_section, sections, values)
         if isinstance(section, dict):
             section.setdefault(name, before)
     free = tuple(f"{name}." for name in free_keys())
@@ -129,6 +129,11 @@ def load(path: epath.Path) -> Config:
             f"{path} has {', '.join(unknown)}, unknown to lattejax {lattejax.__version__}; it was written by {version}"
         )
     return resolve(values)
+
+
+def _section(values: Any, name: str) -> Any:
+    """A section of a config; empty if there is none, which `resolve` will refuse."""
+    return values.get(name, {}) if isinstance(values, dict) else {}
 
 
 def keys_added(cls: type = Config, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import BinaryIO
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lattejax.errors import parsing
 from lattejax.files import read_bytes, resolve_path
@@ -32,7 +32,10 @@ def decode_image(opened: BinaryIO | io.BytesIO, name: str, *, turn: bool = True)
       UserError: it cannot be read, or its grey levels are not of 8 bits, for which no conversion is defined.
     """
     with parsing(f"the image {name}"):
-        image = Image.open(opened)
+        try:
+            image = Image.open(opened)
+        except UnidentifiedImageError:
+            raise ValueError("its format is unknown") from None
         image.load()
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")

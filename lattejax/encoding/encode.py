@@ -8,13 +8,12 @@ config, so a killed worker resumes with the shard that it was encoding.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -29,8 +28,19 @@ from lattejax.configuration import Config
 from lattejax.data import images, latents
 from lattejax.data.latents import CROP, ENCODING, MANIFEST, MOST_CAPTIONS, SPLITS, Encoding, File, Shard
 from lattejax.encoding.pictures import Pictures, check_disjoint, open_pictures
+from lattejax.encoding.written import (
+    Written,
+    check_shard,
+    check_unreadable,
+    count_unreadable,
+    description,
+    finish,
+    hash_file,
+    read_descriptions,
+)
 from lattejax.errors import UserError
-from lattejax.files import is_remote, read_json, resolve_path, write_atomically
+from lattejax.files import check_writable, is_remote, read_json, resolve_path, write_atomically
+from lattejax.leases import one_writer
 from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.functional import Params
 from lattejax.parallel.mesh import make_mesh
@@ -62,16 +72,31 @@ def encode(config: Config, out: epath.PathLike, worker: int = 0, workers: int = 
     stored = StoredAutoencoder.open_for(config.data)
     pictures = {split: open_pictures(config.images, split) for split in SPLITS}
     check_disjoint(**pictures)
-    encoding, most_unreadable = _encoding(config, stored, pictures), config.images.most_unreadable
+    encoding = _encoding(config, stored, pictures)
+    check_writable(out / ENCODING, f"--out={out}")
+    with one_writer(out / f".worker-{worker}", f"--out={out}, by worker {worker},"):
+        return _encode_all(config, out, worker, workers, stored, pictures, encoding)
+
+
+def _encode_all(
+    config: Config,
+    out: epath.Path,
+    worker: int,
+    workers: int,
+    stored: StoredAutoencoder,
+    pictures: dict[str, Pictures],
+    encoding: Encoding,
+) -> bool:
+    most_unreadable = config.images.most_unreadable
     _begin(out, encoding)
     files = latents.files(encoding.pictures, encoding.shard_pictures)
-    written = _read_descriptions(out, files)
-    if _count_unreadable(written) > most_unreadable:  # they may have been repaired since
+    written = read_descriptions(out, files)
+    if count_unreadable(written) > most_unreadable:  # they may have been repaired since
         written = {file: one for file, one in written.items() if not one.shard.unreadable}
     missing = []
     for file in files[worker::workers]:
         if file in written:
-            _check_shard(out, written[file].shard)
+            check_shard(out, written[file].shard)
         else:
             missing.append(file)
     if missing:
@@ -81,12 +106,12 @@ def encode(config: Config, out: epath.PathLike, worker: int = 0, workers: int = 
         for file in missing:
             written[file] = _write_shard(out, config, pictures[file.split], file, encoder, bar)
             _report(bar, written[file].shard)
-            _check_unreadable(written, most_unreadable)
-    written = _read_descriptions(out, files)
-    _check_unreadable(written, most_unreadable)
+            check_unreadable(written, most_unreadable)
+    written = read_descriptions(out, files)
+    check_unreadable(written, most_unreadable)
     if len(written) < len(files):
         return False
-    _finish(out, encoding, written)
+    finish(out, encoding, written)
     return True
 
 
@@ -107,7 +132,7 @@ def _begin(out: epath.Path, encoding: Encoding) -> None:
     """Initializes the directory for this encoding, or confirms that it belongs to this encoding."""
     values = encoding.as_json()
     if not (out / ENCODING).exists():
-        if out.exists() and any(not file.name.startswith(ENCODING) for file in out.iterdir()):
+        if out.exists() and any(not file.name.startswith((ENCODING, ".worker-")) for file in out.iterdir()):
             raise UserError(f"--out={out} is not a directory of latents, and not empty; choose another")
         write_atomically(out / ENCODING, (json.dumps(values, indent=2) + "\n").encode())
     theirs = read_json(out / ENCODING)
@@ -154,7 +179,9 @@ def encode_pixels(
         return autoencoder.encode(encoder, pixels.astype(jnp.float32) / 127.5 - 1)
 
 
-def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File, encoder: Encoder, bar: tqdm):
+def _write_shard(
+    out: epath.Path, config: Config, pictures: Pictures, file: File, encoder: Encoder, bar: tqdm
+) -> Written:
     """Encodes pictures into a file, and then writes the file that describes it."""
     settings, unreadable, captions = config.images, [], set()
 
@@ -175,10 +202,10 @@ def _write_shard(out: epath.Path, config: Config, pictures: Pictures, file: File
         ({"latents": latent, "caption": cropped.caption, "picture": cropped.name} for cropped, latent in encoded),
     )
     partial.replace(complete)
-    shard = Shard(file.name, records, complete.stat().length, _sha256(complete), unreadable, contents)
+    shard = Shard(file.name, records, complete.stat().length, hash_file(complete), unreadable, contents)
     written = Written(shard, sorted(captions) if len(captions) <= MOST_CAPTIONS else None)
     values = {"shard": dataclasses.asdict(shard), "captions": written.captions}
-    write_atomically(_description(out, file), (json.dumps(values) + "\n").encode())
+    write_atomically(description(out, file), (json.dumps(values) + "\n").encode())
     for left in out.glob(f"{file.name}.partial-*"):  # from killed workers
         left.unlink()
     return written
@@ -223,44 +250,7 @@ def _fetch(
             yield picture, view[i]
 
 
-# ---- Existing files
-
-
-class Written(NamedTuple):
-    """A completely written file."""
-
-    shard: Shard
-    captions: list[str] | None  # the distinct captions, unless there are too many for a table
-
-
-def _description(out: epath.Path, file: File) -> epath.Path:
-    return out / f"{file.name}.json"
-
-
-def _read_descriptions(out: epath.Path, files: Sequence[File]) -> dict[File, Written]:
-    """Reads the descriptions of the files that any worker has completely written."""
-    written = {}
-    for file in files:
-        path = _description(out, file)
-        if path.exists():
-            values = read_json(path)
-            captions = values.get("captions")
-            if not isinstance(captions, list | None) or not all(isinstance(each, str) for each in captions or ()):
-                raise UserError(f"{path} does not describe a file of latents: its captions are no texts; remove it")
-            written[file] = Written(Shard.parse(values.get("shard"), path), captions)
-    return written
-
-
-def _check_shard(out: epath.Path, shard: Shard) -> None:
-    latents.check_size(out, shard)
-    if _sha256(out / shard.file) != shard.sha256:
-        file = out / shard.file
-        raise UserError(f"{file} has changed since it was written; remove it and {shard.file}.json, and encode again")
-
-
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+# ---- Progress
 
 
 @contextlib.contextmanager
@@ -279,42 +269,3 @@ def _report(bar: tqdm, shard: Shard) -> None:
     rate = bar.n / max(bar.format_dict["elapsed"], 1e-9)
     left = tqdm.format_interval((bar.total - bar.n) / rate)
     bar.write(f"{shard.file}: {shard.records:,} records; {bar.n:,} of {bar.total:,}, {rate:.1f} images/s, {left} left")
-
-
-def _count_unreadable(written: dict[File, Written]) -> int:
-    return sum(len(one.shard.unreadable) for one in written.values())
-
-
-def _check_unreadable(written: dict[File, Written], most: int) -> None:
-    """Raises `UserError` if more pictures than allowed are unreadable, and names the last of them."""
-    if (count := _count_unreadable(written)) > most:
-        named = [problem for one in written.values() for problem in one.shard.unreadable][-5:]
-        raise UserError(
-            f"{count} pictures cannot be read, more than config.images.most_unreadable={most}: {'; '.join(named)}; "
-            "repair them or allow more, and run lattejax.encode again"
-        )
-
-
-def _finish(out: epath.Path, encoding: Encoding, written: dict[File, Written]) -> None:
-    """Writes the metadata and the manifest, which need all files."""
-    shards = {split: [one.shard for file, one in written.items() if file.split == split] for split in SPLITS}
-    for split in SPLITS:
-        if not any(shard.records for shard in shards[split]):
-            raise UserError(f"none of the pictures of config.images.{split} could be read")
-    manifest = {
-        "encoding": encoding.as_json(),
-        "captions": _join([one.captions for one in written.values()]),
-        "shards": [dataclasses.asdict(one.shard) for one in written.values()],
-    }
-    if (out / MANIFEST).exists() and read_json(out / MANIFEST) == manifest:
-        return
-    latents.write_metadata(out, encoding.latent_shape, shards)
-    write_atomically(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-
-
-def _join(tables: Sequence[list[str] | None]) -> list[str] | None:
-    """The distinct captions of all tables, sorted; None if there are too many."""
-    if None in tables:
-        return None
-    captions = sorted(set().union(*tables))
-    return captions if len(captions) <= MOST_CAPTIONS else None

@@ -22,6 +22,7 @@ from etils import epath
 from jaxtyping import Array, UInt32
 
 from lattejax.errors import UserError
+from lattejax.files import check_files
 from lattejax.parallel import hosts
 from lattejax.weights import layouts
 from lattejax.weights.trees import like, stored_target
@@ -89,6 +90,7 @@ class Checkpoints:
         return restored
 
     def _read(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
+        check_files(self._directory / str(step), deep=True)
         items = {name: stored_target(self._directory / str(step) / name, tree) for name, tree in targets.items()}
         items = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         args = ocp.args.Composite(**items, progress=ocp.args.JsonRestore())

@@ -10,13 +10,19 @@ checkpoints/<stage>/  the stage's latest checkpoints; damaged ones are moved to 
 metrics.jsonl         one JSON object per line; also in tensorboard/
 samples/              a grid of samples for each evaluation
 results.json          the final scores
+.run.lease            while a process trains here, see `leases`
 """
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
 
 from etils import epath
 
-from lattejax.files import resolve_path
+from lattejax.errors import UserError
+from lattejax.files import check_writable, remove_leftovers, resolve_path
+from lattejax.leases import one_writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +35,21 @@ class Workdir:
     def at(cls, path: epath.PathLike) -> "Workdir":
         """Opens a local path, absolute or relative, or a remote one."""
         return cls(resolve_path(path))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Holds the lease on the directory for the one process that writes; removes what killed ones have left.
+
+        Raises:
+          UserError: another process writes there, or nobody can.
+        """
+        if (self.vlm / "config.json").exists():
+            raise UserError(f"{self.path} is the directory of a sweep; use another --workdir")
+        check_writable(self.path / "config.json", f"--workdir={self.path}")
+        with one_writer(self.path / ".run", os.fspath(self.path)):
+            for directory in (self.path, self.tokenizer, self.path / "samples"):
+                remove_leftovers(directory)
+            yield
 
     @property
     def config(self) -> epath.Path:

@@ -27,8 +27,9 @@ from lattejax.data.prompts import prompt_encoder
 from lattejax.errors import UserError, parsing
 from lattejax.evaluation.protocol import DrawingScore
 from lattejax.evaluation.registry import drawing_scores, open_evaluators
-from lattejax.files import read_json, write_atomically
+from lattejax.files import check_writable, read_json, remove_leftovers, write_atomically
 from lattejax.interrupts import Interrupted
+from lattejax.leases import one_writer
 from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
 from lattejax.runs.shapes import abstract_params
@@ -120,6 +121,15 @@ def run_sweep(sweep: Sweep, path: epath.PathLike, guard: InterruptGuard) -> str:
       Interrupted: on a signal; all training is saved.
     """
     directory = Workdir.at(path).path
+    if (directory / "config.json").exists():
+        raise UserError(f"{directory} is the workdir of a run; use another --workdir for the sweep")
+    check_writable(directory / "table.csv", f"--workdir={directory}")
+    with one_writer(directory / ".sweep", f"the sweep {directory}"):
+        remove_leftovers(directory)
+        return _run_sweep(sweep, directory, guard)
+
+
+def _run_sweep(sweep: Sweep, directory: epath.Path, guard: InterruptGuard) -> str:
     source = open_data(sweep.base)
     tokenizer = find_tokenizer(sweep.base, Workdir(directory / "vlm"), source)
     for variant in {variant.data: variant for variant in sweep.variants.values()}.values():

@@ -1,7 +1,9 @@
 """The two stages of a run, one after the other: the VLM learns to read, then the generation pathway learns to draw."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -46,23 +48,23 @@ def train(config: Config, path: epath.PathLike, guard: InterruptGuard) -> dict[s
       UserError: the workdir belongs to another config, or the tokenizer does not fit the model.
       Interrupted: on a signal; everything is saved.
     """
-    run, clock = open_workdir(config, path)
-    _, train_key = jax.random.split(jax.random.key(config.seed))
-    train_vlm(run, clock, guard)
-    run_stage(generation_recipe(run, train_key), config, run.workdir, clock, guard)
+    with own_workdir(config, path) as (run, clock):
+        _, train_key = jax.random.split(jax.random.key(config.seed))
+        train_vlm(run, clock, guard)
+        run_stage(generation_recipe(run, train_key), config, run.workdir, clock, guard)
 
-    results = final_scores(run)
-    results["seconds"] = clock.seconds
-    if hosts.is_first():
-        write_atomically(run.workdir.results, (json.dumps(results, indent=2) + "\n").encode())
-    hosts.wait_for_all("results are written")
-    return results
+        results = final_scores(run)
+        results["seconds"] = clock.seconds
+        if hosts.is_first():
+            write_atomically(run.workdir.results, (json.dumps(results, indent=2) + "\n").encode())
+        hosts.wait_for_all("results are written")
+        return results
 
 
 def pretrain(config: Config, path: epath.PathLike, guard: InterruptGuard) -> None:
     """Trains the first stage only; other runs can start from its workdir. Raises as `train` does."""
-    run, clock = open_workdir(config, path)
-    train_vlm(run, clock, guard)
+    with own_workdir(config, path) as (run, clock):
+        train_vlm(run, clock, guard)
 
 
 def train_vlm(run: Run, clock: RunClock, guard: InterruptGuard) -> None:
@@ -92,6 +94,13 @@ def converted_vlm(config: Config) -> Pretrained | None:
 
 
 # ---- Before any work starts
+
+
+@contextlib.contextmanager
+def own_workdir(config: Config, path: epath.PathLike) -> Iterator[tuple[Run, RunClock]]:
+    """Opens a run that this job alone writes, until the block ends; see `open_workdir`."""
+    with Workdir.at(path).writing() if hosts.is_first() else contextlib.nullcontext():
+        yield open_workdir(config, path)
 
 
 def open_workdir(config: Config, path: epath.PathLike) -> tuple[Run, RunClock]:

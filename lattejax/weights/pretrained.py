@@ -111,6 +111,7 @@ class Pretrained:
         Raises:
           UserError: the mesh does not fit, or the files are damaged.
         """
+        check_files(self.directory / "params", deep=True)
         shapes = naming.abstract_vlm(self.vlm_config)
         try:
             placed = rules.shardings(one_device() if mesh is None else mesh, shapes)

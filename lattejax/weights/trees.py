@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lattejax.errors import UserError, first_line
+from lattejax.files import check_files
 from lattejax.weights import layouts
 
 
@@ -49,6 +50,9 @@ def check_shapes(theirs: Any, ours: Any, name: str) -> None:
 def load_weights(path: epath.Path, target: Any) -> Any:
     """Reads weights into a tree like `target`; raises `UserError` if names or shapes differ, or files are missing."""
     target = like(target)
+    if not is_complete(path):
+        raise UserError(f"there are no complete weights in {path}")
+    check_files(path, deep=True)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             return layouts.as_wanted(checkpointer.restore(path, stored_target(path, target)), target)

@@ -209,7 +209,7 @@ def test_unreadable_pictures_are_counted_and_named_up_to_a_limit(autoencoder, tm
         encode(config, config.data.latents)
     patient = change(config, "images", most_unreadable=2)
     assert encode(patient, config.data.latents)
-    assert capsys.readouterr().out.count("skipped: 00") == 2
+    assert capsys.readouterr().out.count("skipped: the image 00") == 2
     manifest = json.loads((open_data(config).directory / "manifest.json").read_text())
     assert sum(len(shard["unreadable"]) for shard in manifest["shards"]) == 2
     assert count_records(config) == 10

@@ -109,14 +109,17 @@ GOOD = '{"file_name": "000.jpg", "text": "a"}\n'
         (lambda p: (p / "metadata.jsonl").write_bytes(b"\xff\xfe"), r"metadata\.jsonl is not UTF-8"),
         (
             lambda p: (p / "metadata.jsonl").write_text(GOOD + '{"file_name": "0'),
-            r"metadata\.jsonl, line 2 is not a JSON",
+            r"metadata\.jsonl, line 2, is not valid JSON",
         ),
         (lambda p: (p / "metadata.jsonl").write_text(GOOD + '{"file_name": "1.jpg"}'), "line 2 is not a JSON object"),
-        (lambda p: (p / "metadata.jsonl").write_text(GOOD + "7\n"), "line 2 is not a JSON object with"),
+        (lambda p: (p / "metadata.jsonl").write_text(GOOD + "7\n"), "line 2, holds a JSON int"),
         (lambda p: (p / "metadata.jsonl").write_text(GOOD * 2), r"line 2: 000\.jpg is listed twice"),
         (lambda p: (p / "metadata.jsonl").write_text(GOOD.replace("000", "9")), r"line 1: there is no .*9\.jpg"),
         (lambda p: (p / "metadata.jsonl").write_text(GOOD.replace('"a"', '""')), r"000\.jpg has an empty caption"),
-        (lambda p: (p / "metadata.jsonl").write_text(GOOD.replace('"a"', "1")), "line 1: file name and caption must"),
+        (
+            lambda p: (p / "metadata.jsonl").write_text(GOOD.replace('"a"', "1")),
+            "line 1 is not a JSON object with the texts",
+        ),
         (lambda p: [file.unlink() for file in p.iterdir()], "has no pictures"),
     ],
 )
@@ -148,7 +151,7 @@ def test_unreadable_pictures_have_a_reason(tmp_path):
     found = open_pictures(settings(source="folder", name=str(path)), "train")
     (path / "003.jpg").unlink()
     problems = sorted(picture.problem for picture in map(found.__getitem__, range(4)) if picture.image is None)
-    expected = ("001.jpg cannot be read as", "002.jpg .*mode I;16", "003.jpg cannot be opened")
+    expected = ("the image 001.jpg .*format is unknown", "the image 002.jpg .*mode I;16", "there is no .*003.jpg")
     assert len(problems) == 3 and all(map(re.match, expected, problems))
 
 
@@ -248,5 +251,5 @@ def test_the_digits_are_a_source_too():
 
 
 def test_an_image_is_named_when_it_cannot_be_read():
-    with pytest.raises(UserError, match="it cannot be read as an image"):
+    with pytest.raises(UserError, match=r"the image it cannot be read: .*its format is unknown"):
         decode_image(io.BytesIO(b"text"), "it")

@@ -188,10 +188,10 @@ def test_a_converted_autoencoder_shifts_and_scales_its_networks_latents(tmp_path
         ({}, {}, r"does not state the scale .* --scale"),
         ({"scaling_factor": 1.0}, {}, r"does not state the scale"),  # diffusers writes this if none was stated
         ({"scaling_factor": 0.41407}, {"scale": 0.3189}, r"--scale=0\.3189, but .* states 0\.41407"),
-        ({}, {"scale": -1.0}, r"scale=-1\.0 must be positive"),
-        ({}, {"scale": float("nan")}, r"scale=nan must be positive"),
+        ({}, {"scale": -1.0}, r"scale=-1\.0 must be above 0"),
+        ({}, {"scale": float("nan")}, r"scale=nan must be above 0"),
         ({"scaling_factor": "large"}, {}, "large"),
-        ({}, {"scale": 0.3, "shift": float("inf")}, "shift=inf must be finite"),
+        ({}, {"scale": 0.3, "shift": float("inf")}, "shift=inf must be from"),
     ],
 )
 def test_a_bad_scale_is_refused(stated, flags, named, tmp_path):
