@@ -96,6 +96,7 @@ def load(directory: epath.Path) -> Tokenizer:
     check_files(directory)
     with parsing(f"the tokenizer in {directory}"), local_files(directory) as local:
         tokenizer = transformers.AutoTokenizer.from_pretrained(local)
+        tokenizer("a text")  # reads settings that loading does not
     if (directory / PROCESSOR_TEMPLATE).exists():  # where older checkpoints have the template with images
         tokenizer.chat_template = read_json(directory / PROCESSOR_TEMPLATE).get("chat_template")
     known = tokenizer.get_vocab()

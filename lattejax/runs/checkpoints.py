@@ -1,7 +1,7 @@
 """Orbax checkpoints: a killed run resumes from them, and sampling and chatting read them.
 
 A stage's checkpoint has four items: the arrays `params`, `ema` and `optimizer`, and `progress`, a JSON object with the
-data iterator's state and a fingerprint of each array item. Each item is read separately, so that sampling reads only
+data iterator's state and a fingerprint of each item. Each item is read separately, so that sampling reads only
 the average. Orbax commits checkpoints atomically: an incomplete one is never taken for a checkpoint. Arrays are read to
 the requested devices, so a checkpoint can be restored on another mesh or number of devices.
 """
@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, UInt32
 
-from lattejax.errors import UserError
+from lattejax.errors import UserError, first_line, parsing
 from lattejax.files import check_files
 from lattejax.parallel import hosts
 from lattejax.weights import layouts
@@ -46,7 +46,11 @@ class Checkpoints:
           keep_every: checkpoints at multiples of this step are kept too; 0: none.
         """
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
-        self._directory, self._manager = directory, ocp.CheckpointManager(directory, options=options)
+        self._directory = directory
+        if directory.exists():
+            check_files(directory, deep=True)
+        with parsing(f"the list of checkpoints in {directory}"):
+            self._manager = ocp.CheckpointManager(directory, options=options)
 
     @property
     def steps(self) -> list[int]:
@@ -59,7 +63,7 @@ class Checkpoints:
 
     def save(self, step: int, arrays: dict[str, Any], progress: dict[str, Any]) -> None:
         """Starts writing a checkpoint; the arrays may be donated as soon as this returns."""
-        progress = progress | {FINGERPRINTS: fingerprints(arrays)}
+        progress = progress | {FINGERPRINTS: fingerprints(arrays) | {"progress": _hash(progress)}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, progress=ocp.args.JsonSave(progress)))
 
@@ -77,7 +81,7 @@ class Checkpoints:
         try:
             restored = _read_with_retries(lambda: self._read(step, targets), name)
         except Exception as error:  # Orbax and TensorStore raise many types
-            problem, is_damage = _first_line(error), _is_damage(error)
+            problem, is_damage = first_line([*_causes(error)][-1]), _is_damage(error)
         if not hosts.all_agree(not problem):
             problem = problem or "another process cannot read it"
             if not hosts.all_agree(not is_damage):
@@ -85,12 +89,13 @@ class Checkpoints:
             raise UserError(f"{name} cannot be read: {problem}")
         written = restored["progress"].pop(FINGERPRINTS, {})
         found = fingerprints({name: restored[name] for name in targets})
-        if other := [name for name in targets if found[name] != written.get(name)]:
+        if "progress" in written:  # unless an earlier version wrote the checkpoint
+            found["progress"] = _hash(restored["progress"])
+        if other := [name for name in found if found[name] != written.get(name)]:
             raise DamagedCheckpoint(f"{name} is damaged: {', '.join(other)} is not what was written")
         return restored
 
     def _read(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
-        check_files(self._directory / str(step), deep=True)
         items = {name: stored_target(self._directory / str(step) / name, tree) for name, tree in targets.items()}
         items = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         args = ocp.args.Composite(**items, progress=ocp.args.JsonRestore())
@@ -147,7 +152,11 @@ class Checkpoints:
 
 RETRY_SECONDS = (1, 5, 20)  # between attempts
 # TensorStore's messages for bytes that are missing or do not decode, and Orbax's for a checkpoint of another model.
-DAMAGE = re.compile(r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|Error decoding|checksum|decompress|Item .* was not found")
+DAMAGE = re.compile(
+    r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|FAILED_PRECONDITION: Error reading|Error decoding|checksum|decompress"
+    r"|Item .* was not found"
+)
+DAMAGE_TYPES = json.JSONDecodeError, UnicodeDecodeError, RecursionError, FileNotFoundError
 ANOTHER_MODEL = re.compile(r"tree structures do not match|not compatible with the stored shape")
 
 
@@ -160,26 +169,23 @@ def _read_with_retries(read: Callable[[], Any], name: str) -> Any:
         try:
             return read()
         except Exception as error:
-            if _is_damage(error) or ANOTHER_MODEL.search(str(error)):
+            if isinstance(error, UserError) or _is_damage(error) or ANOTHER_MODEL.search(str(error)):
                 raise
-            logging.warning("%s cannot be read (%s); trying again in %s s", name, _first_line(error), seconds)
+            logging.warning("%s cannot be read (%s); trying again in %s s", name, first_line(error), seconds)
             time.sleep(seconds)
     return read()
 
 
-def _is_damage(error: BaseException | None) -> bool:
+def _is_damage(error: BaseException) -> bool:
     """Whether bytes are missing or do not decode; any other error may be temporary."""
+    return any(isinstance(each, DAMAGE_TYPES) or DAMAGE.search(str(each)) for each in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what caused it, and so on: the last says most."""
     while error is not None:
-        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | FileNotFoundError) or DAMAGE.search(
-            str(error)
-        ):
-            return True
+        yield error
         error = error.__cause__
-    return False
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 # ---- Fingerprints
@@ -192,6 +198,12 @@ def fingerprints(arrays: dict[str, Any]) -> dict[str, str]:
         name: hashlib.sha256(np.asarray(jax.tree.leaves(tree), np.uint32).tobytes()).hexdigest()[:16]
         for name, tree in sums.items()
     }
+
+
+def _hash(values: dict[str, Any]) -> str:
+    """Returns a hash of a JSON object, the same before it is written and after it is read."""
+    text = json.dumps(json.loads(json.dumps(values)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @jax.jit
