@@ -8,6 +8,7 @@ a chat of several turns; otherwise the question is read from standard input.
 """
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -93,6 +94,7 @@ def opening() -> list[Turn]:
 def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]) -> None:
     """Runs a chat: each answer is conditioned on all earlier turns. Bad input does not end the chat."""
     print(HELP)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer, not the chat
     turns, asked = opening(), 0
     while True:
         try:

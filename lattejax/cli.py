@@ -62,17 +62,17 @@ def run(
 
     def guarded(argv: list[str]) -> None:
         try:
-            with interruptible():
+            with interruptible(hosts.end):
                 main(*argv[1:])
         except UserError as error:
             fail(error)
         except Interrupted as interrupted:
-            interrupted.end_process()
+            hosts.end(interrupted)
         except BrokenPipeError:  # whoever reads the output has stopped reading
             os._exit(128 + signal.SIGPIPE)
         except Exception as error:
             if (refused := refusal(error)) is None:
-                hosts.announce_failure(first_line(error))
+                hosts.end_all(hosts.FAILED, first_line(error))
                 raise
             logging.vlog(1, "%s", traceback.format_exc())  # with --verbosity=1
             fail(UserError(refused))
@@ -206,8 +206,8 @@ def fail(error: Exception) -> None:
     sys.stderr.flush()
     sys.stderr.buffer.write(line.encode(errors="backslashreplace") + b"\n")
     sys.stderr.flush()
-    hosts.announce_failure(str(error))
-    sys.exit(2)
+    hosts.end_all(hosts.FAILED, str(error))
+    sys.exit(hosts.FAILED)
 
 
 def check_config_flags(arguments: list[str], section: str = "", others: tuple[str, ...] = ()) -> None:

@@ -4,12 +4,10 @@ Training has its own guard, which saves first (`training.interrupt`).
 """
 
 import contextlib
-import os
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: the same command resumes; launchers run it again
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -28,19 +26,13 @@ class Interrupted(Exception):
         """75 for a preemption (SIGTERM); otherwise the shell convention, 128 + signum."""
         return TRY_AGAIN if self.signum == signal.SIGTERM else 128 + self.signum
 
-    def end_process(self) -> None:
-        """Ends the process at once, from any thread."""
-        print(self, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(self.exit_code)
-
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(end: Callable[[Interrupted], None]) -> Iterator[None]:
     """Within it, the first SIGINT or SIGTERM raises `Interrupted` in the main thread.
 
     Python runs signal handlers only between its own instructions, so not while XLA compiles. Therefore a thread watches
-    too: it ends the process if the main thread does not react in `GRACE_SECONDS`.
+    too: it calls `end`, which ends the process, if the main thread does not react in `GRACE_SECONDS`.
     """
     ended = threading.Event()
     reader, writer = socket.socketpair()
@@ -56,7 +48,7 @@ def interruptible() -> Iterator[None]:
         while received := reader.recv(1):
             if received[0] in SIGNALS and signal.getsignal(received[0]) in (stop, signal.SIG_IGN):
                 if not ended.wait(GRACE_SECONDS):
-                    Interrupted(received[0]).end_process()
+                    end(Interrupted(received[0]))
                 return
 
     previous = {signum: signal.signal(signum, stop) for signum in SIGNALS}

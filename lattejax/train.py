@@ -7,7 +7,6 @@ Exit code 2 means bad input: fix it first.
 
 import json
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -33,7 +32,6 @@ def main() -> None:
         raise UserError("--workdir is missing: give the directory for the run's files")
     with InterruptGuard(at_once=True, notice=NOTICE.value) as guard:
         connect()
-        guard.multi_process = jax.process_count() > 1
         results = train(config, WORKDIR.value, guard)
     if hosts.is_first():
         print(json.dumps(results, indent=2))

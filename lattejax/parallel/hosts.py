@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,11 +13,14 @@ from jax._src import distributed  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
 from lattejax.errors import UserError
+from lattejax.interrupts import Interrupted
 
 CLUSTERS = ("none", "auto", "explicit")
-FAILURE = "lattejax/failure"  # the key under which a process announces its failure
+FAILED = 2  # the exit code of all failures, see `errors.UserError`
+END = "lattejax/end"  # the key under which a process announces that all must end
 SECONDS_BETWEEN_CHECKS = 0.5
 SECONDS_TO_END = 10
+SECONDS_TO_FAIL_TOGETHER = 10
 
 
 def connect(cluster: str, coordinator: str = "", processes: int = 0, process: int = 0, seconds: int = 300) -> None:
@@ -53,44 +57,81 @@ def connect(cluster: str, coordinator: str = "", processes: int = 0, process: in
     print(
         f"process {jax.process_index()} of {jax.process_count()}, with {jax.local_device_count()} devices", flush=True
     )
-    threading.Thread(target=_watch_for_failure, daemon=True).start()
+    threading.Thread(target=_watch_for_end, daemon=True).start()
 
 
-# ---- A failure of one process ends all: the others would wait for it
+# ---- One process that ends would leave the others waiting for it: it ends all
 
 
-def announce_failure(reason: str) -> None:
-    """Ends all processes, if there are several: each prints which one failed and why, and exits with code 2."""
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        distributed.global_state.client.key_value_set(FAILURE, f"{jax.process_index()} {reason}", allow_overwrite=True)
-        _end_together()
+def is_one_of_several() -> bool:
+    """Whether this process is connected to others; asks for no devices."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def _watch_for_failure() -> None:
+_before_end: list[Callable[[], None]] = []  # completes what this process is writing
+
+
+def finish_before_end(finish: Callable[[], None]) -> None:
+    """From here on, `finish` is called before this process ends because another was asked to stop."""
+    _before_end[:] = [finish]
+
+
+def end(interrupted: Interrupted) -> None:
+    """Ends this process, from any thread, and all others with it."""
+    print(interrupted, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    end_all(interrupted.exit_code, str(interrupted))
+    os._exit(interrupted.exit_code)
+
+
+def end_all(code: int, reason: str) -> None:
+    """Ends all processes, if there are several: the others print which one and why, and exit with the same code."""
+    if is_one_of_several():
+        distributed.global_state.client.key_value_set(
+            END, f"{jax.process_index()} {code} {reason}", allow_overwrite=True
+        )
+        _end_together(code)
+
+
+def all_fail(name: str) -> bool:
+    """Whether all processes fail at the same point, `name`, within seconds; those that fail call it."""
+    if not is_one_of_several():
+        return True
+    try:
+        distributed.global_state.client.wait_at_barrier(name, 1000 * SECONDS_TO_FAIL_TOGETHER)
+    except jax.errors.JaxRuntimeError:  # the others do not fail
+        return False
+    return True
+
+
+def _watch_for_end() -> None:
     client = distributed.global_state.client
     while True:
         time.sleep(SECONDS_BETWEEN_CHECKS)
         try:
-            index, _, reason = client.key_value_try_get(FAILURE).partition(" ")
+            index, code, reason = client.key_value_try_get(END).split(" ", 2)
         except jax.errors.JaxRuntimeError as error:
             if "NOT_FOUND" in str(error):
                 continue
             return  # the job ends
         if index != str(jax.process_index()):
-            print(f"error: process {index} failed: {reason}", file=sys.stderr, flush=True)
-            _end_together()
+            print(f"process {index} has ended all: {reason}", file=sys.stderr, flush=True)
+            if int(code) != FAILED:
+                for finish in _before_end:
+                    finish()
+            _end_together(int(code))
         return
 
 
-def _end_together() -> None:
+def _end_together(code: int) -> None:
     """Exits without waiting for computations. Process 0 stays the longest, because the others ask it for the reason."""
     try:
-        distributed.global_state.client.wait_at_barrier(FAILURE, 1000 * SECONDS_TO_END)
+        distributed.global_state.client.wait_at_barrier(END, 1000 * SECONDS_TO_END)
         time.sleep(SECONDS_BETWEEN_CHECKS * is_first())
     except jax.errors.JaxRuntimeError as error:  # a process is gone already
         print(f"some processes did not answer: {str(error).splitlines()[0]:.200}", file=sys.stderr)
     sys.stdout.flush()
-    os._exit(2)
+    os._exit(code)
 
 
 def is_first() -> bool:

@@ -7,6 +7,7 @@ the requested devices, so a checkpoint can be restored on another mesh or number
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -46,7 +47,7 @@ class Checkpoints:
           keep_every: checkpoints at multiples of this step are kept too; 0: none.
         """
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
-        self._directory = directory
+        self._directory, self._attempts = directory, itertools.count()
         if directory.exists():
             check_files(directory, deep=True)
         with parsing(f"the list of checkpoints in {directory}"):
@@ -82,8 +83,9 @@ class Checkpoints:
             restored = _read_with_retries(lambda: self._read(step, targets), name)
         except Exception as error:  # Orbax and TensorStore raise many types
             problem, is_damage = first_line([*_causes(error)][-1]), _is_damage(error)
-        if not hosts.all_agree(not problem):
-            problem = problem or "another process cannot read it"
+        if problem:
+            if not hosts.all_fail(f"reading {name}, attempt {next(self._attempts)}"):
+                raise UserError(f"{name} cannot be read by process {jax.process_index()}: {problem}")
             if not hosts.all_agree(not is_damage):
                 raise DamagedCheckpoint(f"{name} is damaged: {problem}")
             raise UserError(f"{name} cannot be read: {problem}")

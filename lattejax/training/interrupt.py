@@ -2,11 +2,12 @@
 
 On SIGTERM, SIGINT or a preemption notice, training saves after the current step and exits. Python runs signal handlers
 only between its own instructions, so not while XLA compiles or the process waits for a device. Therefore a thread
-watches for signals; if nothing is unsaved, it ends the process at once. Several processes instead stop together, after
-a step that they agree on (`loop.Stop`).
+watches for signals; if nothing is unsaved, it ends the process at once, and with it all others: they cannot be ahead by
+a whole step, which all compute together. Otherwise all stop after a step that they agree on (`loop.Stop`).
 """
 
 import http.client
+import re
 import signal
 import socket
 import sys
@@ -15,7 +16,9 @@ import time
 import urllib.request
 from collections.abc import Callable
 
+from lattejax.errors import UserError
 from lattejax.interrupts import SIGNALS, Interrupted
+from lattejax.parallel import hosts
 
 SECONDS_BETWEEN_NOTICES = 5.0
 SECONDS_BETWEEN_CHECKS = 0.05
@@ -32,7 +35,8 @@ class InterruptGuard:
 
     def __init__(self, at_once: bool = False, notice: str = ""):
         self.signum: int | None = None
-        self.multi_process = False  # set if this process is one of several
+        if notice and not re.match(r"https?://[^/\s]+", notice):
+            raise UserError(f"--preemption_notice={notice} must be a URL, http://… or https://…")
         self._at_once, self._notice = at_once, notice
         self._finish: Callable[[], None] | None = lambda: None
         self._previous = {}
@@ -47,6 +51,7 @@ class InterruptGuard:
     def saved(self, finish: Callable[[], None] = lambda: None) -> None:
         """From here on, ending the process loses nothing once `finish` has returned."""
         self._finish = finish
+        hosts.finish_before_end(finish)
 
     # ---- Signals
 
@@ -93,9 +98,9 @@ class InterruptGuard:
             if received[0] in SIGNALS:
                 self._stop(received[0])
         while self._at_once and not self._ended.is_set():
-            if not self.multi_process and (finish := self._finish) is not None:
+            if (finish := self._finish) is not None:
                 finish()
-                Interrupted(self.signum).end_process()
+                hosts.end(Interrupted(self.signum))
             time.sleep(SECONDS_BETWEEN_CHECKS)
 
     def _ask_for_notice(self) -> None:
