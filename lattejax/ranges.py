@@ -38,6 +38,7 @@ Natural = Annotated[int, Range(0)]
 Positive = Annotated[int, Range(1)]
 Share = Annotated[float, Range(0, 1)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # JAX takes the lower 32 bits of a larger one
+Depth = Annotated[int, Range(0, 1000)]  # of a network, in layers or blocks
 Size = Annotated[int, Range(1, 2**20)]  # of a weight's axis, or of a batch
 
 

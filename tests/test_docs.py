@@ -159,8 +159,9 @@ def test_commands_run(block, place, forks):
     """In their order, since later ones use what earlier ones make."""
     for line in block.text.splitlines():
         if line.startswith("pip install -e . && "):  # the main job, at full size
-            (place / "fresh").mkdir(exist_ok=True)
-            (place / "fresh" / "configs").symlink_to(ROOT / "configs")
+            if not (place / "fresh").exists():
+                (place / "fresh").mkdir()
+                (place / "fresh" / "configs").symlink_to(ROOT / "configs")
             command = [sys.executable, *shlex.split(line.partition("&& ")[2])[1:]]
             subprocess.run(command, cwd=place / "fresh", env=ENVIRONMENT, check=True)
         elif line.startswith("for "):  # a loop of the shell, at full size

@@ -9,6 +9,7 @@ Axes: B batch, H row, W column, C channel, G attention group, N pixel, d head di
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +18,28 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lattejax.models.convolution import Chain, conv
+from lattejax.ranges import Depth, Range, Size, check_ranges
 
 EPSILON = 1e-5  # of all norms
 ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu}
 BLOCKS = ("ResBlock", "EfficientViTBlock")
 NORMS = ("rms_norm", "batch_norm")
+Kernel = Annotated[int, Range(1, 99)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """Blocks at one resolution; `depth` 0 omits the stage, which is allowed only for the first."""
 
-    width: int
-    depth: int
+    width: Size
+    depth: Depth
     block: str = "ResBlock"
     norm: str = "rms_norm"
     activation: str = "silu"
-    multiscales: tuple[int, ...] = ()  # kernel sizes of the convolutions that make additional tokens for attention
+    multiscales: tuple[Kernel, ...] = ()  # kernel sizes of the convolutions that make additional tokens for attention
 
     def __post_init__(self):
+        check_ranges(self)
         for name, known in (("block", BLOCKS), ("norm", NORMS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {list(known)}")
@@ -47,9 +51,9 @@ class DCAEConfig:
 
     encoder: tuple[Stage, ...]
     decoder: tuple[Stage, ...]
-    in_channels: int = 3
-    latent_channels: int = 32
-    head_dim: int = 32
+    in_channels: Size = 3
+    latent_channels: Size = 32
+    head_dim: Size = 32
     unshuffle: bool = True  # down by moving pixels to channels; otherwise by a strided convolution
     shuffle: bool = True  # up by moving channels to pixels; otherwise by repeating pixels
     encoder_shortcut: bool = True  # around the encoder's last convolution
@@ -57,6 +61,7 @@ class DCAEConfig:
     last_activation: str = "relu"
 
     def __post_init__(self):
+        check_ranges(self)
         if len(self.encoder) != len(self.decoder):
             raise ValueError(f"the encoder has {len(self.encoder)} stages, the decoder {len(self.decoder)}")
         if any(stage.depth == 0 for stage in (*self.encoder[1:], *self.decoder[1:])):

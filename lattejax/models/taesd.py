@@ -15,17 +15,21 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lattejax.models.convolution import Chain, conv
+from lattejax.ranges import Depth, Size, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class TAESDConfig:
     """Geometry; the defaults are TAESD3's."""
 
-    width: int = 64
-    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # at each resolution, from the image to the latents
-    decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)  # and back
-    in_channels: int = 3
-    latent_channels: int = 16
+    width: Size = 64
+    encoder_blocks: tuple[Depth, ...] = (1, 3, 3, 3)  # at each resolution, from the image to the latents
+    decoder_blocks: tuple[Depth, ...] = (3, 3, 3, 1)  # and back
+    in_channels: Size = 3
+    latent_channels: Size = 16
+
+    def __post_init__(self):
+        check_ranges(self)
 
     @property
     def compression(self) -> int:

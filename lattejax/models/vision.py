@@ -22,7 +22,7 @@ from lattejax.models.functional import Params
 from lattejax.models.layers import Layers
 from lattejax.models.linear import Linear
 from lattejax.models.rotary import Rotary, rotate, vision_rotary
-from lattejax.ranges import Range, Size, check_ranges
+from lattejax.ranges import Depth, Range, Size, check_ranges
 
 Factor = Annotated[int, Range(1, 1024)]
 
@@ -31,7 +31,7 @@ Factor = Annotated[int, Range(1, 1024)]
 class VisionConfig:
     """Geometry of the vision tower; the defaults are Qwen2-VL-2B's."""
 
-    depth: Annotated[int, Range(0, 1000)] = 32
+    depth: Depth = 32
     embed_dim: Size = 1280
     num_heads: Size = 16
     mlp_ratio: Factor = 4

@@ -1,5 +1,6 @@
 """Metrics output: `metrics.jsonl`, TensorBoard, and the terminal."""
 
+import datetime
 import json
 import os
 import sys
@@ -40,7 +41,8 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Workdir, clock: RunClock, stage: str, first_step: int, last_step: int):
-        self._workdir, self._clock, self._stage = workdir, clock, stage
+        self._workdir, self._clock, self._stage, self._last_step = workdir, clock, stage, last_step
+        self._last_line = first_step, time.perf_counter()
         records = read_records(workdir.metrics)
         self._records = [r for r in records if r["stage"] != stage or r["step"] <= first_step]
         self._tensorboard = self._bar = None
@@ -74,7 +76,18 @@ class MetricsLog:
                     self._tensorboard.add_scalar(f"{name}/{group}", item, step)
             else:
                 self._tensorboard.add_scalar(name, value, step)
-        self.print(f"{self._stage} {step}: {', '.join(f'{name} {_short(value)}' for name, value in metrics.items())}")
+        self.print(f"{self._stage} {step} of {self._last_step}: {self._summary(step, metrics)}")
+
+    def _summary(self, step: int, metrics: dict[str, Any]) -> str:
+        """What a line shows of metrics: of an evaluation all; of training the losses, the rate and the time left."""
+        if "images_per_second" not in metrics:
+            return ", ".join(f"{name} {_short(value)}" for name, value in metrics.items())
+        shown = [f"{name} {_short(value)}" for name, value in metrics.items() if "loss" in name]
+        now = time.perf_counter()
+        seconds_per_step = (now - self._last_line[1]) / max(1, step - self._last_line[0])
+        self._last_line = step, now
+        left = datetime.timedelta(seconds=round(seconds_per_step * (self._last_step - step)))
+        return ", ".join([*shown, f"{metrics['images_per_second']:.4g} images/s, {left} left"])
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """Writes an image as PNG, and shows it in TensorBoard."""

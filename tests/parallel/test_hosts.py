@@ -21,11 +21,16 @@ FLAGS = [*tiny_flags(**SETTINGS), "--config.mesh.expert=2"]
 TWO_DEVICES = {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
 
 
-def start_together(forks: Forks, outputs: list[Path], *command: str) -> list[Fork]:
-    """Starts a command in two processes that connect to each other."""
+def connected() -> list[str]:
+    """Flags that connect two processes."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        cluster = ["--cluster=explicit", f"--coordinator=127.0.0.1:{listener.getsockname()[1]}", "--processes=2"]
+        return ["--cluster=explicit", f"--coordinator=127.0.0.1:{listener.getsockname()[1]}", "--processes=2"]
+
+
+def start_together(forks: Forks, outputs: list[Path], *command: str) -> list[Fork]:
+    """Starts a command in two processes that connect to each other."""
+    cluster = connected()
     return [forks.start(*command, *cluster, f"--process={i}", output=output) for i, output in enumerate(outputs)]
 
 
@@ -51,7 +56,7 @@ def test_two_processes_train_stop_resume_sample_and_checkpoint_like_one_of_two_d
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert uninterrupted.returncode == 0, uninterrupted.stderr[-3000:]
     assert "process 0 of 2, with 1 devices" in resumed.stdout and "process 1 of 2" in resumed.stdout
-    assert resumed.stdout.count("train 80: ") == uninterrupted.stdout.count("train 80: "), "one process reports"
+    assert resumed.stdout.count("train 80 of") == uninterrupted.stdout.count("train 80 of"), "one process reports"
     assert_equal_runs(together, alone)
     assert "fingerprints" not in final_arrays(together)["progress"]
     assert json.loads((together / "config.json").read_text())["mesh"] == dict(expert=2, data=-1, fsdp=1, tensor=1)
@@ -65,6 +70,55 @@ def test_two_processes_train_stop_resume_sample_and_checkpoint_like_one_of_two_d
     assert drawn.returncode == 0, drawn.stderr[-3000:]
     images = [np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("together", "alone")]
     np.testing.assert_array_equal(*images)
+
+
+UNREADABLE = """
+import sys
+from lattejax import cli, train
+from lattejax.parallel import hosts
+from lattejax.runs.checkpoints import Checkpoints
+
+def read(*arguments):
+    raise OSError("the disk is gone")
+
+Checkpoints._read = read
+hosts.SECONDS_TO_FAIL_TOGETHER = 3
+cli.run(train.main)
+"""
+
+
+def run_both(flags: list[str], *programs: list[str]) -> list[str]:
+    """Runs two connected processes, which must end with exit code 2 in time; returns their errors."""
+    flags = [*flags, *connected()]
+    streams = dict(cwd=ROOT, env=ENVIRONMENT, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    processes = [
+        subprocess.Popen([sys.executable, *program, *flags, f"--process={i}"], **streams)
+        for i, program in enumerate(programs)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    return errors
+
+
+def test_one_process_that_fails_or_is_stopped_ends_both(tmp_path, forked_command):
+    """A signal in the first compilation ends both before a step; a checkpoint that one cannot read does so too."""
+    outputs = [tmp_path / f"{i}.txt" for i in range(2)]
+    flags = [*FLAGS, "--config.train.steps=2", f"--workdir={tmp_path / 'run'}"]
+    processes = start_together(forked_command, outputs, "train", *flags)
+    deadline = time.monotonic() + 100
+    while "trained parameters" not in outputs[0].read_text():
+        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait() for process in processes] == [75, 75], [output.read_text() for output in outputs]
+    assert "process 1 has ended all: stopped by SIGTERM" in outputs[0].read_text()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "no step was finished"
+
+    done = forked_command("train", *flags, env=TWO_DEVICES)
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = run_both(flags, ["-m", "lattejax.train"], ["-c", UNREADABLE])
+    reason = "cannot be read by process 1: OSError: the disk is gone"
+    assert all(reason in error for error in errors) and "process 1 has ended all: " in errors[0], errors
 
 
 @pytest.mark.parametrize(
