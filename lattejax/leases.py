@@ -18,6 +18,7 @@ from filelock import LeaseCompromise, SoftFileLease, Timeout
 from lattejax.errors import UserError
 
 LEASE, HOLDER = ".lease", ".holder"  # suffixes of two files: the lease, and a description of its holder
+# Processes must agree on these two, also of different versions.
 SECONDS = 12.0  # without a renewal, after which another host's lease is over
 RENEWALS = 4  # in that time
 

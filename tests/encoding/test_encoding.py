@@ -19,6 +19,7 @@ from lattejax.encoding import encode as encoding
 from lattejax.encoding.encode import encode
 from lattejax.encoding.pictures import open_pictures
 from lattejax.errors import UserError
+from lattejax.leases import one_writer
 from lattejax.runs.data import open_data
 from lattejax.weights.autoencoders import StoredAutoencoder
 from tests import checkpoints, pictures
@@ -120,6 +121,12 @@ def test_a_killed_worker_resumes_at_its_file_and_several_workers_equal_one(confi
     assert contents(out) == expected
     assert encode(config, out), "and once more, which only checks"
     assert len(encoded) == 4
+
+
+def test_two_processes_of_one_number_do_not_write_together(config, tmp_path):
+    with one_writer(tmp_path / "latents" / ".worker-0", "it"), pytest.raises(UserError, match="is being written by"):
+        encode(config, tmp_path / "latents")
+    assert not encode(config, tmp_path / "latents", worker=1, workers=2), "another number may"
 
 
 def test_the_same_pictures_encoded_again_have_the_same_identity(config, tmp_path, monkeypatch):
