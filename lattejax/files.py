@@ -23,6 +23,7 @@ from lattejax.leases import one_writer
 STORES = ("gs://", "s3://", "az://")
 MOST_BYTES = 1 << 28  # of a file that is read in one piece: descriptions, pictures, tokenizers
 TEMPORARY, PARTIAL = ".tmp", ".partial-"  # in the names of unfinished files and directories
+ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # in those of Orbax
 
 
 # ---- Paths
@@ -209,6 +210,22 @@ def check_writable(path: epath.Path, name: str) -> None:
                 parent.rmdir()
 
 
+SPARE_BYTES = 1 << 20  # for descriptions beside arrays
+
+
+def check_space(path: epath.Path, size: int, name: str) -> None:
+    """Raises `UserError`, before anything is written, if a disk has no room for `size` bytes at `path`."""
+    if is_remote(path):
+        return
+    free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
+    needed = size + SPARE_BYTES
+    if free < needed:
+        raise UserError(
+            f"{name} needs {needed / 1e6:,.1f} MB, and the disk of {path} has {free / 1e6:,.1f} MB free; make room and "
+            "run the same command again"
+        )
+
+
 def remove_leftovers(directory: epath.Path, pattern: str = "*") -> None:
     """Removes what killed processes have left in a directory: unfinished files and directories.
 
@@ -216,7 +233,7 @@ def remove_leftovers(directory: epath.Path, pattern: str = "*") -> None:
     """
     if is_remote(directory):
         return
-    for marker in (f"{pattern}{TEMPORARY}", f"{pattern}{PARTIAL}*"):
+    for marker in (f"{pattern}{TEMPORARY}", f"{pattern}{PARTIAL}*", f"{pattern}{ORBAX_TEMPORARY}*"):
         for left in directory.glob(marker):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)

@@ -12,7 +12,7 @@ from lattejax.errors import UserError
 from lattejax.files import output_file, write_with
 from lattejax.flow.schedule import Guidance, NumSteps, Sampling, Shift
 from lattejax.flow.solvers import SOLVERS
-from lattejax.parallel import hosts
+from lattejax.parallel import hosts, memory
 from lattejax.ranges import Seed, Size
 from lattejax.runs.run import Run
 from lattejax.sampling.grid import labelled_grid
@@ -79,6 +79,9 @@ def main() -> None:
     prompts = [run.encoder.drawing(prompt, images) for prompt in PROMPT.value]
     negative = [run.encoder.drawing(prompt, images) for prompt in read_negative_prompts()]
     sampler = ImageSampler.of(run, run.params(run.config.dtype), AUTOENCODER.value or "")
+    count = len(prompts) * NUM.value
+    size = 2 * count * 3 * run.config.data.image_size**2  # each image is held twice: by itself, and in the grid
+    memory.check_fits(size, memory.machine_bytes(), f"drawing {count:,} images")
     settings = dict(images_per_prompt=NUM.value, batch_size=BATCH_SIZE.value, seed=SEED.value)
     images = sampler(prompts, sampling, negative=negative, **settings)
     if not hosts.is_first():

@@ -38,7 +38,7 @@ def open_topology(name: str) -> tuple[Chip, list[Any]]:
       UserError: there is no such topology, or no libtpu.
     """
     kind, _, shape = name.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}(x[1-9]\d{0,3})?", shape):
         raise UserError(f"--topology={name} must be one of {', '.join(CHIPS)} and a shape, like v5e:4x4 or v5p:2x2x4")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise it waits for a TPU's metadata server
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling does not occupy a TPU

@@ -23,10 +23,10 @@ from etils import epath
 from jaxtyping import Array, UInt32
 
 from lattejax.errors import UserError, first_line, parsing
-from lattejax.files import check_files
+from lattejax.files import check_files, check_space
 from lattejax.parallel import hosts
 from lattejax.weights import layouts
-from lattejax.weights.trees import like, stored_target
+from lattejax.weights.trees import byte_count, like, stored_target
 
 FINGERPRINTS = "fingerprints"  # in `progress`
 
@@ -63,7 +63,14 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, arrays: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Starts writing a checkpoint; the arrays may be donated as soon as this returns."""
+        """Starts writing a checkpoint; the arrays may be donated as soon as this returns.
+
+        Raises:
+          UserError: the disk has no room for it. All earlier ones are complete.
+        """
+        self.wait()
+        if hosts.is_first():
+            check_space(self._directory, byte_count(arrays), f"the checkpoint of step {step}")
         progress = progress | {FINGERPRINTS: fingerprints(arrays) | {"progress": _hash(progress)}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, progress=ocp.args.JsonSave(progress)))

@@ -47,7 +47,8 @@ class Workdir:
             raise UserError(f"{self.path} is the directory of a sweep; use another --workdir")
         check_writable(self.path / "config.json", f"--workdir={self.path}")
         with one_writer(self.path / ".run", os.fspath(self.path)):
-            for directory in (self.path, self.tokenizer, self.path / "samples"):
+            stages = [self.checkpoints(stage) for stage in ("pretrain", "train")]
+            for directory in (self.path, self.tokenizer, self.path / "samples", *stages):
                 remove_leftovers(directory)
             yield
 

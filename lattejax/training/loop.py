@@ -19,7 +19,7 @@ from lattejax.errors import UserError
 from lattejax.evaluation.protocol import Report
 from lattejax.interrupts import Interrupted
 from lattejax.models.functional import Params
-from lattejax.parallel import hosts, rules
+from lattejax.parallel import hosts, memory, rules
 from lattejax.parallel.rows import Rows
 from lattejax.runs.checkpoints import Checkpoints
 from lattejax.runs.workdir import Workdir
@@ -65,6 +65,8 @@ def run_stage(
     settings, keep = recipe.settings, config.checkpoint
     checkpoints = Checkpoints(workdir.checkpoints(recipe.name), keep=keep.keep, keep_every=keep.keep_every)
     abstract = abstract_state(settings, recipe.trained, recipe.mesh)
+    available = memory.device_bytes(recipe.mesh.local_devices[0])
+    memory.check_fits(memory.bytes_per_device(abstract), available, f"{recipe.name}: what is trained, on each device,")
 
     # ---- Where to start
     first_step, window = 0, Window()
@@ -122,6 +124,7 @@ def run_stage(
         if step == first_step + 1:
             with window.excluded():
                 train_step = train_step.lower(state, recipe.frozen, batch, key).compile()
+                memory.check_compiled(train_step, f"a step with config.{recipe.name}.batch_size={settings.batch_size}")
         guard.unsaved()
         state, metrics = train_step(state, recipe.frozen, batch, key)
         window.add(step, metrics)

@@ -8,7 +8,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lattejax.errors import UserError, first_line
-from lattejax.files import check_files
+from lattejax.files import check_files, check_space
+from lattejax.parallel import hosts
 from lattejax.weights import layouts
 
 
@@ -26,13 +27,20 @@ def stored_target(path: epath.Path, target: Any) -> Any:
         return layouts.as_stored(target, layouts.shapes(handler.metadata(path)))
 
 
+def byte_count(tree: Any) -> int:
+    """The bytes of all of a tree's arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
 def is_complete(path: epath.Path) -> bool:
     """Whether `save_weights` has finished at `path`."""
     return path.exists() and ocp.utils.is_checkpoint_finalized(path)
 
 
 def save_weights(path: epath.Path, params: Any) -> None:
-    """Writes a tree of weights atomically."""
+    """Writes a tree of weights atomically; raises `UserError` if the disk has no room for them."""
+    if hosts.is_first():
+        check_space(path, byte_count(params), f"{path}, with its weights,")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, params)
 

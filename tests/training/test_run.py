@@ -170,9 +170,9 @@ def assert_equal_runs(ours, theirs) -> None:
 class Attempts:
     """Runs the same command repeatedly."""
 
-    def __init__(self, forks, workdir, flags):
+    def __init__(self, forks, workdir, flags, output=None):
         self.forks, self.command = forks, ["train", *flags, f"--workdir={os.path.relpath(workdir, ROOT)}"]
-        self._output = workdir / "output.txt"
+        self._output = output or workdir / "output.txt"
 
     def output(self) -> str:
         return self._output.read_text()

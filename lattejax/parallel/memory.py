@@ -1,0 +1,45 @@
+"""The memory of devices, and one line for what does not fit, before it is allocated.
+
+A GPU or a TPU reports that it has too little. A CPU does not: there the system kills the process without a word.
+"""
+
+import math
+import os
+from typing import Any
+
+import jax
+
+from lattejax.errors import UserError
+
+GB = 1e9
+
+
+def machine_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def device_bytes(device: jax.Device) -> int:
+    """The memory of a device; those of a CPU share the machine's."""
+    reported = device.memory_stats() or {}
+    return reported.get("bytes_limit") or machine_bytes() // jax.local_device_count(device.platform)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """How much of a tree of arrays, or their descriptions, each device holds."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def check_fits(needed: int, available: int, what: str) -> None:
+    """Raises `UserError` if `what` needs more bytes than there are."""
+    if needed > available:
+        raise UserError(f"{what} needs {needed / GB:,.1f} GB of memory; there are {available / GB:,.1f} GB")
+
+
+def check_compiled(compiled: jax.stages.Compiled, what: str) -> None:
+    """Raises `UserError` if a compiled program needs more memory than one of its devices has."""
+    if (memory := compiled.memory_analysis()) is None:  # not every backend knows
+        return
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output
+    check_fits(needed, device_bytes(jax.local_devices()[0]), f"{what}, on each device,")
