@@ -78,10 +78,10 @@ def main() -> None:
     images = [run.encoder.read_image(open_image(path)) for path in IMAGE.value]
     prompts = [run.encoder.drawing(prompt, images) for prompt in PROMPT.value]
     negative = [run.encoder.drawing(prompt, images) for prompt in read_negative_prompts()]
-    sampler = ImageSampler.of(run, run.params(run.config.dtype), AUTOENCODER.value or "")
     count = len(prompts) * NUM.value
     size = 2 * count * 3 * run.config.data.image_size**2  # each image is held twice: by itself, and in the grid
     memory.check_fits(size, memory.machine_bytes(), f"drawing {count:,} images")
+    sampler = ImageSampler.of(run, run.params(run.config.dtype), AUTOENCODER.value or "")
     settings = dict(images_per_prompt=NUM.value, batch_size=BATCH_SIZE.value, seed=SEED.value)
     images = sampler(prompts, sampling, negative=negative, **settings)
     if not hosts.is_first():
