@@ -18,7 +18,7 @@ class Interrupted(Exception):
     """A command has stopped on request; `signum` is the signal that requested it."""
 
     def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; run the same command to resume")
+        super().__init__(f"stopped by {signal.Signals(signum).name}; run the same command again")
         self.signum = signum
 
     @property

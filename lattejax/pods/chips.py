@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import re
 from typing import Any
@@ -31,6 +32,9 @@ CHIPS = {
 }
 
 
+MOST_CHIPS = 10_000  # the largest pod, of v5p, has 8,960
+
+
 def open_topology(name: str) -> tuple[Chip, list[Any]]:
     """Returns the chip and the devices of a topology like "v5e:16x16".
 
@@ -40,6 +44,8 @@ def open_topology(name: str) -> tuple[Chip, list[Any]]:
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}(x[1-9]\d{0,3})?", shape):
         raise UserError(f"--topology={name} must be one of {', '.join(CHIPS)} and a shape, like v5e:4x4 or v5p:2x2x4")
+    if (count := math.prod(map(int, shape.split("x")))) > MOST_CHIPS:
+        raise UserError(f"--topology={name} has {count:,} chips; a plan is for at most {MOST_CHIPS:,}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise it waits for a TPU's metadata server
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling does not occupy a TPU
     check_compiler()

@@ -47,7 +47,7 @@ def test_a_signal_ends_the_process_as_soon_as_nothing_is_unsaved(state, signum, 
         out, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert out == "saving\n" * (state == "unsaved") + "the pending write is finished\n"
-    assert f"stopped by {signum.name}; run the same command to resume" in errors
+    assert f"stopped by {signum.name}; run the same command again" in errors
 
 
 def test_a_preemption_notice_counts_as_sigterm(monkeypatch):

@@ -144,7 +144,7 @@ def test_a_repeatedly_killed_run_equals_an_uninterrupted_one_bit_for_bit(finishe
     # Nothing is trained yet: it ends at once, and leaves no checkpoint.
     starting = attempt.has_printed("pretrain: 53,488 trained parameters")
     assert attempt.stop(signal.SIGTERM, starting, rng.uniform(0, 0.2)) == 75
-    assert "stopped by SIGTERM; run the same command to resume" in attempt.output()
+    assert "stopped by SIGTERM; run the same command again" in attempt.output()
     assert not list((tmp_path / "checkpoints" / "pretrain").glob("[0-9]*"))
 
     assert attempt.stop(signal.SIGKILL, lambda: logged(tmp_path, "pretrain", 4), rng.uniform(0, 0.1)) == -signal.SIGKILL
