@@ -48,12 +48,17 @@ def run(
         try:
             check_text(argv[1:])
             check(argv[1:])
+            logging.set_verbosity(logging.ERROR)  # what a config file may cause is said below
             rest = flags.FLAGS(argv)
+            if not flags.FLAGS["verbosity"].present:
+                logging.set_verbosity(logging.WARNING)
             if commands and (not rest[1:] or rest[1] not in commands):
                 raise UserError(f"name one of {', '.join(commands)}; found {' '.join(rest[1:]) or 'nothing'}")
             if unexpected := rest[2:] if commands else rest[1:]:
                 raise UserError(f"unexpected argument {unexpected[0]!r}; every argument is a --flag=value")
         except (flags.Error, UserError, ValueError) as error:  # a config file reports errors as ValueError
+            if "--config must have a value other than None" in str(error) and "--config=" in " ".join(argv):
+                error = UserError("--config: get_config() returns None; it must return the config")
             fail(error)
         except Exception as error:  # a config file is a user's program; and an override may not fit what it returns
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -77,7 +82,6 @@ def run(
             logging.vlog(1, "%s", traceback.format_exc())  # with --verbosity=1
             fail(UserError(refused))
 
-    logging.set_verbosity(logging.WARNING)
     enable_compilation_cache()
     app.run(guarded, flags_parser=parse)
 

@@ -143,6 +143,26 @@ def assert_one_line(done: Any, what: str) -> None:
     assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) <= LONGEST_LINE, f"{what}: {lines}"
 
 
+NO_CONFIGS = {
+    "no function": "x = 1",
+    "an error": "def get_config():\n    raise KeyError('a')",
+    "nothing": "def get_config():\n    return None",
+    "another dictionary": "def get_config():\n    return {'a': 1}",
+    "no dictionary": "def get_config():\n    return 5",
+    "YAML": "a: 1",
+    "half": "def get_config(",
+    "binary": "\0\1",
+}
+
+
+def test_a_config_file_that_gives_no_config_is_one_line(tmp_path, forked_command):
+    for what, text in NO_CONFIGS.items():
+        (tmp_path / "config.py").write_text(text)
+        done = forked_command("train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}")
+        assert_one_line(done, what)
+        assert "config" in done.stderr and not (tmp_path / "run").exists()
+
+
 # ---- Files
 
 

@@ -199,20 +199,34 @@ class Attempts:
 
 @pytest.mark.slow
 def test_soak(tmp_path_factory, forked_command):
-    """Twenty kills at random instants of a run, except during imports and compilation, with SIGKILL and SIGTERM: the
-    result equals an uninterrupted run's bit for bit."""
-    settings = dict(pretrain__steps=60, train__steps=400, checkpoint__every=10, log_every=10, eval__every=40)
+    """Twenty kills at random instants of a run, except during imports, with SIGKILL and SIGTERM, each while a second
+    trainer tries to start, which is refused or killed too: the result equals an uninterrupted run's bit for bit."""
+    settings = dict(pretrain__steps=100, train__steps=2000, checkpoint__every=10, log_every=10, eval__every=200)
     flags, rng = tiny_flags(**settings, eval__evaluators__digits__at="never"), np.random.default_rng(0)
     uninterrupted, killed = (tmp_path_factory.mktemp(name) for name in ("uninterrupted", "killed"))
     assert Attempts(forked_command, uninterrupted, flags).finish() == 0
-    attempt, kills = Attempts(forked_command, killed, flags), 0
+    attempt, kills, refused = Attempts(forked_command, killed, flags), 0, 0
+    output = tmp_path_factory.mktemp("second") / "output.txt"
     while kills < 20:
         signum = signal.SIGKILL if rng.random() < 0.5 else signal.SIGTERM
-        code = attempt.stop(signum, attempt.has_printed("trained parameters"), rng.uniform(0, 12), or_ended=True)
+        seconds = []
+
+        def both_started(seconds=seconds) -> bool:
+            if (started := "trained parameters" in attempt.output()) and not seconds:
+                seconds.append(forked_command.start(*attempt.command, output=output))
+            return started
+
+        code = attempt.stop(signum, both_started, rng.uniform(0, 6), or_ended=True)
+        for second in seconds:
+            if second.poll() is None:
+                second.send_signal(signal.SIGKILL)
+            assert second.wait() in (2, -signal.SIGKILL), output.read_text()
+            refused += "is being written by process" in output.read_text()
         lines = records(killed) if (killed / "metrics.jsonl").exists() else [{"stage": "", "step": 0}]
         print(f"{kills}: {signal.Signals(signum).name}, exit code {code}, at {lines[-1]['stage']} {lines[-1]['step']}")
         assert code in (75, -signal.SIGKILL), f"{attempt.output()}; if it has ended, it was too short"
         kills += 1
+    assert refused
     assert attempt.finish() == 0, attempt.output()
     assert_equal_runs(killed, uninterrupted)
 
