@@ -158,9 +158,10 @@ NO_CONFIGS = {
 def test_a_config_file_that_gives_no_config_is_one_line(tmp_path, forked_command):
     for what, text in NO_CONFIGS.items():
         (tmp_path / "config.py").write_text(text)
-        done = forked_command("train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}")
-        assert_one_line(done, what)
-        assert "config" in done.stderr and not (tmp_path / "run").exists()
+        for command in ("train", "sweep"):
+            done = forked_command(command, f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}")
+            assert_one_line(done, what)
+            assert "config" in done.stderr and not (tmp_path / "run").exists()
 
 
 # ---- Files

@@ -16,6 +16,7 @@ from lattejax.configuration.reading import (
     load,
     resolve,
     save,
+    to_dict,
 )
 from lattejax.configuration.sections import Data, Evaluation, Images, Mesh, Profile, Stage
 
@@ -36,4 +37,5 @@ __all__ = [
     "load",
     "resolve",
     "save",
+    "to_dict",
 ]

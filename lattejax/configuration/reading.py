@@ -105,7 +105,15 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 def resolve(config: ConfigDict | dict[str, Any]) -> Config:
     """Checks a config file's dict and returns it typed; raises `UserError` for an unknown key or an invalid value."""
-    return _build(Config, migrate(config.to_dict() if isinstance(config, ConfigDict) else config), "")
+    return _build(Config, migrate(to_dict(config)), "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """What a config file returns, as a dictionary; raises `UserError` if it is none."""
+    values = config.to_dict() if isinstance(config, ConfigDict) else config
+    if not isinstance(values, dict):
+        raise UserError(f"a config must be a dictionary; get_config() returns {values!r:.100}")
+    return values
 
 
 def save(config: Config, path: epath.Path) -> None:

@@ -28,8 +28,10 @@ from lattejax.errors import UserError, parsing
 from lattejax.evaluation.protocol import DrawingScore
 from lattejax.evaluation.registry import drawing_scores, open_evaluators
 from lattejax.files import check_writable, read_json, remove_leftovers, write_atomically
+from lattejax.flow.schedule import NumSteps
 from lattejax.interrupts import Interrupted
 from lattejax.leases import one_writer
+from lattejax.ranges import Seed, range_of
 from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
 from lattejax.runs.shapes import abstract_params
@@ -57,13 +59,17 @@ class Sweep:
 
 def resolve_sweep(config: ConfigDict) -> Sweep:
     """Checks a complete sweep config, before anything is trained; raises `UserError`."""
-    values = config.to_dict()
+    with parsing("the sweep's config"):
+        return _resolve(configuration.to_dict(config))
+
+
+def _resolve(values: dict[str, Any]) -> Sweep:
     if set(values) != set(KEYS):
         raise UserError(f"a sweep's config has the keys {', '.join(KEYS)}; this one has {', '.join(values)}")
-    for name, least in (("seeds", 0), ("sample_steps", 1)):
+    for name, (_, allowed) in (("seeds", range_of(Seed)), ("sample_steps", range_of(NumSteps))):
         given = values[name]
-        if not given or len(set(given)) != len(given) or not all(type(n) is int and n >= least for n in given):
-            raise UserError(f"config.{name}={given!r} must be different integers, at least {least}")
+        if not given or len(set(given)) != len(given) or not all(type(n) is int and n in allowed for n in given):
+            raise UserError(f"config.{name}={given!r} must be different integers, {allowed}")
     names = [name for name, _ in values["variants"]]
     if not names or len(set(names)) != len(names) or not all(re.fullmatch(r"\w+", name) for name in names):
         raise UserError(f"config.variants must have different names of letters, digits and underscores, not {names}")
