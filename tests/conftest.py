@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import os
+import tarfile
 import tempfile
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -33,3 +35,14 @@ def forked_command():
     forks = Forks()
     yield forks
     forks.close()
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory) -> Path:
+    """What an earlier version wrote: a run, an export, a sweep, latents; see tests/earlier/README.md."""
+    from tests.helpers import ROOT  # imports JAX
+
+    directory = tmp_path_factory.mktemp("earlier")
+    with tarfile.open(ROOT / "tests" / "earlier" / "3672460.tar.xz") as archive:
+        archive.extractall(directory, filter="data")
+    return directory

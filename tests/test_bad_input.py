@@ -12,7 +12,6 @@ import os
 import random
 import shutil
 import signal
-import tarfile
 import typing
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
@@ -35,7 +34,6 @@ from lattejax.training.checks import refuse_other_data
 from lattejax.weights.autoencoders import StoredAutoencoder
 from lattejax.weights.pretrained import Pretrained
 from tests import checkpoints
-from tests.helpers import ROOT
 
 # ---- Numbers in a config
 
@@ -103,14 +101,6 @@ def flags_of(command: str, forked_command: Callable) -> dict[str, str]:
     listed = ElementTree.fromstring(forked_command(command, "--helpxml").stdout)
     ours = [flag for flag in listed.iter("flag") if "lattejax" in flag.findtext("file")]
     return {flag.findtext("name"): flag.findtext("type") for flag in ours}
-
-
-@pytest.fixture(scope="module")
-def earlier(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("earlier")
-    with tarfile.open(ROOT / "tests" / "earlier" / "3672460.tar.xz") as archive:
-        archive.extractall(directory, filter="data")
-    return directory
 
 
 @pytest.mark.parametrize("command", COMMANDS)

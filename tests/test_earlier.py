@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +24,9 @@ from lattejax.sweeps import sweep
 from lattejax.sweeps.sweep import resolve_sweep, run_sweep
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
-from tests.helpers import NO_SCORES, ROOT, assert_same_bits, tiny_config
+from tests.helpers import NO_SCORES, assert_same_bits, tiny_config
 
 PICTURES = {"run": "run", "export": "export", "couple": "sweep/runs/couple_0", "blend": "sweep/runs/blend_0"}
-
-
-@pytest.fixture(scope="module")
-def earlier(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("earlier")
-    with tarfile.open(ROOT / "tests" / "earlier" / "3672460.tar.xz") as archive:
-        archive.extractall(directory, filter="data")
-    return directory
 
 
 def assert_draws(workdir: Path, earlier: Path, name: str) -> None:
