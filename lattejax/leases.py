@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import LeaseCompromise, SoftFileLease, Timeout
@@ -24,12 +24,15 @@ RENEWALS = 4  # in that time
 
 
 @contextlib.contextmanager
-def one_writer(path: os.PathLike, name: str) -> Iterator[None]:
+def one_writer(
+    path: os.PathLike, name: str, end_others: Callable[[int, str], None] = lambda code, reason: None
+) -> Iterator[None]:
     """Holds a lease on a local or network disk; creates its directory.
 
     Args:
       path: where the lease is kept, without suffix.
       name: what is written, for messages.
+      end_others: ends this process's companions, given an exit code and the reason, if the lease is lost.
 
     Raises:
       UserError: another process holds it.
@@ -43,7 +46,9 @@ def one_writer(path: os.PathLike, name: str) -> Iterator[None]:
 
     def end_process(compromise: LeaseCompromise) -> None:
         """Two writers would destroy each other's work."""
-        print(f"error: the lease {file} is lost ({compromise.reason}); stopping", file=sys.stderr, flush=True)
+        reason = f"the lease {file} is lost ({compromise.reason})"
+        print(f"error: {reason}; stopping", file=sys.stderr, flush=True)
+        end_others(2, reason)
         os._exit(2)
 
     lease = SoftFileLease(

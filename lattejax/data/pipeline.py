@@ -51,6 +51,7 @@ class Batches(Iterator[Any]):
         if not len(source):
             raise ValueError("the data set has no records")
         self._shuffled = grain.MapDataset.range(len(source)).seed(seed).shuffle()  # infinite, reshuffled in each epoch
+        self._source, self._make_batch = source, make_batch
         self._rows, self._batch_size = range(batch_size) if rows is None else rows, batch_size
         batches = grain.MapDataset.range(sys.maxsize // batch_size)
         batches = batches.map(lambda batch: make_batch(source.__getitems__(self.records(batch, self._rows))))
@@ -61,6 +62,10 @@ class Batches(Iterator[Any]):
         """The indices of the records in some rows of a batch, or in all of them."""
         rows = range(self._batch_size) if rows is None else rows
         return [int(self._shuffled[batch * self._batch_size + row]) for row in rows]
+
+    def example(self) -> Any:
+        """A batch of one record, whose arrays have the shapes of every batch's but for their number of rows."""
+        return self._make_batch(self._source.__getitems__([0]))
 
     def __next__(self) -> Any:
         return next(self._iterator)
@@ -91,6 +96,10 @@ class Streams(Iterator[dict[str, Any]]):
 
     def __next__(self) -> dict[str, Any]:
         return {name: next(stream) for name, stream in self._streams.items()}
+
+    def example(self) -> dict[str, Any]:
+        """A batch of one record of each stream, see `Batches.example`."""
+        return {name: stream.example() for name, stream in self._streams.items()}
 
     def records(self, batch: int) -> dict[str, list[int]]:
         """The indices of all records in a batch, for each stream."""

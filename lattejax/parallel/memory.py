@@ -43,3 +43,9 @@ def check_compiled(compiled: jax.stages.Compiled, what: str) -> None:
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output
     check_fits(needed, device_bytes(jax.local_devices()[0]), f"{what}, on each device,")
+
+
+def call_checked(function: jax.stages.Wrapped, what: str, *arguments: Any, **static: Any) -> Any:
+    """Calls a jitted function, after `check_compiled`; it is compiled once for both."""
+    check_compiled(function.lower(*arguments, **static).compile(), what)
+    return function(*arguments, **static)

@@ -23,6 +23,7 @@ from etils import epath
 from lattejax.errors import UserError
 from lattejax.files import check_writable, remove_leftovers, resolve_path
 from lattejax.leases import one_writer
+from lattejax.parallel import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Workdir:
         if (self.vlm / "config.json").exists():
             raise UserError(f"{self.path} is the directory of a sweep; use another --workdir")
         check_writable(self.path / "config.json", f"--workdir={self.path}")
-        with one_writer(self.path / ".run", os.fspath(self.path)):
+        with one_writer(self.path / ".run", os.fspath(self.path), hosts.end_all):
             stages = [self.checkpoints(stage) for stage in ("pretrain", "train")]
             for directory in (self.path, self.tokenizer, self.path / "samples", *stages):
                 remove_leftovers(directory)

@@ -28,6 +28,7 @@ from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.latte_flow import ModelConfig
 from lattejax.parallel import hosts, rules
+from lattejax.parallel.memory import call_checked
 from lattejax.parallel.mesh import batches_of, one_device
 from lattejax.parallel.rows import Rows
 from lattejax.runs.inference import inference_weights
@@ -187,6 +188,7 @@ class ImageSampler:
 
         Raises:
           ValueError: there are negative prompts, but not one for each prompt.
+          UserError: a batch needs more memory than a device has.
         """
         if negative and len(negative) != len(prompts):
             raise ValueError(f"there are {len(negative)} negative prompts for {len(prompts)} prompts")
@@ -197,10 +199,10 @@ class ImageSampler:
         for samples in batches_of(total, batch_size, self.mesh):
             rows = samples // images_per_prompt
             unconditional = rows + len(prompts) if negative else np.full_like(rows, empty)
+            what = f"drawing with a batch size of {len(samples):,}"
             samples, rows, unconditional = Rows.place_flat(self.mesh, (samples, rows, unconditional))
             noise = sample_noise(seed, samples, self.config.generation.latent_shape)
-            latents = draw_latents(
-                self.config, self.pathway, contexts, rows, unconditional, noise, sampling.guidance, segments=segments
-            )
-            batches.append(decode_images(self.autoencoder, self.decoder, latents))
+            inputs = self.config, self.pathway, contexts, rows, unconditional, noise, sampling.guidance
+            latents = call_checked(draw_latents, what, *inputs, segments=segments)
+            batches.append(call_checked(decode_images, what, self.autoencoder, self.decoder, latents))
         return np.concatenate(hosts.fetch(batches))[:total]

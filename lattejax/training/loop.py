@@ -50,6 +50,11 @@ class StageRecipe:
         """Moves the rows of a batch that this process has read to its devices."""
         return {name: self.rows[name].place(self.mesh, stream) for name, stream in batch.items()}
 
+    def abstract_batch(self) -> dict[str, Any]:
+        """Describes a batch on the devices, before one is read."""
+        example = self.batches.example()
+        return {name: self.rows[name].abstract(self.mesh, stream) for name, stream in example.items()}
+
 
 def run_stage(
     recipe: StageRecipe, config: Config, workdir: Workdir, clock: RunClock, guard: InterruptGuard
@@ -99,6 +104,10 @@ def run_stage(
     )
     train_step = compile_for(recipe.mesh, recipe.step, state, recipe.frozen, recipe.rows)
     key = rules.put(recipe.key, rules.replicated(recipe.mesh))
+    if first_step < settings.steps:
+        with window.excluded():
+            train_step = train_step.lower(state, recipe.frozen, recipe.abstract_batch(), key).compile()
+            memory.check_compiled(train_step, f"a step with config.{recipe.name}.batch_size={settings.batch_size}")
     rate, stop = learning_rate(settings), Stop(guard, recipe.mesh)
     skipped_before = int(hosts.fetch(state.skipped)) - len(window.skipped())  # those already logged
 
@@ -121,10 +130,6 @@ def run_stage(
         window.start_waiting()
         batch = recipe.place(next(recipe.batches))
         window.stop_waiting()
-        if step == first_step + 1:
-            with window.excluded():
-                train_step = train_step.lower(state, recipe.frozen, batch, key).compile()
-                memory.check_compiled(train_step, f"a step with config.{recipe.name}.batch_size={settings.batch_size}")
         guard.unsaved()
         state, metrics = train_step(state, recipe.frozen, batch, key)
         window.add(step, metrics)

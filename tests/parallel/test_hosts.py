@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -101,21 +102,26 @@ def run_both(flags: list[str], *programs: list[str]) -> list[str]:
 
 
 def test_one_process_that_fails_or_is_stopped_ends_both(tmp_path, forked_command):
-    """A signal in the first compilation ends both before a step; a checkpoint that one cannot read does so too."""
-    outputs = [tmp_path / f"{i}.txt" for i in range(2)]
-    flags = [*FLAGS, "--config.train.steps=2", f"--workdir={tmp_path / 'run'}"]
-    processes = start_together(forked_command, outputs, "train", *flags)
-    deadline = time.monotonic() + 100
-    while "trained parameters" not in outputs[0].read_text():
-        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
-        time.sleep(0.02)
-    processes[1].send_signal(signal.SIGTERM)
-    assert [process.wait() for process in processes] == [75, 75], [output.read_text() for output in outputs]
-    assert "process 1 has ended all: stopped by SIGTERM" in outputs[0].read_text()
-    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "no step was finished"
+    """A signal in the first compilation ends both before a step, and one in an evaluation before its end, with the
+    step before it saved; a checkpoint that one cannot read ends both, too."""
+    outputs, workdir = [tmp_path / f"{i}.txt" for i in range(2)], tmp_path / "run"
+    flags = [*FLAGS, "--config.train.steps=2", f"--workdir={workdir}"]
 
-    done = forked_command("train", *flags, env=TWO_DEVICES)
-    assert done.returncode == 0, done.stderr[-2000:]
+    def stop_when(reached: Callable[[], bool]) -> None:
+        processes = start_together(forked_command, outputs, "train", *flags)
+        deadline = time.monotonic() + 100
+        while not reached():
+            assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+            time.sleep(0.02)
+        processes[1].send_signal(signal.SIGTERM)
+        assert [process.wait() for process in processes] == [75, 75], [output.read_text() for output in outputs]
+        assert "process 1 has ended all: stopped by SIGTERM" in outputs[0].read_text()
+
+    stop_when(lambda: "trained parameters" in outputs[0].read_text())
+    assert not (workdir / "metrics.jsonl").exists(), "no step was finished"
+    stop_when((workdir / "checkpoints" / "train" / "2").exists)
+    assert Run.open(workdir).trained_step == 2
+    assert "held_out_loss" not in (workdir / "metrics.jsonl").read_text(), "the evaluation was not finished"
     errors = run_both(flags, ["-m", "lattejax.train"], ["-c", UNREADABLE])
     reason = "cannot be read by process 1: OSError: the disk is gone"
     assert all(reason in error for error in errors) and "process 1 has ended all: " in errors[0], errors

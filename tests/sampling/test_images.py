@@ -165,18 +165,19 @@ def test_the_loops_read_no_weights_of_the_time_conditioning():
 def test_a_sampling_call_traces_the_context_pass_once_and_outside_the_loop(monkeypatch):
     """For several batches and many steps; and drawing itself has no VLM weights among its inputs."""
     passes, calls = [], []
-    forward, drawing = qwen2_vl.forward, sampling_module.draw_latents
+    forward, call, drawing = qwen2_vl.forward, sampling_module.call_checked, sampling_module.draw_latents
 
     def counted(*args, **kwargs):
         passes.append(isinstance(args[2].input_ids, jax.core.Tracer))
         return forward(*args, **kwargs)
 
-    def recorded(*args, **kwargs):
-        calls.append(args)
-        return drawing(*args, **kwargs)
+    def recorded(function, what, *args, **kwargs):
+        if function is drawing:
+            calls.append(args)
+        return call(function, what, *args, **kwargs)
 
     monkeypatch.setattr(qwen2_vl, "forward", counted)
-    monkeypatch.setattr(sampling_module, "draw_latents", recorded)
+    monkeypatch.setattr(sampling_module, "call_checked", recorded)
     sampling_module.read_prompts.clear_cache()
     drawing.clear_cache()
     draw(sampling=Sampling(7), batch_size=2)
