@@ -62,6 +62,8 @@ class DCAEConfig:
 
     def __post_init__(self):
         check_ranges(self)
+        if self.last_activation not in ACTIVATIONS:
+            raise ValueError(f"last_activation={self.last_activation!r} is unknown; use one of {list(ACTIVATIONS)}")
         if len(self.encoder) != len(self.decoder):
             raise ValueError(f"the encoder has {len(self.encoder)} stages, the decoder {len(self.decoder)}")
         if any(stage.depth == 0 for stage in (*self.encoder[1:], *self.decoder[1:])):
