@@ -11,6 +11,7 @@ SWITCHES = {
     "gate_per_layer": {"model.residual_gate": "layer"},
     "random_replicas": {"model.replica_init": "random"},
     "no_latent_position": {"model.latent_position": "none"},  # only M-RoPE
+    "predicting_x": {"model.prediction": "x"},  # not the velocity
     "more_layers_late": {"model.group_sizes": (1, 1, 3, 3)},
     "short_first_interval": {"model.interval_edges": (0.0, 0.1, 0.4, 0.7, 1.0)},
     "logit_normal": {"train.density": "logit_normal"},

@@ -98,6 +98,7 @@ class Config:
                 replica_init=self.model.replica_init,
                 latent_position=self.model.latent_position,
                 conditioning=self.model.conditioning,
+                prediction=self.model.prediction,
                 patch_size=self.model.patch_size,
             ),
             variant=self.model.variant,

@@ -13,7 +13,7 @@ from lattejax.flow.densities import Density, LogitNormal, Shifted, Uniform
 from lattejax.flow.schedule import Guidance, NumSteps, Sampling, Shift
 from lattejax.models.autoencoders import PIXELS, Autoencoder
 from lattejax.models.layers import REMAT_POLICIES
-from lattejax.models.pixels import PixelConfig
+from lattejax.models.pixels import COLOURS, PixelConfig
 from lattejax.models.text import MOST_POSITIONS, TextConfig
 from lattejax.models.vision import VisionConfig
 from lattejax.ranges import Natural, Positive, Range, Share, Size, check_ranges
@@ -81,6 +81,7 @@ class Model:
     # Position embedding of image tokens, besides M-RoPE: a fixed sine-cosine table, or "none".
     latent_position: str = added("sincos", before="none")
     conditioning: str = added("time", before="time")  # what velocities are conditioned on, see models/conditioning.py
+    prediction: str = added("velocity", before="velocity")  # what the network gives; or "x", the clean latents
     patch_size: Side = 1  # side of the square of latents in one image token
     text: TextConfig = TextConfig()
     vision: VisionConfig = VisionConfig()
@@ -116,9 +117,9 @@ class Data:
     source: str = "latents"  # the output of `lattejax.encode`; "digits", scikit-learn's handwritten digits
     latents: str = "latents"  # the directory of the latents; empty for the digits
     prompts: str = "captions"  # of the drawings; or "pictures": each prompt is a picture with one request
-    autoencoder: str = "weights/dc_ae"  # the directory of a converted autoencoder; or "pixels": latents are grey pixels
+    autoencoder: str = "weights/dc_ae"  # the directory of a converted autoencoder; or "pixels": no autoencoder
     image_size: Side = 256  # side of the drawn images, in pixels
-    latent_shape: tuple[Side, Side, Side] = (8, 8, 32)  # rows, columns and channels of the autoencoder's latents
+    latent_shape: tuple[Side, Side, Side] = (8, 8, 32)  # rows, columns and channels; of pixels 1 channel (grey) or 3
     prompt_length: Tokens = 128  # tokens that image prompts are padded to
     answer_length: Tokens = 512  # tokens that a question with its answer is padded to
     min_pixels: Positive = 56 * 56  # bounds on the area to which the VLM's image processor resizes its inputs
@@ -132,8 +133,9 @@ class Data:
             "max_pixels", self.max_pixels, self.max_pixels >= self.min_pixels, f"at least min_pixels={self.min_pixels}"
         )
         if self.autoencoder == PIXELS:
-            shape = Autoencoder(PixelConfig()).latent_shape(self.image_size)
-            check("latent_shape", self.latent_shape, self.latent_shape == shape, f"{shape} for bare pixels")
+            shapes = [Autoencoder(PixelConfig(channels)).latent_shape(self.image_size) for channels in COLOURS]
+            expected = f"{' or '.join(map(str, shapes))} for bare pixels"
+            check("latent_shape", self.latent_shape, self.latent_shape in shapes, expected)
 
 
 @dataclasses.dataclass(frozen=True)

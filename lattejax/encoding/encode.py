@@ -220,7 +220,8 @@ def _crop(config: Config, pictures: Pictures, indices: range) -> Iterator[Croppe
         return Cropped(picture.name, picture.caption, pixels, picture.problem)
 
     settings = config.images
-    options = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.batch_size)
+    ahead = max(2 * settings.batch_size, settings.threads)
+    options = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=ahead)
     return iter(grain.MapDataset.source(indices).map(crop).to_iter_dataset(options))
 
 

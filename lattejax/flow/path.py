@@ -3,7 +3,10 @@
 The target is the path's velocity, x1 − x0 (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003).
 """
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+LEAST_TIME_LEFT = 0.05
 
 
 def interpolate(
@@ -18,6 +21,17 @@ def target_velocity(
     latents: Float[Array, "*rows h w C"], noise: Float[Array, "*rows h w C"]
 ) -> Float[Array, "*rows h w C"]:
     return latents - noise
+
+
+def velocity_towards(
+    latents: Float[Array, "*rows h w C"], x_t: Float[Array, "*rows h w C"], t: Float[Array, "*rows"]
+) -> Float[Array, "*rows h w C"]:
+    """The velocity at x_t of the straight path that ends at an estimate of the clean latents: (x1 − x_t)/(1 − t).
+
+    The time left, 1 − t, counts as at least `LEAST_TIME_LEFT`, so that errors of the estimate are not amplified without
+    bound near t = 1 (Li and He, arXiv 2511.13720, which also predict x and take the loss on velocities).
+    """
+    return (latents - x_t) / jnp.maximum(1 - t, LEAST_TIME_LEFT)[..., None, None, None]
 
 
 def guide(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from lattejax.flow.path import velocity_towards
 from lattejax.models import functional
 from lattejax.models.conditioning import CONDITIONINGS, Step
 from lattejax.models.functional import Params
@@ -34,8 +35,10 @@ class Context(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """One group's modulations, computed from each row's `Step`: from flow time, or another conditioning."""
+    """Each row's flow time, and one group's modulations, computed from its `Step`: from flow time, or another
+    conditioning."""
 
+    t: Float[Array, "B"]
     layers: Modulation | list[Modulation]  # each layer's, in the form of the layers: stacked or a list
     head: HeadModulation
 
@@ -87,7 +90,7 @@ def condition(config: GenerationConfig, params: Params, step: Step) -> Condition
         return functional.bind(GenerationLayer, config.layer, params=layer).modulate(c)
 
     layers = Layers(params["experts"]).map(modulate)
-    return Conditioning(layers, functional.bind(Head, config, params=params["head"]).modulate(c))
+    return Conditioning(step.start, layers, functional.bind(Head, config, params=params["head"]).modulate(c))
 
 
 def velocity(
@@ -111,7 +114,10 @@ def velocity(
       remat: what a layer keeps for the backward pass, see `layers.Layers.scan`.
     """
     h, _ = _run_layers(config, params, context, x_t, conditioning, remat)
-    return functional.bind(Head, config, params=params["head"])(h, conditioning.head).astype(x_t.dtype)
+    out = functional.bind(Head, config, params=params["head"])(h, conditioning.head).astype(x_t.dtype)
+    if config.prediction == "velocity":
+        return out
+    return velocity_towards(out, x_t, jnp.broadcast_to(conditioning.t, (len(x_t),)))
 
 
 def attention_maps(

@@ -10,6 +10,7 @@ from lattejax.models.text import TextConfig
 
 REPLICA_INITS = ("vlm", "random")
 LATENT_POSITIONS = ("sincos", "none")
+PREDICTIONS = ("velocity", "x")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class GenerationConfig:
     The groups are equal in layers and in flow time unless `group_sizes` (summing to L) or `interval_edges` (rising from
     0 to 1) define others. `latent_position` is the position embedding of image tokens, besides M-RoPE: "sincos", a
     fixed 2-D sine-cosine table added to the embedded latents, or "none". `conditioning` is one of
-    `models.conditioning`.
+    `models.conditioning`. `prediction` is what the network gives: the "velocity", or "x", the clean latents.
     """
 
     text: TextConfig
@@ -32,6 +33,7 @@ class GenerationConfig:
     replica_init: str = "vlm"
     latent_position: str = "sincos"
     conditioning: str = "time"
+    prediction: str = "velocity"
     patch_size: int = 1
 
     def __post_init__(self):
@@ -61,6 +63,7 @@ class GenerationConfig:
             ("replica_init", REPLICA_INITS),
             ("latent_position", LATENT_POSITIONS),
             ("conditioning", CONDITIONINGS),
+            ("prediction", PREDICTIONS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {list(known)}")

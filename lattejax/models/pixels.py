@@ -1,6 +1,8 @@
-"""No autoencoder: latents are grey pixels, for images too small to need compression.
+"""No autoencoder: latents are pixels, grey or in colour, for images too small to need compression.
 
-Axes: B batch, H row, W column.
+With `model.patch_size`, an image token is a square of them.
+
+Axes: B batch, H row, W column, C channel: 1 if grey, or 3.
 """
 
 import dataclasses
@@ -10,26 +12,34 @@ from einops import repeat
 from flax import nnx
 from jaxtyping import Array, Float
 
+COLOURS = (1, 3)
+
 
 @dataclasses.dataclass(frozen=True)
 class PixelConfig:
-    compression: int = 1
     latent_channels: int = 1
+    compression: int = 1
+
+    def __post_init__(self):
+        if self.latent_channels not in COLOURS:
+            raise ValueError(f"pixels have 1 channel (grey) or 3, not {self.latent_channels}")
 
 
 class Encoder(nnx.Module):
-    """The mean of the three colours."""
+    """The colours, or their mean."""
 
     def __init__(self, config: PixelConfig, *, rngs: nnx.Rngs):
-        del config, rngs  # no weights
+        self.is_grey = config.latent_channels == 1
+        del rngs  # no weights
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 1"]:
-        return jnp.mean(images, axis=-1, keepdims=True)
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W C"]:
+        return jnp.mean(images, axis=-1, keepdims=True) if self.is_grey else images
 
 
 class Decoder(nnx.Module):
     def __init__(self, config: PixelConfig, *, rngs: nnx.Rngs):
-        del config, rngs
+        self.is_grey = config.latent_channels == 1
+        del rngs
 
-    def __call__(self, latents: Float[Array, "B H W 1"]) -> Float[Array, "B H W 3"]:
-        return repeat(latents, "B H W 1 -> B H W rgb", rgb=3)
+    def __call__(self, latents: Float[Array, "B H W C"]) -> Float[Array, "B H W 3"]:
+        return repeat(latents, "B H W 1 -> B H W rgb", rgb=3) if self.is_grey else latents

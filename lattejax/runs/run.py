@@ -100,7 +100,7 @@ class Run:
           UserError: there is none, or its weights, scale or shift differ.
         """
         path = path or self.config.data.autoencoder
-        stored = StoredAutoencoder.open(path)
+        stored = StoredAutoencoder.open(path, self.config.data.latent_shape[2])
         Identity.load(self.workdir.autoencoder).check(stored.identity, f"the run {self.workdir.path}", path)
         return stored
 

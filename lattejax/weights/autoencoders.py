@@ -36,10 +36,14 @@ class StoredAutoencoder:
     identity: Identity
 
     @classmethod
-    def open(cls, path: str) -> "StoredAutoencoder":
-        """Opens a converted autoencoder, or "pixels"; raises `UserError` if there is none, or it is incomplete."""
+    def open(cls, path: str, channels: int = 1) -> "StoredAutoencoder":
+        """Opens a converted autoencoder, or "pixels" of so many channels.
+
+        Raises:
+          UserError: there is none, or it is incomplete.
+        """
         if path == PIXELS:
-            return cls(None, Autoencoder(PixelConfig()), Identity(PIXELS, 1.0, 0.0))
+            return cls(None, Autoencoder(PixelConfig(channels)), Identity(PIXELS, 1.0, 0.0))
         directory = resolve_path(path)
         if not (directory / RECORD).is_file():
             raise UserError(f"{path} holds no converted autoencoder: it has no {RECORD}; make it with lattejax.convert")
@@ -52,7 +56,7 @@ class StoredAutoencoder:
     @classmethod
     def open_for(cls, data: Data) -> "StoredAutoencoder":
         """Opens a config's autoencoder; raises `UserError` also if image size or latent shape do not fit it."""
-        stored = cls.open(data.autoencoder)
+        stored = cls.open(data.autoencoder, data.latent_shape[2])
         try:
             shape = stored.autoencoder.latent_shape(data.image_size)
         except ValueError as error:

@@ -149,4 +149,4 @@ def velocity(params, config, layers, decoders, x_t, t, contexts, start):
     for token, (_, row, column) in zip(out, positions, strict=True):
         top, left = (row - start) * patch, (column - start) * patch
         image[top : top + patch, left : left + patch] = token.reshape(patch, patch, channels)
-    return image
+    return (image - x_t) / max(1 - t, 0.05) if config.prediction == "x" else image

@@ -90,7 +90,8 @@ def velocity(config: GenerationConfig, params, positions: Positions, contexts, x
     head = params["head"]
     scale, shift = apply(head["modulation"], silu(c))[:, None].chunk(2, dim=-1)
     h = rms_norm(h, (width,), head["norm"]["scale"], config.text.rms_norm_eps) * (1 + scale) + shift
-    return apply(head["proj"], h).reshape(x_t.shape)
+    out = apply(head["proj"], h).reshape(x_t.shape)
+    return (out - x_t) / (1 - t).clamp(min=0.05)[:, None, None, None] if config.prediction == "x" else out
 
 
 class Sampler:
