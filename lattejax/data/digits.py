@@ -82,6 +82,8 @@ class DigitSource:
                 f"config.data.autoencoder={data.autoencoder!r} and image_size={data.image_size} must be {PIXELS!r} and "
                 f"{SIDE} for the digits"
             )
+        if data.latent_shape != (SIDE, SIDE, 1):
+            raise UserError(f"config.data.latent_shape={data.latent_shape} must be {(SIDE, SIDE, 1)} for the digits")
         return cls(data.prompts)
 
     def drawings(self, split: str, encoder: PromptEncoder) -> "Drawings":

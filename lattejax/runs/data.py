@@ -8,4 +8,4 @@ from lattejax.weights.autoencoders import StoredAutoencoder
 
 def open_data(config: Config) -> Source:
     """Opens the config's data set. Raises `UserError` also if its latents are of another autoencoder."""
-    return open_source(config, lambda: StoredAutoencoder.open_for(config.data).identity)
+    return open_source(config, lambda: StoredAutoencoder.open(config.data.autoencoder).identity)

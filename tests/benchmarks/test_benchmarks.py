@@ -33,7 +33,7 @@ def test_steps_of_a_group_equal_pytorchs(guidance):
     check(drawing.sample(config(), work, "torch"), "torch")
 
 
-@pytest.mark.parametrize("overrides", [{}, {"train__unroll": True}], ids=repr)
+@pytest.mark.parametrize("overrides", [{"train__unroll": True}, {"model__prediction": "x"}], ids=repr)
 def test_a_training_step_equals_pytorchs(overrides):
     """Loss, norm of the gradient, and AdamW's update of the head."""
     check(training.train(config(**overrides), WORK, "torch"), "torch")

@@ -21,6 +21,7 @@ from lattejax.encoding.pictures import open_pictures
 from lattejax.errors import UserError
 from lattejax.leases import one_writer
 from lattejax.runs.data import open_data
+from lattejax.sampling.images import decode_images
 from lattejax.weights.autoencoders import StoredAutoencoder
 from tests import checkpoints, pictures
 from tests.helpers import NO_SCORES, assert_same_bits, encoder_for, tiny_config
@@ -55,6 +56,18 @@ def copy(config, tmp_path):
 
 
 # ---- Stored data
+
+
+def test_pixels_in_colour_are_their_own_latents(config, tmp_path):
+    """Exactly: they decode to the pictures' crops."""
+    latent_shape = (pictures.SIZE, pictures.SIZE, 3)
+    colours = change(config, "data", autoencoder="pixels", latent_shape=latent_shape, latents=str(tmp_path / "out"))
+    colours = change(colours, "model", patch_size=4)
+    encode(colours, colours.data.latents)
+    drawings, stored = open_data(colours).drawings("test"), StoredAutoencoder.open_for(colours.data)
+    made = decode_images(stored.autoencoder, {}, np.stack([drawing.latents for drawing in every(drawings)])[::2])
+    crops = [square(picture.image, pictures.SIZE) for picture in open_pictures(colours.images, "test")]
+    np.testing.assert_array_equal(made, crops)
 
 
 def test_records_are_the_scaled_latents_of_the_crops_and_of_their_mirror_images(config):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lattejax.flow.path import guide, interpolate, target_velocity
+from lattejax.flow.path import LEAST_TIME_LEFT, guide, interpolate, target_velocity, velocity_towards
 from lattejax.flow.solvers import euler, heun
 
 
@@ -16,6 +16,15 @@ def test_path_runs_from_noise_to_latents_at_constant_velocity():
     np.testing.assert_array_equal(x[0], noise[0])
     np.testing.assert_array_equal(x[2], latents[2])
     np.testing.assert_allclose(x[1], noise[1] + 0.3 * target_velocity(latents, noise)[1], atol=1e-6)
+
+
+def test_the_velocity_towards_the_clean_latents_is_the_targets():
+    """Except close to t = 1, where the time left counts as more than it is, and at t = 1 it is zero, not 0/0."""
+    latents, noise = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 4, 5, 2)))
+    t = jnp.array([0.0, 0.3, 0.9, 0.99, 1.0])
+    found = velocity_towards(latents, interpolate(latents, noise, t), t)
+    slower = np.array([1, 1, 1, 0.01 / LEAST_TIME_LEFT, 0])[:, None, None, None]
+    np.testing.assert_allclose(found, slower * target_velocity(latents, noise), atol=1e-5)
 
 
 def test_guidance_extrapolates_from_the_unconditional_velocity():
