@@ -55,7 +55,7 @@ def main() -> None:
     if on_terminal:
         converse(answerer, decoding, images)
         return
-    prompt = answerer.encoder.chat([*opening(), Turn("user", question, tuple(images))])
+    prompt = answerer.encoder.chat([*opening(), Turn("user", (*images, question))])
     for piece in answerer.stream(prompt, decoding):
         print(piece, end="", flush=True)
     print()
@@ -111,7 +111,7 @@ def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]
             elif command.startswith("/"):
                 print(HELP)
             elif command:
-                question = [*turns, Turn("user", line, tuple(images))]
+                question = [*turns, Turn("user", (*images, line))]
                 drawn = dataclasses.replace(decoding, seed=decoding.seed + asked)  # a different seed for each answer
                 answer = print_stream(answerer.stream(answerer.encoder.chat(question), drawn))
                 turns, images, asked = [*question, Turn("assistant", answer)], [], asked + 1

@@ -67,8 +67,8 @@ def check_name(name: str, where: str) -> None:
 # ---- Reading
 
 
-def check_file(path: epath.Path) -> None:
-    """Raises `UserError` unless there is an ordinary file of at most `MOST_BYTES`."""
+def check_file(path: epath.Path, most_bytes: float = MOST_BYTES) -> None:
+    """Raises `UserError` unless there is an ordinary file of at most `most_bytes`."""
     with readable(path):
         if is_remote(path):
             if not path.exists():
@@ -78,8 +78,8 @@ def check_file(path: epath.Path) -> None:
             raise UserError(f"there is no {path}")
         if not os.path.isfile(path):
             raise UserError(f"{path} is not a file")
-        if (size := os.path.getsize(path)) > MOST_BYTES:
-            raise UserError(f"{path} has {size:,} bytes, more than the {MOST_BYTES:,} that are read in one piece")
+        if (size := os.path.getsize(path)) > most_bytes:
+            raise UserError(f"{path} has {size:,} bytes, more than the {most_bytes:,} that are read in one piece")
 
 
 def check_files(directory: epath.Path, deep: bool = False) -> None:

@@ -1,6 +1,7 @@
 """The data loader's rate of latents, and the limit set by reading the files, measured in the same run."""
 
 import itertools
+import json
 import tempfile
 import time
 from typing import Any
@@ -9,15 +10,25 @@ import numpy as np
 from etils import epath
 
 from lattejax.configuration import Config
-from lattejax.data import latents
 from lattejax.data.examples import image_batcher
-from lattejax.data.latents import LatentDrawings, Shard
+from lattejax.data.latents import LatentSource, StoredDrawings
 from lattejax.data.pipeline import Batches
 from lattejax.data.prompts import PromptEncoder
+from lattejax.data.stored import (
+    CAPTIONS,
+    LATENTS,
+    RecordWriter,
+    Shard,
+    StoredFile,
+    features,
+    file_name,
+    shard_name,
+)
 
 NUM_CAPTIONS = 1000  # if contexts are shared
 WORDS = ("a", "red", "blue", "bicycle", "against", "the", "wall", "wooden", "soup", "from", "above", "dog", "photo")
 REPEATS = 7
+SHARDS = 10
 
 
 def data_rate(config: Config, encoder: PromptEncoder, num_records: int) -> dict[str, Any]:
@@ -35,7 +46,7 @@ def data_rate(config: Config, encoder: PromptEncoder, num_records: int) -> dict[
         drawings = _write(epath.Path(path), data.latent_shape, num_records, captions)
         batches = Batches(
             drawings,
-            image_batcher(config, encoder, captions),
+            image_batcher(config, encoder, captions, drawings.bounds),
             batch_size=batch_size,
             seed=config.seed,
             threads=data.threads,
@@ -73,19 +84,16 @@ def make_captions(count: int) -> list[str]:
 
 def _write(
     directory: epath.Path, latent_shape: tuple[int, int, int], num_records: int, captions: list[str]
-) -> LatentDrawings:
-    rng, shards = np.random.default_rng(0), []
-    files = latents.files({"train": num_records, "test": 0}, -(-num_records // 10))
-    for file in files:
-        records = (
-            {
-                "latents": rng.standard_normal(latent_shape, np.float32),
-                "caption": captions[i % len(captions)],
-                "picture": str(i),
-            }
-            for i in file.pictures
-        )
-        count, _ = latents.write_records(directory / file.name, latent_shape, records)
-        shards.append(Shard(file.name, count, (directory / file.name).stat().length, "", []))
-    latents.write_metadata(directory, latent_shape, {"train": shards})
-    return LatentDrawings(directory, "train", latent_shape)
+) -> StoredDrawings:
+    rng, shards, size = np.random.default_rng(0), [], -(-num_records // SHARDS)
+    for index in range(SHARDS):
+        writers = {kind: directory / file_name(kind, shard_name("train", index)) for kind in (LATENTS, CAPTIONS)}
+        with RecordWriter(writers[LATENTS]) as latents, RecordWriter(writers[CAPTIONS]) as texts:
+            serializer = features(latent_shape)
+            for i in range(index * size, min((index + 1) * size, num_records)):
+                values = {"latents": rng.standard_normal(latent_shape, np.float32), "picture": str(i)}
+                latents.write(serializer.serialize_example(values))
+                texts.write(json.dumps({"name": str(i), "prompts": [[captions[i % len(captions)], []]]}).encode())
+        count = latents.records
+        shards.append(Shard({kind: StoredFile(path.name, count, 0, "") for kind, path in writers.items()}, []))
+    return LatentSource(directory, latent_shape, (), (), {"train": tuple(shards)}).drawings("train")

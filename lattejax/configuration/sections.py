@@ -19,7 +19,6 @@ from lattejax.models.vision import VisionConfig
 from lattejax.ranges import Natural, Positive, Range, Share, Size, check_ranges
 
 DECAYS = ("none", "cosine", "linear")
-PICTURES = ("tfds", "folder", "digits")
 PROMPTS = ("captions", "pictures")
 DENSITIES = ("uniform", "logit_normal", "shifted")
 BEFORE = "before"  # in the metadata of a key
@@ -94,22 +93,33 @@ class Model:
 class Images:
     """The pictures that `lattejax.encode` turns into latents; training ignores this section."""
 
-    source: str = "folder"  # image files with captions; "tfds", a data set of tensorflow-datasets; "digits"
-    name: str = "pictures"  # the folder; or the data set's name (with ":version", if wanted)
-    data_dir: str = ""  # where tensorflow-datasets keeps its data; empty: its default
-    train: str = "train[500:]"  # the training split, in tensorflow-datasets' notation; a folder has only "train"
+    # Image files with texts; or "llava", "tfds", "hugging_face", "webdataset", "digits": see encoding/sources.
+    source: str = "folder"
+    name: str = "pictures"  # the folder, the JSON file, the tar files' pattern, or the data set's name
+    data_dir: str = ""  # where data sets are kept (empty: their library's default); for LLaVA the images' folder
+    train: str = "train[500:]"  # the training split, in tensorflow-datasets' notation; files have only "train"
     test: str = "train[:500]"  # the held-out split
-    image_key: str = ""  # the data set's feature with the picture
-    caption_key: str = ""  # the feature with its prompt: texts or class labels
+    # Features of a data set by their paths, such as "captions/text". A record with captions is drawn.
+    image_key: str = ""  # the picture, or several for questions
+    caption_key: str = ""  # its prompts: texts or class labels
+    prompt_image_key: str = added("", before="")  # pictures that the prompts show
+    question_key: str = added("", before="")
+    answer_key: str = added("", before="")
+    conversations_key: str = added("", before="")  # a conversation, or several
     flip: bool = False  # store each picture a second time, mirrored
     batch_size: Size = 256  # pictures encoded at a time by each process
     shard_pictures: Positive = 10_000  # pictures per file; encoding resumes at the start of a file
-    most_unreadable: Natural = 100  # unreadable pictures that may be skipped
+    most_unreadable: Natural = 100  # bad records that may be left out: unreadable pictures, empty texts, …
     threads: Threads = 16  # threads that read and crop
 
     def __post_init__(self):
         check_ranges(self)
-        check_one_of("source", self.source, PICTURES)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The features that are named."""
+        named = {name: getattr(self, name) for name in self.__dataclass_fields__ if name.endswith("_key")}
+        return {name: key for name, key in named.items() if key}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ A fixed split: a fifth of the pictures, the same share of each digit, is held ou
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +13,11 @@ from etils import epy
 from PIL import Image
 
 from lattejax.configuration import Config
-from lattejax.data.examples import Drawing
+from lattejax.data.chats import Bounds
+from lattejax.data.examples import Drawing, Prompt, encode_prompts
 from lattejax.data.identity import Identity
-from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage
+from lattejax.data.pipeline import every
+from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage, largest_images
 from lattejax.errors import UserError
 from lattejax.models.autoencoders import PIXELS, Autoencoder
 from lattejax.models.pixels import PixelConfig
@@ -119,6 +121,13 @@ class Questions:
     def __len__(self) -> int:
         return QUESTIONS_PER_IMAGE * len(self.digits.images)
 
+    @property
+    def bounds(self) -> Bounds:
+        return largest_images([self.unanswered(0)])  # all pictures have one size
+
+    def without_pixels(self) -> Iterator[EncodedPrompt]:
+        return every(self)
+
     def __getitems__(self, indices: Sequence[int]) -> list[EncodedPrompt]:
         return [self._encode(index, self.text(index)[1]) for index in indices]
 
@@ -147,12 +156,12 @@ class Drawings:
         digits = load(split)
         pixels = digits.images.astype(np.float32) / 127.5 - 1
         self.latents = np.asarray(Autoencoder(PixelConfig()).encode({}, jnp.asarray(pixels)))
-        self.labels = digits.labels
+        self.labels, self.encoder = digits.labels, encoder
         if prompts == "captions":
-            self._prompts = [(CAPTIONS[label], ()) for label in self.labels]
+            self._prompts = [Prompt(CAPTIONS[label]) for label in self.labels]
         else:
             images = [encoder.read_image(Image.fromarray(image)) for image in digits.images]
-            self._prompts = [(REQUEST, (images[other],)) for other in self._others()]
+            self._prompts = [Prompt(REQUEST, (images[other],)) for other in self._others()]
 
     def _others(self) -> np.ndarray:
         """For each picture the index of the next picture of its digit, cyclically."""
@@ -165,12 +174,19 @@ class Drawings:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def bounds(self) -> Bounds:
+        return largest_images([EncodedPrompt(np.empty(0, int), self._prompts[0].images)])
+
     def __getitems__(self, indices: Sequence[int]) -> list[Drawing]:
-        return [Drawing(self.latents[index], *self._prompts[index]) for index in indices]
+        return [Drawing(self.latents[index], (self._prompts[index],)) for index in indices]
+
+    def without_pixels(self) -> Iterator[EncodedPrompt]:
+        return iter(encode_prompts(self.encoder, self._prompts))
 
 
 def requests(encoder: PromptEncoder, prompts: str) -> list[EncodedPrompt]:
     """A prompt for each digit, in order: its caption, or a request with the first held-out picture."""
     drawings = Drawings("test", encoder, prompts)
     firsts = drawings.__getitems__([int(np.flatnonzero(drawings.labels == label)[0]) for label in range(10)])
-    return [encoder.drawing(drawing.caption, drawing.images) for drawing in firsts]
+    return encode_prompts(encoder, [drawing.prompts[0] for drawing in firsts])

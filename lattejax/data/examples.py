@@ -1,38 +1,54 @@
 """Training data of both stages: the interface of a data source, and the batching of its records."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from lattejax.configuration import Config
+from lattejax.data.chats import NO_IMAGES, Bounds
 from lattejax.data.identity import Identity
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage
 from lattejax.models.qwen2_vl import Prompts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drawing:
-    """Scaled latents [h, w, C], as the flow uses them, and their prompt: a caption, optionally after images."""
+class Prompt:
+    """A caption, optionally after images."""
 
-    latents: np.ndarray
     caption: str
     images: tuple[ReadableImage, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawing:
+    """Scaled latents [h, w, C], as the flow uses them, and the prompts that ask for them, of which one is taken."""
+
+    latents: np.ndarray
+    prompts: tuple[Prompt, ...]
+
+
 @runtime_checkable
 class Drawings(Protocol):
-    """Random access to the images to draw."""
+    """Random access to the images to draw. `bounds` of the images in their prompts give all batches one shape."""
+
+    bounds: Bounds
 
     def __len__(self) -> int: ...
 
     def __getitems__(self, indices: Sequence[int]) -> list[Drawing]: ...
 
+    def without_pixels(self) -> Iterable[EncodedPrompt]:
+        """All prompts, to check their lengths; their images may lack patches."""
+
 
 @runtime_checkable
 class Questions(Protocol):
-    """Random access to questions about pictures, each with its answer."""
+    """Random access to questions about pictures, each with its answer. `bounds` as for `Drawings`."""
+
+    bounds: Bounds
 
     def __len__(self) -> int: ...
 
@@ -43,6 +59,9 @@ class Questions(Protocol):
 
     def unanswered(self, index: int) -> EncodedPrompt:
         """The same prompt, up to where the answer begins."""
+
+    def without_pixels(self) -> Iterable[EncodedPrompt]:
+        """All questions with answers, to check their lengths; their images may lack patches."""
 
 
 @runtime_checkable
@@ -77,27 +96,36 @@ class Source(Protocol):
         """All texts, to train a tokenizer on."""
 
 
-def encode_prompts(encoder: PromptEncoder, drawings: Sequence[Drawing]) -> list[EncodedPrompt]:
-    if any(drawing.images for drawing in drawings):
-        return [encoder.drawing(drawing.caption, drawing.images) for drawing in drawings]
-    return encoder.drawings([drawing.caption for drawing in drawings])
+def encode_prompts(encoder: PromptEncoder, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+    if any(prompt.images for prompt in prompts):
+        return [encoder.drawing(prompt.caption, prompt.images) for prompt in prompts]
+    return encoder.drawings([prompt.caption for prompt in prompts])
+
+
+def choose_prompt(drawing: Drawing, seed: int, position: int) -> Prompt:
+    """One of a drawing's prompts: a function of the seed and of the row's position in the stream of all epochs."""
+    if len(drawing.prompts) == 1:
+        return drawing.prompts[0]
+    return drawing.prompts[np.random.default_rng((seed, position)).integers(len(drawing.prompts))]
 
 
 def image_batcher(
-    config: Config, encoder: PromptEncoder, captions: Sequence[str]
-) -> Callable[[Sequence[Drawing]], dict[str, Any]]:
-    """Returns a function that makes a batch of drawings: latents, with the indices of their captions in `captions` if
-    contexts are shared, otherwise with their prompts."""
+    config: Config, encoder: PromptEncoder, captions: Sequence[str], bounds: Bounds = NO_IMAGES
+) -> Callable[[Sequence[Drawing], Sequence[int]], dict[str, Any]]:
+    """Returns a function that makes a batch of drawings and their positions in the stream: latents, with the indices of
+    their captions in `captions` if contexts are shared, otherwise with their prompts, padded to `bounds`."""
     indices = {caption: index for index, caption in enumerate(captions)}
 
-    def batch(drawings: Sequence[Drawing]) -> dict[str, Any]:
+    def batch(drawings: Sequence[Drawing], positions: Sequence[int]) -> dict[str, Any]:
+        chosen = [choose_prompt(*each) for each in zip(drawings, itertools.repeat(config.seed), positions)]
+
         def prompts() -> Prompts:
-            return encoder.batch(encode_prompts(encoder, drawings), config.data.prompt_length)
+            return encoder.batch(encode_prompts(encoder, chosen), config.data.prompt_length, bounds)
 
         images = image_arrays(config, len(drawings), prompts)
         np.stack([drawing.latents for drawing in drawings], out=images["latents"])
         if "caption" in images:
-            images["caption"][:] = [indices[drawing.caption] for drawing in drawings]
+            images["caption"][:] = [indices[prompt.caption] for prompt in chosen]
         return images
 
     return batch

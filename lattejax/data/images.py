@@ -11,6 +11,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lattejax.errors import parsing
 from lattejax.files import read_bytes, resolve_path
 
+CROP = "ADM centre crop"  # of `square`, as it is recorded
+
 
 def open_image(path: epath.PathLike) -> Image.Image:
     """Opens an image file, rotated by its EXIF orientation; raises `UserError` if it is missing or not an image."""

@@ -1,191 +1,47 @@
-"""Latents on disk, which `lattejax.encode` writes and training reads.
+"""What `lattejax.encode` has written (see `data.stored`), as a data set to train on.
 
-latents-<split>.array_record-00007-of-00100   records (ArrayRecord, in tensorflow-datasets' format)
-latents-….json                                that file's number of records, size, hash, and skipped pictures
-encoding.json                                 the settings that determine these latents; written first
-dataset_info.json, features.json              for tensorflow-datasets' `tfds.builder_from_directory`
-manifest.json                                 all of this together; written last, and required for reading
-
-Latents are stored scaled, as the flow uses them. Axes: n records, h row, w column, C latent channel.
+Axes: n records, h row, w column, C latent channel.
 """
 
-import contextlib
 import dataclasses
-import hashlib
+import functools
+import io
+import itertools
 import json
-import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
-from etils import epath, epy
+from etils import epath
 
 from lattejax.configuration import Config
-from lattejax.data.examples import Drawing
+from lattejax.data import conversations
+from lattejax.data.chats import NO_IMAGES, Bounds
+from lattejax.data.examples import Drawing, Prompt
 from lattejax.data.identity import Identity
+from lattejax.data.images import decode_image
+from lattejax.data.manifest import Manifest
 from lattejax.data.pipeline import every
-from lattejax.data.prompts import EncodedPrompt, PromptEncoder
+from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage, Turn
+from lattejax.data.stored import CAPTIONS, IMAGES, LATENTS, MANIFEST, QUESTIONS, SPLITS, Shard, StoredRecords
 from lattejax.errors import UserError, parsing, require
-from lattejax.files import check_name, is_remote, read_json, resolve_path
+from lattejax.files import is_remote, resolve_path
 
-with epy.lazy_imports():
-    import tensorflow_datasets as tfds
-
-NAME = "latents"
-ENCODING, MANIFEST = "encoding.json", "manifest.json"
-SPLITS = ("train", "test")
-CROP = "ADM centre crop"
-MOST_CAPTIONS = 10_000  # in a table
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoding:
-    """The settings and inputs that determine latents."""
-
-    autoencoder: Identity
-    image_size: int
-    latent_shape: tuple[int, int, int]
-    crop: str
-    flip: bool
-    images: dict[str, str]  # the identity of each split's pictures, see `pictures.Pictures.identity`
-    pictures: dict[str, int]  # the number of pictures in each split
-    shard_pictures: int
-
-    def as_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A file of latents."""
-
-    file: str
-    records: int
-    bytes: int
-    sha256: str
-    unreadable: list[str]  # the skipped pictures, each with the reason
-    contents: str = ""  # a hash of its latents and captions, in order; empty if the file is older than this field
-
-    @classmethod
-    def parse(cls, values: Any, where: epath.Path) -> "Shard":
-        """Checks a description from a JSON file; raises `UserError`, with `where`, if it is none."""
-        kinds = {"file": str, "records": int, "bytes": int, "sha256": str, "unreadable": list, "contents": str}
-        if not isinstance(values, dict) or not kinds.keys() - {"contents"} <= values.keys() <= kinds.keys():
-            raise UserError(f"{where} does not describe a file of latents: {values!r:.200}")
-        wrong = [key for key, value in values.items() if type(value) is not kinds[key]]
-        if wrong or values["records"] < 0 or values["bytes"] < 0:
-            raise UserError(f"{where} describes a file of latents with a wrong {', '.join(wrong) or 'size'}")
-        check_name(values["file"], str(where))
-        return cls(**values)
-
-
-class File(NamedTuple):
-    """A file to write."""
-
-    split: str
-    name: str
-    pictures: range
-
-
-def features(latent_shape: tuple[int, int, int]) -> "tfds.features.FeaturesDict":
-    """The features of a record."""
-    return tfds.features.FeaturesDict(
-        {
-            "latents": tfds.features.Tensor(
-                shape=latent_shape, dtype=np.float32, encoding=tfds.features.Encoding.BYTES
-            ),
-            "caption": tfds.features.Text(),
-            "picture": tfds.features.Text(),
-        }
-    )
-
-
-def files(pictures: dict[str, int], shard_pictures: int) -> list[File]:
-    """All files for the given number of pictures in each split."""
-    planned = []
-    for split in SPLITS:
-        starts = range(0, pictures[split], shard_pictures)
-        for i, start in enumerate(starts):
-            name = f"{NAME}-{split}.array_record-{i:05d}-of-{len(starts):05d}"
-            planned.append(File(split, name, range(start, min(start + shard_pictures, pictures[split]))))
-    return planned
-
-
-# ---- Writing
-
-
-WRITER_OPTIONS = "group_size:1"
-
-
-def write_records(
-    path: epath.Path, latent_shape: tuple[int, int, int], records: Iterable[dict[str, Any]]
-) -> tuple[int, str]:
-    """Writes a file of records, see `features`; returns their number, and a hash of the fields that training reads."""
-    serializer, count, digest = features(latent_shape), 0, hashlib.sha256()
-    with contextlib.closing(ArrayRecordWriter(os.fspath(path), WRITER_OPTIONS)) as writer:
-        for record in records:
-            writer.write(serializer.serialize_example(record))
-            count += 1
-            for part in (np.asarray(record["latents"], "<f4").tobytes(), record["caption"].encode()):
-                digest.update(len(part).to_bytes(8, "little") + part)
-    return count, digest.hexdigest()
-
-
-def write_metadata(directory: epath.Path, latent_shape: tuple[int, int, int], shards: dict[str, list[Shard]]) -> None:
-    """Writes tensorflow-datasets' metadata about the files of each split."""
-    infos = []
-    for split, of_split in shards.items():
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=directory, dataset_name=NAME, split=split, filetype_suffix="array_record"
-        )
-        lengths, size = [shard.records for shard in of_split], sum(shard.bytes for shard in of_split)
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template))
-    tfds.folder_dataset.write_metadata(
-        data_dir=directory, features=features(latent_shape), split_infos=infos, check_data=False
-    )
-
-
-# ---- Reading
-
-
-class LatentDrawings:
-    """Random access to one split, see `examples.Drawings`."""
-
-    def __init__(self, directory: epath.Path, split: str, latent_shape: tuple[int, int, int]):
-        from tensorflow_datasets.core.decode import DeserializeMethod
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        with parsing(f"the description of the latents in {directory}"):
-            builder = tfds.builder_from_directory(directory)
-            # Decoded here, because decoding by tensorflow-datasets takes three times as long.
-            self.records = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
-        self._name = f"the {split} split of the latents in {directory}; encode them again:"
-        self._example = tf_example_pb2.Example
-        self.latent_shape = latent_shape
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Drawing]:
-        with parsing(self._name):
-            return [self._decode(record) for record in self.records.__getitems__(list(indices))]
-
-    def _decode(self, record: bytes) -> Drawing:
-        feature = self._example.FromString(record).features.feature
-        latents, caption = (feature[name].bytes_list.value[0] for name in ("latents", "caption"))
-        return Drawing(np.frombuffer(latents, np.float32).reshape(self.latent_shape), caption.decode())
+OPENED_IMAGES = 256  # kept, as several questions ask about one
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentSource:
-    """Cached latents as a data set, see `examples.Source`; it has no questions."""
+    """Cached latents, texts and questions as a data set, see `examples.Source`."""
 
     directory: epath.Path
     latent_shape: tuple[int, int, int]
     captions: tuple[str, ...]
     identities: tuple[str, ...]
-    has_questions = False
+    shards: dict[str, tuple[Shard, ...]]
+    views: int = 1  # latents of each picture
+    image_sizes: tuple[tuple[int, int], ...] | None = ()  # all that occur; None: too many to list
+    most_images: int = 0  # in a prompt or a conversation
 
     @classmethod
     def open(cls, config: Config, autoencoder: Callable[[], Identity]) -> "LatentSource":
@@ -207,47 +63,238 @@ class LatentSource:
         if not (directory / MANIFEST).is_file():
             raise UserError(f"config.data.latents={data.latents!r} has no {MANIFEST}; complete it with lattejax.encode")
         require("tensorflow_datasets", "data", "training on latents")
-        file = directory / MANIFEST
-        manifest = read_json(file)
-        with parsing(f"{file}, which lattejax.encode writes,"):
-            encoding, shards = manifest["encoding"], [Shard.parse(shard, file) for shard in manifest["shards"]]
-            made_by = Identity.parse(encoding["autoencoder"], str(file))
-            made = {"image_size": encoding["image_size"], "latent_shape": tuple(encoding["latent_shape"])}
-            captions = tuple(manifest["captions"] or ())
-            if not all(isinstance(caption, str) for caption in captions):
-                raise TypeError("its captions are no texts")
-        made_by.check(autoencoder(), data.latents, data.autoencoder)
-        for key, value in made.items():
+        source, manifest = cls.at(directory), Manifest.read(directory / MANIFEST)
+        manifest.made_by.check(autoencoder(), data.latents, data.autoencoder)
+        for key, value in manifest.made.items():
             if getattr(data, key) != value:
                 raise UserError(f"config.data.{key}={getattr(data, key)!r}, but {data.latents} was made with {value!r}")
-        for shard in shards:
-            check_size(directory, shard)
-        return cls(directory, data.latent_shape, captions, _identities(shards))
+        for shard in itertools.chain.from_iterable(manifest.shards.values()):
+            for file in shard.files.values():
+                file.check_size(directory)
+        if (manifest.max_pixels or 0) < data.max_pixels and manifest.has_images:
+            raise UserError(
+                f"config.data.max_pixels={data.max_pixels}, but the images in {data.latents} were stored with at most "
+                f"{manifest.max_pixels}; lower it, or encode again"
+            )
+        return source
 
-    def drawings(self, split: str, encoder: PromptEncoder | None = None) -> LatentDrawings:
-        return LatentDrawings(self.directory, split, self.latent_shape)
+    @classmethod
+    def at(cls, directory: epath.Path) -> "LatentSource":
+        """Opens a directory whatever the config; raises `UserError` if its manifest is damaged."""
+        manifest = Manifest.read(directory / MANIFEST)
+        return cls(
+            directory,
+            manifest.made["latent_shape"],
+            manifest.captions,
+            manifest.identities,
+            manifest.shards,
+            manifest.views,
+            manifest.image_sizes,
+            manifest.most_images,
+        )
 
-    def questions(self, split: str, encoder: PromptEncoder) -> None:
-        return None
+    @property
+    def has_questions(self) -> bool:
+        return all(sum(_records(shard, QUESTIONS) for shard in self.shards[split]) for split in SPLITS)
+
+    def drawings(self, split: str, encoder: PromptEncoder | None = None) -> "StoredDrawings":
+        return StoredDrawings(self, split, encoder)
+
+    def questions(self, split: str, encoder: PromptEncoder) -> "StoredQuestions | None":
+        return StoredQuestions(self, split, encoder) if self.has_questions else None
 
     def requests(self, encoder: PromptEncoder) -> list[tuple[str, EncodedPrompt]]:
         return []  # prompts are texts
 
-    def texts(self) -> Sequence[str]:
-        return self.captions or [drawing.caption for split in SPLITS for drawing in every(self.drawings(split))]
+    def texts(self) -> Iterator[str]:
+        yield from self.captions or self._captions()
+        if self.has_questions:
+            for split in SPLITS:
+                for record in every(StoredRecords(self.directory, _files(self.shards[split], QUESTIONS))):
+                    for message in conversations.from_json(json.loads(record)):
+                        yield conversations.text_of(message.content)
+
+    def _captions(self) -> Iterator[str]:
+        for split in SPLITS:
+            for prompts in self.drawings(split).prompts():
+                yield from prompts
+
+    def bounds(self, encoder: PromptEncoder) -> Bounds:
+        """The bounds of all prompts and conversations, for batches of one shape."""
+        if not self.most_images:
+            return NO_IMAGES
+        if self.image_sizes is None:
+            merged = encoder.processor.patch_size * encoder.merge
+            return Bounds(self.most_images, encoder.processor.size["longest_edge"] // merged**2 * encoder.merge**2)
+        grids = (encoder.image_of_size(*size).grid for size in self.image_sizes)
+        return Bounds(self.most_images, max(int(np.prod(grid)) for grid in grids))
 
 
-def _identities(shards: Sequence[Shard]) -> tuple[str, ...]:
-    """The hash of contents, which is the same if the same pictures are encoded again; and the hash of files, which may
-    differ then, as earlier runs recorded it."""
-    hashes = [[shard.contents for shard in shards], [shard.sha256 for shard in shards]]
-    return tuple(hashlib.sha256(" ".join(of_all).encode()).hexdigest() for of_all in hashes if all(of_all))
+def _files(shards: Iterable[Shard], kind: str) -> list:
+    return [shard.files[kind] for shard in shards if kind in shard.files]
 
 
-def check_size(directory: epath.Path, shard: Shard) -> None:
-    """Raises `UserError` if a file is missing or has the wrong size."""
-    file = directory / shard.file
-    size = file.stat().length if file.exists() else None
-    if size != shard.bytes:
-        found = "is missing" if size is None else f"is truncated or overwritten: {size} bytes, expected {shard.bytes}"
-        raise UserError(f"{file} {found}; remove it and {shard.file}.json, and encode again")
+def _records(shard: Shard, kind: str) -> int:
+    return shard.files[kind].records if kind in shard.files else 0
+
+
+# ---- Drawings
+
+
+class StoredDrawings:
+    """Random access to the pictures of one split, see `examples.Drawings`."""
+
+    def __init__(self, source: LatentSource, split: str, encoder: PromptEncoder | None):
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        shards = source.shards[split]
+        self.records = StoredRecords(source.directory, _files(shards, LATENTS))
+        self._in_latents = any(CAPTIONS not in shard.files for shard in shards)  # in the first version's files
+        self._captions = StoredRecords(source.directory, _files(shards, CAPTIONS))
+        self._images = ShardImages(source, split, encoder, CAPTIONS)
+        self._name = f"the {split} split of the latents in {source.directory}; encode them again:"
+        self._example, self.latent_shape, self._views = tf_example_pb2.Example, source.latent_shape, source.views
+        self._source, self._encoder = source, encoder
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @functools.cached_property
+    def bounds(self) -> Bounds:
+        return self._source.bounds(self._encoder)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Drawing]:
+        with parsing(self._name):
+            decoded = [self._decode(record) for record in self.records.__getitems__(indices)]
+            if self._in_latents:
+                return [Drawing(latents, (Prompt(caption),)) for latents, caption in decoded]
+            pictures = [index // self._views for index in indices]
+            return [
+                Drawing(latents, tuple(self._prompts(picture, record)))
+                for (latents, _), picture, record in zip(decoded, pictures, self._read(pictures), strict=True)
+            ]
+
+    def prompts(self) -> Iterator[list[str]]:
+        """The texts of each picture's prompts, without reading latents or images."""
+        if self._in_latents:
+            for drawing in every(self):
+                yield [drawing.prompts[0].caption]
+        for record in every(self._captions):
+            yield [text for text, _ in json.loads(record)["prompts"]]
+
+    def latents_and_texts(self, index: int) -> tuple[np.ndarray, list[str]]:
+        """One picture's latents, and the texts of its prompts, without their images."""
+        [(latents, caption)] = map(self._decode, self.records.__getitems__([index]))
+        if self._in_latents:
+            return latents, [caption]
+        return latents, [text for text, _ in self._read([index // self._views])[0]]
+
+    def without_pixels(self) -> Iterator[EncodedPrompt]:
+        """All prompts, whose images have no patches: enough to know their lengths."""
+        if self._in_latents:
+            for chunk in _chunks(self.prompts()):
+                yield from self._encoder.drawings([text for texts in chunk for text in texts])
+            return
+        for picture, record in enumerate(every(self._captions)):
+            prompts = json.loads(record)["prompts"]
+            for text, shown in prompts:
+                yield self._encoder.drawing(text, [self._images.size_only(picture, i) for i in shown])
+
+    def _decode(self, record: bytes) -> tuple[np.ndarray, str]:
+        feature = self._example.FromString(record).features.feature
+        latents = np.frombuffer(feature["latents"].bytes_list.value[0], np.float32).reshape(self.latent_shape)
+        return latents, feature["caption"].bytes_list.value[0].decode() if self._in_latents else ""
+
+    def _read(self, pictures: Sequence[int]) -> list[Any]:
+        return [json.loads(record)["prompts"] for record in self._captions.__getitems__(pictures)]
+
+    def _prompts(self, picture: int, prompts: Any) -> Iterator[Prompt]:
+        for text, shown in prompts:
+            yield Prompt(text, tuple(self._images(picture, i) for i in shown))
+
+
+def _chunks(values: Iterator[Any], size: int = 1024) -> Iterator[list[Any]]:
+    while chunk := list(itertools.islice(values, size)):
+        yield chunk
+
+
+class ShardImages:
+    """The images that the records of a kind show: by the record's index, and the image's number in its shard."""
+
+    def __init__(self, source: LatentSource, split: str, encoder: PromptEncoder | None, kind: str):
+        shards = source.shards[split]
+        self._records = StoredRecords(source.directory, _files(shards, IMAGES))
+        self._ends = np.cumsum([_records(shard, kind) for shard in shards])
+        self._starts = np.cumsum([0, *(_records(shard, IMAGES) for shard in shards)])
+        self._encoder = encoder
+        self._read = functools.lru_cache(maxsize=OPENED_IMAGES)(self._open)
+
+    def __call__(self, record: int, number: int) -> ReadableImage:
+        return self._read(self._index(record, number))
+
+    def size_only(self, record: int, number: int) -> ReadableImage:
+        """Without patches, see `PromptEncoder.image_of_size`."""
+        from PIL import Image
+
+        index = self._index(record, number)
+        with parsing(f"stored image {index}"), Image.open(io.BytesIO(self._bytes(index))) as opened:
+            return self._encoder.image_of_size(*opened.size)
+
+    def _index(self, record: int, number: int) -> int:
+        return int(self._starts[np.searchsorted(self._ends, record, side="right")]) + number
+
+    def _bytes(self, index: int) -> bytes:
+        return self._records.__getitems__([index])[0]
+
+    def _open(self, index: int) -> ReadableImage:
+        return self._encoder.read_image(decode_image(io.BytesIO(self._bytes(index)), f"stored image {index}"))
+
+
+# ---- Questions
+
+
+class StoredQuestions:
+    """Random access to the conversations of one split, see `examples.Questions`."""
+
+    def __init__(self, source: LatentSource, split: str, encoder: PromptEncoder):
+        self._records = StoredRecords(source.directory, _files(source.shards[split], QUESTIONS))
+        self._images = ShardImages(source, split, encoder, QUESTIONS)
+        self._name = f"the {split} questions in {source.directory}; encode them again:"
+        self._source, self._encoder = source, encoder
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @functools.cached_property
+    def bounds(self) -> Bounds:
+        return self._source.bounds(self._encoder)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[EncodedPrompt]:
+        with parsing(self._name):
+            return [
+                self._encoder.conversation(self._turns(index, talk, self._images))
+                for index, talk in zip(indices, self._read(indices), strict=True)
+            ]
+
+    def text(self, index: int) -> tuple[str, str]:
+        """The last question and its answer."""
+        *_, question, answer = self._read([index])[0]
+        return conversations.text_of(question.content), conversations.text_of(answer.content)
+
+    def unanswered(self, index: int) -> EncodedPrompt:
+        """The conversation up to its last answer."""
+        return self._encoder.chat(self._turns(index, self._read([index])[0][:-1], self._images))
+
+    def without_pixels(self) -> Iterator[EncodedPrompt]:
+        """All conversations, whose images have no patches: enough to know their lengths."""
+        for index in range(len(self)):
+            yield self._encoder.conversation(self._turns(index, self._read([index])[0], self._images.size_only))
+
+    def _read(self, indices: Sequence[int]) -> list[conversations.Conversation]:
+        return [conversations.from_json(json.loads(record)) for record in self._records.__getitems__(indices)]
+
+    def _turns(self, index: int, talk: conversations.Conversation, open_image: Callable) -> list[Turn]:
+        return [
+            Turn(role, [part if isinstance(part, str) else open_image(index, part) for part in content])
+            for role, content in talk
+        ]

@@ -28,7 +28,8 @@ class Batches(Iterator[Any]):
 
     Args:
       source: the records.
-      make_batch: turns a list of the source's records into a batch.
+      make_batch: turns a list of the source's records, and their positions in the stream, into a batch. A position is
+        of one record in one epoch.
       batch_size: records in a complete batch, over all processes; batches may span epochs.
       seed: the seed of the shuffle.
       threads: the number of prefetching threads.
@@ -41,7 +42,7 @@ class Batches(Iterator[Any]):
     def __init__(
         self,
         source: RandomAccess,
-        make_batch: Callable[[Sequence[Any]], Any],
+        make_batch: Callable[[Sequence[Any], Sequence[int]], Any],
         *,
         batch_size: int,
         seed: int,
@@ -54,9 +55,13 @@ class Batches(Iterator[Any]):
         self._source, self._make_batch = source, make_batch
         self._rows, self._batch_size = range(batch_size) if rows is None else rows, batch_size
         batches = grain.MapDataset.range(sys.maxsize // batch_size)
-        batches = batches.map(lambda batch: make_batch(source.__getitems__(self.records(batch, self._rows))))
+        batches = batches.map(self._make)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         self._iterator = iter(batches.to_iter_dataset(options))
+
+    def _make(self, batch: int) -> Any:
+        positions = [batch * self._batch_size + row for row in self._rows]
+        return self._make_batch(self._source.__getitems__(self.records(batch, self._rows)), positions)
 
     def records(self, batch: int, rows: Sequence[int] | None = None) -> list[int]:
         """The indices of the records in some rows of a batch, or in all of them."""
@@ -65,7 +70,7 @@ class Batches(Iterator[Any]):
 
     def example(self) -> Any:
         """A batch of one record, whose arrays have the shapes of every batch's but for their number of rows."""
-        return self._make_batch(self._source.__getitems__([0]))
+        return self._make_batch(self._source.__getitems__([0]), [0])
 
     def __next__(self) -> Any:
         return next(self._iterator)

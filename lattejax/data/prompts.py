@@ -10,6 +10,7 @@ from etils import epy
 from PIL import Image
 
 from lattejax.configuration import Config
+from lattejax.data.chats import Bounds, Chat, EncodedPrompt, ReadableImage, Turn
 from lattejax.data.images import on_white
 from lattejax.data.tokenizer import (
     IMAGE_PAD,
@@ -31,32 +32,6 @@ from lattejax.models.vision import Images
 
 with epy.lazy_imports():
     import transformers
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ReadableImage:
-    """An image for the vision tower: flattened patches [P, patch_dim], and their grid (frames, rows, columns)."""
-
-    patches: np.ndarray
-    grid: tuple[int, int, int]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class EncodedPrompt:
-    """Token ids [T], the images they refer to, and which tokens are the answer to learn [T]."""
-
-    input_ids: np.ndarray
-    images: tuple[ReadableImage, ...] = ()
-    is_answer: np.ndarray | None = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Turn:
-    """One turn of a chat; images come before the text."""
-
-    role: str  # "system", "user" or "assistant"
-    text: str
-    images: tuple[ReadableImage, ...] = ()
 
 
 class PromptEncoder:
@@ -88,6 +63,17 @@ class PromptEncoder:
             features = self.processor(images=[on_white(image)], return_tensors="np")
         return ReadableImage(features["pixel_values"], tuple(int(n) for n in features["image_grid_thw"][0]))
 
+    def image_of_size(self, width: int, height: int) -> ReadableImage:
+        """An image without patches, with the grid that an image of this size would have.
+
+        Raises:
+          UserError: the processor rejects it.
+        """
+        with parsing(f"an image of {width}x{height} pixels"):
+            sides = resized(width, height, self.processor)
+        columns, rows = (side // self.processor.patch_size for side in sides)
+        return ReadableImage(np.empty((0, self.patch_dim), np.float32), (1, rows, columns))
+
     def chat(self, turns: Sequence[Turn]) -> EncodedPrompt:
         """A chat so far, up to where the assistant's answer begins."""
         return self._encode(turns)
@@ -96,19 +82,33 @@ class PromptEncoder:
         """A user's turn with images before the text, up to the answer, or including it if it is given."""
         if not question.strip():
             raise UserError("the question is empty")
-        turns = [Turn("user", question, tuple(images))]
-        prompt = self.chat(turns)
-        if answer is None:
-            return prompt
-        answered = self._encode(turns, TURN_END, answer)
-        return dataclasses.replace(answered, is_answer=np.arange(len(answered.input_ids)) >= len(prompt.input_ids))
+        asked = [Turn("user", (*images, question))]
+        return self.chat(asked) if answer is None else self.conversation([*asked, Turn("assistant", answer)])
+
+    def conversation(self, turns: Sequence[Turn]) -> EncodedPrompt:
+        """A complete chat, whose last turn is the assistant's; what the assistant says is to be learnt.
+
+        Raises:
+          UserError: a longer chat does not begin with a shorter one's tokens, by this chat template.
+        """
+        answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+        chats = [
+            (self.chat(turns[:place]), self._encode(turns[:place], TURN_END, turns[place].text)) for place in answers
+        ]
+        complete = chats[-1][1]
+        is_answer = np.zeros(len(complete.input_ids), bool)
+        for asked, answered in chats:
+            if not np.array_equal(complete.input_ids[: len(answered.input_ids)], answered.input_ids):
+                raise UserError("the chat template changes earlier turns when a conversation grows")
+            is_answer[len(asked.input_ids) : len(answered.input_ids)] = True
+        return dataclasses.replace(complete, is_answer=is_answer)
 
     def drawing(self, caption: str, images: Sequence[ReadableImage] = ()) -> EncodedPrompt:
         """A prompt to draw, conditioned on `images`: the chat template of the images and then the caption, up to and
         including the assistant's `<|vision_start|>`."""
         if not caption.strip():
             raise UserError("a prompt is empty; describe what to draw")
-        return self._encode([Turn("user", caption, tuple(images))], VISION_START)
+        return self._encode([Turn("user", (*images, caption))], VISION_START)
 
     def drawings(self, captions: Sequence[str]) -> list[EncodedPrompt]:
         """The same for many captions without images; several times as fast."""
@@ -129,7 +129,7 @@ class PromptEncoder:
     @functools.cached_property
     def _around_text(self) -> tuple[str, str] | None:
         """The chat template's text before and after a user's text; None if the template also changes the text."""
-        chats = {text: self._render((("user", text, 0),)) for text in ("@", " a\n", "{{ b }} <c>&'")}
+        chats = {text: self._render((("user", (text,)),)) for text in ("@", " a\n", "{{ b }} <c>&'")}
         before, _, after = chats["@"].rpartition("@")
         return (before, after) if all(chat == before + text + after for text, chat in chats.items()) else None
 
@@ -145,7 +145,10 @@ class PromptEncoder:
           UserError: the prompt is longer than any that the model reads.
         """
         images = tuple(image for turn in turns for image in turn.images)
-        ids = self._tokenize(tuple((turn.role, turn.text, len(turn.images)) for turn in turns), answer, end)
+        chat = tuple(
+            (turn.role, tuple(part if isinstance(part, str) else None for part in turn.content)) for turn in turns
+        )
+        ids = self._tokenize(chat, answer, end)
         if ids.count(self.image_token) != len(images):
             raise UserError(f"the chat template shows {ids.count(self.image_token)} images of {len(images)}")
         # Each image's pad is repeated once for every merged patch.
@@ -155,19 +158,25 @@ class PromptEncoder:
             raise UserError(f"a prompt has {len(ids):,} tokens, more than the {MOST_POSITIONS:,} that the model reads")
         return EncodedPrompt(ids, images)
 
-    def _tokenize_chat(self, turns: tuple[tuple[str, str, int], ...], answer: str, end: str) -> list[int]:
-        """Token ids of turns (role, text, number of images), with one pad per image."""
-        texts = [answer, *(text for _, text, _ in turns)]
+    def _tokenize_chat(self, chat: Chat, answer: str, end: str) -> list[int]:
+        """Token ids of a chat, with one pad per image."""
+        texts = [answer, *(part for _, content in chat for part in content if part is not None)]
         check_unicode(texts)
         mark = unused_character(texts)
-        turns = tuple((role, mark_special_tokens(self.tokenizer, text, mark), count) for role, text, count in turns)
-        answer = mark_special_tokens(self.tokenizer, answer, mark)
-        return tokenize_marked(self.tokenizer, self._render(turns) + answer + end, mark)
 
-    def _render(self, turns: tuple[tuple[str, str, int], ...]) -> str:
+        def marked(text: str) -> str:
+            return mark_special_tokens(self.tokenizer, text, mark)
+
+        chat = tuple((role, tuple(part and marked(part) for part in content)) for role, content in chat)
+        return tokenize_marked(self.tokenizer, self._render(chat) + marked(answer) + end, mark)
+
+    def _render(self, chat: Chat) -> str:
         messages = [
-            {"role": role, "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
-            for role, text, num_images in turns
+            {
+                "role": role,
+                "content": [{"type": "image"} if part is None else {"type": "text", "text": part} for part in content],
+            }
+            for role, content in chat
         ]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -184,19 +193,20 @@ class PromptEncoder:
         self,
         prompts: Sequence[EncodedPrompt],
         length: int | None = None,
-        num_images: int | None = None,
-        num_patches: int | None = None,
+        bounds: Bounds | None = None,
     ) -> Prompts:
         """Pads prompts to one length and one number of images, and images to one number of patches; None: the largest.
 
         Raises:
-          UserError: a prompt is longer than `length`.
+          UserError: a prompt is longer than `length`, or its images exceed the bounds.
         """
         length = length or max(len(prompt.input_ids) for prompt in prompts)
         self.check_length(prompts, length)
-        num_images = num_images or max(len(prompt.images) for prompt in prompts)
-        num_patches = num_patches or largest_image(prompts)
-        batch = prompt_arrays(len(prompts), length, (num_images, num_patches, self.patch_dim))
+        largest = largest_images(prompts)
+        bounds = bounds or largest
+        if largest.images > bounds.images or largest.patches > bounds.patches:
+            raise UserError(f"prompts have {largest.images} images of {largest.patches} patches, more than {bounds}")
+        batch = prompt_arrays(len(prompts), length, (*bounds, self.patch_dim))
         batch.input_ids[:] = self.pad_token
         for row, prompt in enumerate(prompts):
             ids, grids = prompt.input_ids, [image.grid for image in prompt.images]
@@ -223,6 +233,19 @@ class PromptEncoder:
                 index[row, input_ids[row] == self.image_token] = np.concatenate(places)
 
 
+def resized(width: int, height: int, processor: "transformers.Qwen2VLImageProcessorPil") -> tuple[int, int]:
+    """Width and height to which a processor resizes an image of this size.
+
+    Raises:
+      ValueError: its sides differ too much.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    factor, bounds = processor.patch_size * processor.merge_size, processor.size
+    height, width = smart_resize(height, width, factor, bounds["shortest_edge"], bounds["longest_edge"])
+    return width, height
+
+
 def prompt_arrays(
     rows: int, length: int, images: tuple[int, int, int] = (0, 0, 0), make: Callable[..., Any] = np.zeros
 ) -> Prompts:
@@ -247,18 +270,21 @@ def prompt_arrays(
     return Prompts(*prompts, pictures)
 
 
-def largest_image(prompts: Iterable[EncodedPrompt]) -> int:
-    """The number of patches of the largest image in all prompts; 0 if there is none."""
-    return max((len(image.patches) for prompt in prompts for image in prompt.images), default=0)
+def largest_images(prompts: Sequence[EncodedPrompt]) -> Bounds:
+    """The bounds that all images in the prompts reach."""
+    patches = max((len(image.patches) for prompt in prompts for image in prompt.images), default=0)
+    return Bounds(max(len(prompt.images) for prompt in prompts), patches)
 
 
-def question_batch(encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], length: int) -> dict[str, Any]:
-    """A training batch of questions with answers.
+def question_batch(
+    encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], length: int, bounds: Bounds | None = None
+) -> dict[str, Any]:
+    """A training batch of questions with answers; `bounds` as in `PromptEncoder.batch`.
 
     `target_weights` [B, T] are 1 at the tokens to predict, which are only the answers'. `objectives.weigh_answers`
     scales them, once the rows of all processes are together.
     """
-    batch = question_arrays(encoder.batch(prompts, length))
+    batch = question_arrays(encoder.batch(prompts, length, bounds))
     for row, prompt in enumerate(prompts):
         batch["target_weights"][row, : len(prompt.input_ids)] = prompt.is_answer
     return batch
@@ -271,11 +297,14 @@ def question_arrays(prompts: Prompts, make: Callable[..., Any] = np.zeros) -> di
 
 def prompt_encoder(config: Config, tokenizer: Tokenizer) -> PromptEncoder:
     """A config's encoder, with the given tokenizer, its vision tower's patches and its bounds on image sizes."""
+    return PromptEncoder(tokenizer, image_processor(config))
+
+
+def image_processor(config: Config) -> "transformers.Qwen2VLImageProcessorPil":
     vision = config.model.vision
-    processor = transformers.Qwen2VLImageProcessorPil(
+    return transformers.Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
         merge_size=vision.spatial_merge_size,
         size={"shortest_edge": config.data.min_pixels, "longest_edge": config.data.max_pixels},
     )
-    return PromptEncoder(tokenizer, processor)

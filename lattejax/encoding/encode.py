@@ -1,42 +1,47 @@
-"""Encoding pictures into latents, for `lattejax.encode`.
+"""Encoding a source's records, once, into what training reads; for `lattejax.encode`.
 
-The pictures of a split are split into shards, one file each. Of n workers, each encodes every n-th shard independently:
-workers share only the directory, and the last one to finish writes the manifest. A shard's contents depend only on the
-config, so a killed worker resumes with the shard that it was encoding.
+The records of a split are divided into shards. Of n workers, each encodes every n-th shard independently: workers share
+only the directory, and the last one to finish writes the manifest. A shard's contents depend only on config and source,
+so a killed worker resumes with the shard that it was encoding. If the source has grown, its new records become new
+shards; if texts have been corrected, the shards that have them get new texts, and keep their latents.
 """
 
 import contextlib
-import dataclasses
 import functools
-import itertools
 import json
 import os
-import secrets
 import sys
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from etils import epath, epy
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from lattejax.configuration import Config
-from lattejax.data import images, latents
-from lattejax.data.latents import CROP, ENCODING, MANIFEST, MOST_CAPTIONS, SPLITS, Encoding, File, Shard
-from lattejax.encoding.pictures import Pictures, check_disjoint, open_pictures
+from lattejax.data.images import CROP
+from lattejax.data.prompts import PromptEncoder
+from lattejax.data.stored import ENCODING, LATENTS, MANIFEST, VERSION
+from lattejax.encoding.items import Item
+from lattejax.encoding.order import ORDER, Order, divide, extended, first_order
+from lattejax.encoding.prepare import find_encoder, make_preparation
+from lattejax.encoding.shards import Encoder, ShardWriter, prepare_all
+from lattejax.encoding.sources import Records, open_records
+from lattejax.encoding.summary import SUMMARY, write_summary
 from lattejax.encoding.written import (
+    File,
     Written,
+    check_left_out,
     check_shard,
-    check_unreadable,
-    count_unreadable,
-    description,
+    count_left_out,
     finish,
-    hash_file,
+    plan_files,
     read_descriptions,
+    survey,
 )
 from lattejax.errors import UserError
 from lattejax.files import check_writable, is_remote, read_json, resolve_path, write_atomically
@@ -46,15 +51,12 @@ from lattejax.models.functional import Params
 from lattejax.parallel.mesh import make_mesh
 from lattejax.weights.autoencoders import StoredAutoencoder
 
-with epy.lazy_imports():
-    import grain
-
 
 def encode(config: Config, out: epath.PathLike, worker: int = 0, workers: int = 1) -> bool:
-    """Encodes the config's pictures into the directory `out`, or resumes an interrupted encoding.
+    """Encodes the config's pictures and texts into the directory `out`, or resumes an interrupted encoding.
 
     Args:
-      config: defines the pictures and the autoencoder.
+      config: defines the source and the autoencoder.
       out: the directory.
       worker: the index of this worker.
       workers: the number of processes that encode into the same directory, on one host or several.
@@ -63,97 +65,173 @@ def encode(config: Config, out: epath.PathLike, worker: int = 0, workers: int = 
       Whether everything is encoded, by this worker and the others.
 
     Raises:
-      UserError: pictures, captions or autoencoder do not match the config, more pictures than allowed are unreadable,
-        `out` holds other latents, or one of its files has changed since it was written.
+      UserError: source or autoencoder do not match the config, more records than allowed are left out, `out` holds
+        other latents, or one of its files has changed since it was written.
     """
     out = resolve_path(out)
     if is_remote(out):
         raise UserError(f"--out={out} is remote; latents are written to a local disk or a mount")
     stored = StoredAutoencoder.open_for(config.data)
-    pictures = {split: open_pictures(config.images, split) for split in SPLITS}
-    check_disjoint(**pictures)
-    encoding = _encoding(config, stored, pictures)
+    source, encoder = open_records(config.images), find_encoder(config)
     check_writable(out / ENCODING, f"--out={out}")
+    encoding = _encoding(config, stored, source)
     with one_writer(out / f".worker-{worker}", f"--out={out}, by worker {worker},"):
-        return _encode_all(config, out, worker, workers, stored, pictures, encoding)
+        if (out / ENCODING).exists():
+            _check_same(out, encoding)
+        order, files = _plan(out, config, source)
+        _begin(out, encoding, order)
+        job = Job(config, out, source, order, stored, encoder)
+        return job.run(files, worker, workers, encoding)
 
 
-def _encode_all(
-    config: Config,
-    out: epath.Path,
-    worker: int,
-    workers: int,
-    stored: StoredAutoencoder,
-    pictures: dict[str, Pictures],
-    encoding: Encoding,
-) -> bool:
-    most_unreadable = config.images.most_unreadable
-    _begin(out, encoding)
-    files = latents.files(encoding.pictures, encoding.shard_pictures)
-    written = read_descriptions(out, files)
-    if count_unreadable(written) > most_unreadable:  # they may have been repaired since
-        written = {file: one for file, one in written.items() if not one.shard.unreadable}
-    missing = []
-    for file in files[worker::workers]:
-        if file in written:
-            check_shard(out, written[file].shard)
-        else:
-            missing.append(file)
-    if missing:
-        (out / MANIFEST).unlink(missing_ok=True)
-        encoder = make_encoder(stored, config.images.batch_size)
-    with _progress_bar(sum(len(file.pictures) for file in missing)) as bar:
-        for file in missing:
-            written[file] = _write_shard(out, config, pictures[file.split], file, encoder, bar)
-            _report(bar, written[file].shard)
-            check_unreadable(written, most_unreadable)
-    written = read_descriptions(out, files)
-    check_unreadable(written, most_unreadable)
-    if len(written) < len(files):
-        return False
-    finish(out, encoding, written)
-    return True
+def _encoding(config: Config, stored: StoredAutoencoder, source: Records) -> dict[str, Any]:
+    """The settings that determine the contents, besides the source's own."""
+    settings = {
+        "version": VERSION,
+        "autoencoder": vars(stored.identity),
+        "image_size": config.data.image_size,
+        "latent_shape": config.data.latent_shape,
+        "crop": CROP,
+        "flip": config.images.flip,
+        "max_pixels": config.data.max_pixels,
+        "source": source.identity,
+        "train": config.images.train,
+        "test": config.images.test,
+        "shard_pictures": config.images.shard_pictures,
+        "keys": config.images.keys,
+    }
+    return json.loads(json.dumps(settings))
 
 
-def _encoding(config: Config, stored: StoredAutoencoder, pictures: dict[str, Pictures]) -> Encoding:
-    return Encoding(
-        autoencoder=stored.identity,
-        image_size=config.data.image_size,
-        latent_shape=config.data.latent_shape,
-        crop=CROP,
-        flip=config.images.flip,
-        images={split: of_split.identity for split, of_split in pictures.items()},
-        pictures={split: len(of_split) for split, of_split in pictures.items()},
-        shard_pictures=config.images.shard_pictures,
-    )
-
-
-def _begin(out: epath.Path, encoding: Encoding) -> None:
-    """Initializes the directory for this encoding, or confirms that it belongs to this encoding."""
-    values = encoding.as_json()
-    if not (out / ENCODING).exists():
-        if out.exists() and any(not file.name.startswith((ENCODING, ".worker-")) for file in out.iterdir()):
-            raise UserError(f"--out={out} is not a directory of latents, and not empty; choose another")
-        write_atomically(out / ENCODING, (json.dumps(values, indent=2) + "\n").encode())
+def _check_same(out: epath.Path, encoding: dict[str, Any]) -> None:
+    """Raises `UserError` if a directory belongs to another encoding."""
     theirs = read_json(out / ENCODING)
-    different = [f"{key}: {theirs.get(key)} -> {values[key]}" for key in values if theirs.get(key) != values[key]]
+    if theirs.get("version", 1) != VERSION:
+        raise UserError(
+            f"--out={out} was written by another version of lattejax; training reads it, but encode into another --out"
+        )
+    different = [f"{key}: {theirs.get(key)} -> {value}" for key, value in encoding.items() if theirs.get(key) != value]
     if different:
         raise UserError(f"--out={out} holds other latents ({'; '.join(different)}); choose another")
 
 
-# ---- One file
+def _plan(out: epath.Path, config: Config, source: Records) -> tuple[Order, list[File]]:
+    """The order of the records, with those that are new, and all shards."""
+    if (out / ORDER).exists():
+        order = extended(Order.load(out / ORDER), source.sizes, source.names, config.images.name)
+    else:
+        order = first_order(source.sizes, source.names)
+    splits = {"train": config.images.train, "test": config.images.test}
+    parts = divide(order, splits, 1 if source.names_are_shards else config.images.shard_pictures)
+    return order, plan_files(parts)
 
 
-class Cropped(NamedTuple):
-    """A picture ready to be encoded, or the reason why it is skipped."""
+def _begin(out: epath.Path, encoding: dict[str, Any], order: Order) -> None:
+    """Initializes the directory for this encoding, and records the order."""
+    if not (out / ENCODING).exists():
+        if out.exists() and any(not file.name.startswith((ENCODING, ORDER, ".worker-")) for file in out.iterdir()):
+            raise UserError(f"--out={out} is not a directory of latents, and not empty; choose another")
+        write_atomically(out / ENCODING, (json.dumps(encoding, indent=2) + "\n").encode())
+    if not (out / ORDER).exists() or Order.load(out / ORDER) != order:
+        order.save(out / ORDER)
 
-    name: str
-    caption: str
-    pixels: UInt8[np.ndarray, "S S 3"] | None
-    problem: str
+
+class Job:
+    """One worker's part of an encoding."""
+
+    def __init__(
+        self,
+        config: Config,
+        out: epath.Path,
+        source: Records,
+        order: Order,
+        stored: StoredAutoencoder,
+        encoder: PromptEncoder | None,
+    ):
+        self.config, self.out, self.source, self.order = config, out, source, order
+        self.stored, self.prompt_encoder = stored, encoder
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        return make_encoder(self.stored, self.config.images.batch_size)
+
+    def run(self, files: list[File], worker: int, workers: int, encoding: dict[str, Any]) -> bool:
+        """Encodes this worker's shards, or updates them; returns whether all workers' are complete."""
+        most, out = self.config.images.most_unreadable, self.out
+        written = read_descriptions(out, files)
+        if count_left_out(written) > most:  # they may have been repaired since
+            written = {file: one for file, one in written.items() if not one.shard.left_out}
+        ours = files[worker::workers]
+        tasks = {file: self._task(file, written.get(file)) for file in ours}
+        tasks = {file: task for file, task in tasks.items() if task}
+        if tasks:
+            (out / MANIFEST).unlink(missing_ok=True)
+        with _progress_bar(None if self.source.names_are_shards else _count(tasks)) as bar:
+            for file, task in tasks.items():
+                known = written[file] if task == "texts" else None
+                written[file] = self._write(file, known, bar)
+                check_left_out(written, most)
+        written = read_descriptions(out, files)
+        check_left_out(written, most)
+        if len(written) < len(files):
+            return False
+        if finish(out, encoding, self.config.data.latent_shape, written) or not (out / SUMMARY).exists():
+            write_summary(out, written, self.stored, self.prompt_encoder)
+        return True
+
+    def _items(self, file: File) -> Iterator[Item]:
+        records = file.part.records
+        names = () if self.order.names is None else self.order.names[records.start : records.stop]
+        return self.source.read(file.part, names)
+
+    def _task(self, file: File, known: Written | None) -> str:
+        """What is to be done for a shard: "all", "texts" or nothing."""
+        if known is None:
+            return "all"
+        check_shard(self.out, known)
+        if known.version == self.source.version:
+            return ""
+        pictures, texts = survey(self._items(file))
+        if pictures != known.pictures:
+            return "all"
+        if texts != known.texts:
+            return "texts"
+        known.stamped(file, self.source.version).save(self.out, file)
+        return ""
+
+    def _write(self, file: File, known: Written | None, bar: tqdm) -> Written:
+        """Writes a shard, or only its texts if it is known and its latents fit."""
+        settings = self.config.images
+        prepare = make_preparation(self.config, self.prompt_encoder, texts_only=known is not None)
+        writer = ShardWriter(self.out, file.name, self.config, known)
+        try:
+            with ThreadPoolExecutor(settings.threads) as pool:
+                ahead = max(2 * settings.batch_size, settings.threads)
+                prepared = prepare_all(self._items(file), prepare, pool, ahead)
+                one = writer.write(_counted(prepared, bar), None if known else self.encoder)
+        except BaseException:
+            writer.discard()
+            raise
+        if one is None:
+            bar.write(f"{file.name}: pictures have changed too, so their latents are computed again")
+            return self._write(file, None, bar)
+        one = one.stamped(file, self.source.version)
+        one.save(self.out, file)
+        _report(bar, file, one, "texts of " if known else "")
+        return one
 
 
-Encoder = Callable[[UInt8[np.ndarray, "B S S 3"]], Float[jax.Array, "B h w C"]]
+def _count(files: Any) -> int:
+    return sum(len(file.part.records) for file in files)
+
+
+def _counted(prepared: Iterator[Any], bar: tqdm) -> Iterator[Any]:
+    for one in prepared:
+        bar.update()
+        yield one
+
+
+# ---- The autoencoder
 
 
 def make_encoder(stored: StoredAutoencoder, batch_size: int) -> Encoder:
@@ -179,94 +257,25 @@ def encode_pixels(
         return autoencoder.encode(encoder, pixels.astype(jnp.float32) / 127.5 - 1)
 
 
-def _write_shard(
-    out: epath.Path, config: Config, pictures: Pictures, file: File, encoder: Encoder, bar: tqdm
-) -> Written:
-    """Encodes pictures into a file, and then writes the file that describes it."""
-    settings, unreadable, captions = config.images, [], set()
-
-    def readable() -> Iterator[Cropped]:
-        for cropped in _crop(config, pictures, file.pictures):
-            bar.update()
-            if cropped.pixels is None:
-                unreadable.append(cropped.problem)
-            else:
-                captions.add(cropped.caption)
-                yield cropped
-
-    partial, complete = out / f"{file.name}.partial-{secrets.token_hex(4)}", out / file.name
-    encoded = _encode(readable(), settings.batch_size, settings.flip, encoder)
-    records, contents = latents.write_records(
-        partial,
-        config.data.latent_shape,
-        ({"latents": latent, "caption": cropped.caption, "picture": cropped.name} for cropped, latent in encoded),
-    )
-    partial.replace(complete)
-    shard = Shard(file.name, records, complete.stat().length, hash_file(complete), unreadable, contents)
-    written = Written(shard, sorted(captions) if len(captions) <= MOST_CAPTIONS else None)
-    values = {"shard": dataclasses.asdict(shard), "captions": written.captions}
-    write_atomically(description(out, file), (json.dumps(values) + "\n").encode())
-    for left in out.glob(f"{file.name}.partial-*"):  # from killed workers
-        left.unlink()
-    return written
-
-
-def _crop(config: Config, pictures: Pictures, indices: range) -> Iterator[Cropped]:
-    """Reads and crops pictures in threads, and yields them in order."""
-
-    def crop(index: int) -> Cropped:
-        picture = pictures[index]
-        pixels = None if picture.image is None else images.square(picture.image, config.data.image_size)
-        return Cropped(picture.name, picture.caption, pixels, picture.problem)
-
-    settings = config.images
-    ahead = max(2 * settings.batch_size, settings.threads)
-    options = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=ahead)
-    return iter(grain.MapDataset.source(indices).map(crop).to_iter_dataset(options))
-
-
-def _encode(
-    pictures: Iterator[Cropped], batch_size: int, flip: bool, encoder: Encoder
-) -> Iterator[tuple[Cropped, Float[np.ndarray, "h w C"]]]:
-    """Yields each picture with its latents, and with `flip` again with the latents of its mirror image.
-
-    The device works on one batch while the previous one is written and the next one is read.
-    """
-    waiting = iter(())
-    while batch := list(itertools.islice(pictures, batch_size)):
-        pixels = np.stack([picture.pixels for picture in batch])
-        pixels = np.pad(pixels, [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)])
-        views = [encoder(view) for view in ((pixels, pixels[:, :, ::-1]) if flip else (pixels,))]
-        yield from waiting
-        waiting = _fetch(batch, views)
-    yield from waiting
-
-
-def _fetch(
-    batch: list[Cropped], views: list[Float[jax.Array, "B h w C"]]
-) -> Iterator[tuple[Cropped, Float[np.ndarray, "h w C"]]]:
-    views = jax.device_get(views)
-    for i, picture in enumerate(batch):
-        for view in views:
-            yield picture, view[i]
-
-
 # ---- Progress
 
 
 @contextlib.contextmanager
-def _progress_bar(total: int) -> Iterator[tqdm]:
-    """A progress bar with images/s and the remaining time; without a terminal it counts invisibly."""
+def _progress_bar(total: int | None) -> Iterator[tqdm]:
+    """A progress bar with records/s and the remaining time; without a terminal it counts invisibly."""
     with open(os.devnull, "w") as nowhere:
         file = sys.stderr if sys.stderr.isatty() else nowhere
         with tqdm(total=total, unit="image", file=file, dynamic_ncols=True) as bar:
             yield bar
 
 
-def _report(bar: tqdm, shard: Shard) -> None:
-    """Prints a file's skipped pictures and records, and this worker's progress."""
-    for problem in shard.unreadable:
+def _report(bar: tqdm, file: File, one: Written, what: str) -> None:
+    """Prints a shard's skipped records and its numbers, and this worker's progress."""
+    for problem in one.shard.left_out:
         bar.write(f"skipped: {problem}")
     rate = bar.n / max(bar.format_dict["elapsed"], 1e-9)
-    left = tqdm.format_interval((bar.total - bar.n) / rate)
-    bar.write(f"{shard.file}: {shard.records:,} records; {bar.n:,} of {bar.total:,}, {rate:.1f} images/s, {left} left")
+    progress = f"{bar.n:,}"
+    if bar.total:
+        progress += f" of {bar.total:,}, {tqdm.format_interval((bar.total - bar.n) / rate)} left"
+    records = one.shard.files[LATENTS].records
+    bar.write(f"{what}{file.name}: {records:,} latents; {progress}, {rate:.1f} images/s")

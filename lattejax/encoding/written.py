@@ -1,49 +1,147 @@
-"""The files of latents that an encoding has written: their descriptions, their checks, and the manifest of all."""
+"""The shards that an encoding has written: their descriptions, their checks, and the manifest of all."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from etils import epath
 
-from lattejax.data import latents
-from lattejax.data.latents import MANIFEST, MOST_CAPTIONS, SPLITS, Encoding, File, Shard
-from lattejax.errors import UserError
+from lattejax.data import conversations
+from lattejax.data.stored import LATENTS, MANIFEST, SPLITS, VERSION, Shard, shard_name, write_metadata
+from lattejax.encoding.items import Item
+from lattejax.encoding.order import Part
+from lattejax.errors import UserError, parsing
 from lattejax.files import read_json, write_atomically
 
+MOST_CAPTIONS = 10_000  # in a table
+MOST_SIZES = 10_000  # of images, in a list
 
-class Written(NamedTuple):
-    """A completely written file."""
+
+class File(NamedTuple):
+    """A shard to write: its split, its name, and the source's records."""
+
+    split: str
+    name: str
+    part: Part
+
+
+def plan_files(parts: dict[str, list[Part]]) -> list[File]:
+    return [File(split, shard_name(split, i), part) for split in SPLITS for i, part in enumerate(parts[split])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A completely written shard, and what is known of its records.
+
+    `version` is the source's when the shard was last compared with it. `pictures` and `texts` are hashes of what the
+    source gave: which records with which pictures, and their prompts and conversations.
+    """
 
     shard: Shard
-    captions: list[str] | None  # the distinct captions, unless there are too many for a table
+    pictures: str
+    texts: str
+    captions: list[str] | None  # the distinct captions; None if there are too many for a table, or prompts with images
+    image_sizes: list[list[int]] | None  # the distinct sizes of the images; None if there are too many
+    most_images: int  # in a prompt or a conversation
+    part: tuple[str, int, int] = ("", 0, 0)
+    version: str = ""
+
+    def save(self, out: epath.Path, file: File) -> None:
+        write_atomically(_description(out, file), (json.dumps(dataclasses.asdict(self)) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: epath.Path) -> "Written":
+        values = read_json(path)
+        with parsing(f"{path}, which describes a shard; remove it, and encode again:"):
+            values["shard"], values["part"] = Shard.parse(values.get("shard"), path), tuple(values["part"])
+            for name in ("captions", "image_sizes"):
+                if not isinstance(values[name], list | None):
+                    raise TypeError(f"{name} is no list")
+            if not all(isinstance(caption, str) for caption in values["captions"] or ()):
+                raise TypeError("its captions are no texts")
+            return cls(**values)
+
+    def stamped(self, file: File, version: str) -> "Written":
+        part = (file.part.split, file.part.records.start, file.part.records.stop)
+        return dataclasses.replace(self, part=part, version=version)
 
 
-def description(out: epath.Path, file: File) -> epath.Path:
+class Survey:
+    """What the records of a shard are, without their pictures' contents; with their images' sizes if they are read."""
+
+    def __init__(self):
+        self._pictures, self._texts = hashlib.sha256(), hashlib.sha256()
+        self._captions: set[str] | None = set()
+        self._sizes: set[tuple[int, int]] | None = set()
+        self._most_images = 0
+
+    def see(self, item: Item) -> None:
+        pictures = [[picture.name, picture.size] for picture in item.pictures]
+        _update(self._pictures, [item.name, pictures, item.drawn, bool(item.problem)])
+        prompts = [[prompt.text, prompt.shown] for prompt in item.prompts]
+        _update(self._texts, [prompts, [conversations.to_json(talk) for talk in item.conversations]])
+        counts = [len(prompt.shown) for prompt in item.prompts]
+        counts += [sum(isinstance(part, int) for said in talk for part in said.content) for talk in item.conversations]
+        self._most_images = max([self._most_images, *counts])
+        if self._captions is not None and not item.problem:
+            self._captions.update(prompt.text for prompt in item.prompts)
+            if len(self._captions) > MOST_CAPTIONS or any(prompt.shown for prompt in item.prompts):
+                self._captions = None
+
+    def see_image(self, size: tuple[int, int]) -> None:
+        if self._sizes is not None:
+            self._sizes.add(size)
+            if len(self._sizes) > MOST_SIZES:
+                self._sizes = None
+
+    @property
+    def hashes(self) -> tuple[str, str]:
+        return self._pictures.hexdigest(), self._texts.hexdigest()
+
+    def describe(self, shard: Shard) -> Written:
+        captions = None if self._captions is None else sorted(self._captions)
+        sizes = None if self._sizes is None else [list(size) for size in sorted(self._sizes)]
+        return Written(shard, *self.hashes, captions, sizes, self._most_images)
+
+
+def _update(digest: Any, values: Any) -> None:
+    digest.update(json.dumps(values).encode() + b"\n")
+
+
+def survey(items: Iterable[Item]) -> tuple[str, str]:
+    """The hashes of pictures and texts, see `Written`, without reading pictures."""
+    seen = Survey()
+    for item in items:
+        seen.see(item)
+    return seen.hashes
+
+
+def _description(out: epath.Path, file: File) -> epath.Path:
     return out / f"{file.name}.json"
 
 
 def read_descriptions(out: epath.Path, files: Sequence[File]) -> dict[File, Written]:
-    """Reads the descriptions of the files that any worker has completely written."""
+    """Reads the descriptions of the shards that any worker has completely written."""
     written = {}
     for file in files:
-        path = description(out, file)
+        path = _description(out, file)
         if path.exists():
-            values = read_json(path)
-            captions = values.get("captions")
-            if not isinstance(captions, list | None) or not all(isinstance(each, str) for each in captions or ()):
-                raise UserError(f"{path} does not describe a file of latents: its captions are no texts; remove it")
-            written[file] = Written(Shard.parse(values.get("shard"), path), captions)
+            one = Written.load(path)
+            if one.part == one.stamped(file, "").part:
+                written[file] = one
     return written
 
 
-def check_shard(out: epath.Path, shard: Shard) -> None:
-    latents.check_size(out, shard)
-    if hash_file(out / shard.file) != shard.sha256:
-        file = out / shard.file
-        raise UserError(f"{file} has changed since it was written; remove it and {shard.file}.json, and encode again")
+def check_shard(out: epath.Path, one: Written) -> None:
+    """Raises `UserError` if one of a shard's files has changed."""
+    for stored in one.shard.files.values():
+        stored.check_size(out)
+        path = out / stored.file
+        if hash_file(path) != stored.sha256:
+            name = stored.file.partition("-")[2].removesuffix(".array_record")
+            raise UserError(f"{path} has changed since it was written; remove it and {name}.json, and encode again")
 
 
 def hash_file(path: epath.Path) -> str:
@@ -51,40 +149,49 @@ def hash_file(path: epath.Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def count_unreadable(written: dict[File, Written]) -> int:
-    return sum(len(one.shard.unreadable) for one in written.values())
+def count_left_out(written: dict[File, Written]) -> int:
+    return sum(len(one.shard.left_out) for one in written.values())
 
 
-def check_unreadable(written: dict[File, Written], most: int) -> None:
-    """Raises `UserError` if more pictures than allowed are unreadable, and names the last of them."""
-    if (count := count_unreadable(written)) > most:
-        named = [problem for one in written.values() for problem in one.shard.unreadable][-5:]
+def check_left_out(written: dict[File, Written], most: int) -> None:
+    """Raises `UserError` if more records than allowed are left out, and names the last of them."""
+    if (count := count_left_out(written)) > most:
+        named = [problem for one in written.values() for problem in one.shard.left_out][-5:]
         raise UserError(
-            f"{count} pictures cannot be read, more than config.images.most_unreadable={most}: {'; '.join(named)}; "
+            f"{count} records cannot be used, more than config.images.most_unreadable={most}: {'; '.join(named)}; "
             "repair them or allow more, and run lattejax.encode again"
         )
 
 
-def finish(out: epath.Path, encoding: Encoding, written: dict[File, Written]) -> None:
-    """Writes the metadata and the manifest, which need all files."""
+def finish(
+    out: epath.Path, encoding: dict[str, Any], latent_shape: tuple[int, int, int], written: dict[File, Written]
+) -> bool:
+    """Writes the metadata and the manifest, which need all shards; returns whether they are new."""
     shards = {split: [one.shard for file, one in written.items() if file.split == split] for split in SPLITS}
     for split in SPLITS:
-        if not any(shard.records for shard in shards[split]):
-            raise UserError(f"none of the pictures of config.images.{split} could be read")
+        if not any(shard.files[LATENTS].records for shard in shards[split]):
+            raise UserError(f"config.images.{split} has no pictures to draw that could be read")
+    ones = written.values()
     manifest = {
-        "encoding": encoding.as_json(),
-        "captions": _join([one.captions for one in written.values()]),
-        "shards": [dataclasses.asdict(one.shard) for one in written.values()],
+        "version": VERSION,
+        "encoding": encoding,
+        "captions": _join([one.captions for one in ones], MOST_CAPTIONS),
+        "image_sizes": _join([one.image_sizes for one in ones], MOST_SIZES),
+        "most_images": max(one.most_images for one in ones),
+        "shards": [dataclasses.asdict(one.shard) for one in ones],
     }
     if (out / MANIFEST).exists() and read_json(out / MANIFEST) == manifest:
-        return
-    latents.write_metadata(out, encoding.latent_shape, shards)
+        return False
+    write_metadata(
+        out, latent_shape, {split: [shard.files[LATENTS] for shard in of_split] for split, of_split in shards.items()}
+    )
     write_atomically(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    return True
 
 
-def _join(tables: Sequence[list[str] | None]) -> list[str] | None:
-    """The distinct captions of all tables, sorted; None if there are too many."""
+def _join(tables: Sequence[list[Any] | None], most: int) -> list[Any] | None:
+    """The distinct entries of all tables, sorted; None if there are too many."""
     if None in tables:
         return None
-    captions = sorted(set().union(*tables))
-    return captions if len(captions) <= MOST_CAPTIONS else None
+    entries = {json.dumps(entry): entry for table in tables for entry in table}
+    return sorted(entries.values()) if len(entries) <= most else None

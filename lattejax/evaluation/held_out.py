@@ -46,7 +46,7 @@ class HeldOutLoss:
         """Returns the mean over rows [K], summed in float64."""
         losses = []
         for rows in batches_of(self._total, self._batch_size, self._mesh):
-            images = self._make_batch(self._drawings.__getitems__(rows.tolist()))
+            images = self._make_batch(self._drawings.__getitems__(rows.tolist()), rows.tolist())
             images, index = Rows.place_flat(self._mesh, (images, rows))
             losses.append(hosts.fetch(self._losses(trained, frozen, images, index, self._total)))
         return np.concatenate(losses, axis=1)[:, : self._total].mean(axis=1, dtype=np.float64)

@@ -1,5 +1,6 @@
 """A grid of pictures, in rows under their prompts."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,3 +32,23 @@ def labelled_grid(images: np.ndarray, labels: Sequence[str], columns: int = 8) -
             place = (MARGIN + i % columns * width, top + LABEL_HEIGHT + i // columns * height)
             grid.paste(Image.fromarray(images[row * per_label + i]), place)
     return grid
+
+
+LINE_HEIGHT, LINES, SMALLEST_CAPTIONED = 13, 3, 128
+
+
+def contact_sheet(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
+    """Lays out images [n, H, W, 3] in rows, each with its own caption below, of which three lines are shown."""
+    zoom = max(1, -(-SMALLEST_CAPTIONED // images.shape[2]))
+    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    height, width = images.shape[1] + LINES * LINE_HEIGHT + 2 * MARGIN, images.shape[2] + MARGIN
+    columns = min(columns, len(images))
+    sheet = Image.new("RGB", (MARGIN + columns * width, MARGIN + -(-len(images) // columns) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = MARGIN + i % columns * width, MARGIN + i // columns * height
+        sheet.paste(Image.fromarray(image), (left, top))
+        lines = textwrap.wrap(caption, max(8, images.shape[2] // 6))[:LINES]
+        for line, text in enumerate(lines):
+            draw.text((left, top + images.shape[1] + line * LINE_HEIGHT), text, fill="black", font=font)
+    return sheet

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lattejax.data.prompts import EncodedPrompt, PromptEncoder, largest_image
+from lattejax.data.prompts import Bounds, EncodedPrompt, PromptEncoder, largest_images
 from lattejax.models.qwen2_vl import Prompts
 
 LEAST_TOKENS = 32
@@ -25,7 +25,6 @@ def padded(
     """Pads prompts to sizes that fit all prompts in `among`; None: that fit these prompts."""
     among = prompts if among is None else among
     length = max(len(prompt.input_ids) for prompt in among)
-    images = max(len(prompt.images) for prompt in among)
-    block = encoder.merge**2
-    patches = bucket(-(-largest_image(among) // block)) * block
-    return encoder.batch(prompts, padded_length(length), bucket(images), patches)
+    largest, block = largest_images(among), encoder.merge**2
+    bounds = Bounds(bucket(largest.images), bucket(-(-largest.patches // block)) * block)
+    return encoder.batch(prompts, padded_length(length), bounds)

@@ -9,9 +9,8 @@ from tqdm import tqdm
 from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
-from lattejax.data.examples import Source, encode_prompts
+from lattejax.data.examples import Source
 from lattejax.data.identity import Identity
-from lattejax.data.pipeline import chunks, every
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
 from lattejax.files import read_json
@@ -93,19 +92,18 @@ def check_lengths(config: Config, encoder: PromptEncoder, source: Source) -> Non
     """Raises `UserError` if contexts cannot be shared, or a prompt of the data set is longer than the config allows."""
     if config.train.share_contexts and not source.captions:
         raise UserError(
-            f"{config.data.latents} has too many captions to compute their contexts in advance; set "
+            f"{config.data.latents} has too many captions, or prompts with images: contexts cannot be shared; set "
             "config.train.share_contexts=False"
         )
     caption_prompts(config, encoder, source.captions)
     for split in ("train", "test"):
         drawings, questions = source.drawings(split, encoder), source.questions(split, encoder)
         if not (source.captions and config.data.prompts == "captions"):
-            with tqdm(desc=f"checking {split} prompts", total=len(drawings), unit="prompt", disable=None) as bar:
-                for chunk in chunks(drawings):
-                    encoder.check_length(encode_prompts(encoder, chunk), config.data.prompt_length)
-                    bar.update(len(chunk))
+            prompts = tqdm(drawings.without_pixels(), desc=f"checking {split} prompts", unit="prompt", disable=None)
+            encoder.check_length(prompts, config.data.prompt_length)
         if questions is not None:
-            encoder.check_length(every(questions), config.data.answer_length)
+            prompts = tqdm(questions.without_pixels(), desc=f"checking {split} questions", unit="prompt", disable=None)
+            encoder.check_length(prompts, config.data.answer_length)
 
 
 def check_same_vlm(config: Config, encoder: PromptEncoder, source: Run | Pretrained) -> None:

@@ -48,8 +48,9 @@ def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
 
     # If contexts are computed in advance, training no longer needs the VLM: it is not kept between evaluations.
     frozen = frozen_inputs(config, encoder, source.captions, read_fixed(), run.mesh)
-    make_batch = image_batcher(config, encoder, source.captions)
-    held_out = HeldOutLoss(config, loss, source.drawings("test", encoder), make_batch, run.mesh)
+    drawings, held_out_drawings = (source.drawings(split, encoder) for split in ("train", "test"))
+    make_batch = image_batcher(config, encoder, source.captions, drawings.bounds)
+    held_out = HeldOutLoss(config, loss, held_out_drawings, make_batch, run.mesh)
     scheduled = open_evaluators(config, source)
     stored = run.open_autoencoder()
     # Read now, so that an unreadable autoencoder costs no work; kept on the host until an evaluation draws.
@@ -77,7 +78,7 @@ def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
 
     batches = {
         "images": Batches(
-            source.drawings("train", encoder),
+            drawings,
             make_batch,
             batch_size=stage.batch_size,
             seed=config.seed,

@@ -67,10 +67,10 @@ def first_vlm(config: Config, key: jax.Array, mesh: Mesh) -> Params:
 
 
 def question_batches(run: Run, rows: Rows) -> Batches:
-    data = run.config.data
+    data, questions = run.config.data, open_data(run.config).questions("train", run.encoder)
     return Batches(
-        open_data(run.config).questions("train", run.encoder),
-        lambda records: question_batch(run.encoder, records, data.answer_length),
+        questions,
+        lambda records, positions: question_batch(run.encoder, records, data.answer_length, questions.bounds),
         batch_size=rows.batch_size,
         seed=run.config.seed,
         threads=data.threads,

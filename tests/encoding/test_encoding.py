@@ -3,21 +3,23 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from etils import epath
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from PIL import Image
 
-from lattejax.data import latents
+from lattejax.data import stored
 from lattejax.data.digits import DigitSource
 from lattejax.data.examples import image_batcher
 from lattejax.data.images import square
 from lattejax.data.pipeline import Batches, every
 from lattejax.encoding import encode as encoding
 from lattejax.encoding.encode import encode
-from lattejax.encoding.pictures import open_pictures
 from lattejax.errors import UserError
 from lattejax.leases import one_writer
 from lattejax.runs.data import open_data
@@ -58,31 +60,53 @@ def copy(config, tmp_path):
 # ---- Stored data
 
 
+def numbers_of(config, split):
+    """The numbers of the pieces in a split, in order."""
+    files = (f"captions-{split}-{i:05d}.array_record" for i in range(9))
+    return [
+        int(json.loads(record)["name"].removesuffix(".jpg"))
+        for file in files
+        if os.path.exists(path := os.path.join(config.data.latents, file))
+        for record in ArrayRecordDataSource(path).__getitems__(range(len(ArrayRecordDataSource(path))))
+    ]
+
+
+def crops_of(config, split):
+    """The crops of the files in a split, in order."""
+    folder = Path(config.images.name)
+    opened = (Image.open(folder / f"{number:03d}.jpg") for number in numbers_of(config, split))
+    return np.stack([square(image, pictures.SIZE) for image in opened])
+
+
+def caption_of(drawing):
+    (prompt,) = drawing.prompts
+    return prompt.caption
+
+
 def test_pixels_in_colour_are_their_own_latents(config, tmp_path):
     """Exactly: they decode to the pictures' crops."""
     latent_shape = (pictures.SIZE, pictures.SIZE, 3)
     colours = change(config, "data", autoencoder="pixels", latent_shape=latent_shape, latents=str(tmp_path / "out"))
     colours = change(colours, "model", patch_size=4)
     encode(colours, colours.data.latents)
-    drawings, stored = open_data(colours).drawings("test"), StoredAutoencoder.open_for(colours.data)
-    made = decode_images(stored.autoencoder, {}, np.stack([drawing.latents for drawing in every(drawings)])[::2])
-    crops = [square(picture.image, pictures.SIZE) for picture in open_pictures(colours.images, "test")]
-    np.testing.assert_array_equal(made, crops)
+    drawings, pixels = open_data(colours).drawings("test"), StoredAutoencoder.open_for(colours.data)
+    made = decode_images(pixels.autoencoder, {}, np.stack([drawing.latents for drawing in every(drawings)])[::2])
+    np.testing.assert_array_equal(made, crops_of(colours, "test"))
 
 
 def test_records_are_the_scaled_latents_of_the_crops_and_of_their_mirror_images(config):
-    stored = StoredAutoencoder.open(config.data.autoencoder)
-    weights, encoded = stored.weights("encoder"), jax.jit(stored.autoencoder.encode)
+    dc_ae = StoredAutoencoder.open(config.data.autoencoder)
+    weights, encoded = dc_ae.weights("encoder"), jax.jit(dc_ae.autoencoder.encode)
     source = open_data(config)
-    assert source.captions == ("a flower", "a temple in China") and stored.identity.scale == 0.25
+    assert source.captions == ("a flower", "a temple in China") and dc_ae.identity.scale == 0.25
     for split, count in (("train", COUNT - 4), ("test", 4)):
-        records, shown = list(every(source.drawings(split))), open_pictures(config.images, split)
+        records, crops = list(every(source.drawings(split))), crops_of(config, split)
         assert len(records) == 2 * count
-        crops = np.stack([square(shown[i].image, pictures.SIZE) for i in range(count)])
         views = np.stack([crops, crops[:, :, ::-1]], axis=1).reshape(-1, *crops.shape[1:])
         expected = encoded(weights, views.astype(np.float32) / 127.5 - 1)
         np.testing.assert_allclose(np.stack([r.latents for r in records]), expected, rtol=1e-4, atol=1e-5)
-        assert [r.caption for r in records] == [shown[i].caption for i in range(count) for _ in range(2)]
+        captions = [pictures.SUBJECTS[list(pictures.SUBJECTS)[i % 2]] for i in numbers_of(config, split)]
+        assert [caption_of(r) for r in records] == [caption for caption in captions for _ in range(2)]
 
 
 def test_cached_digits_are_the_digits(tmp_path):
@@ -90,10 +114,19 @@ def test_cached_digits_are_the_digits(tmp_path):
     encode(config, config.data.latents)
     encoder = encoder_for(config)
     for split in ("train", "test"):
-        cached = every(open_data(config).drawings(split, encoder))
-        for ours, theirs in zip(cached, every(DigitSource("captions").drawings(split, encoder)), strict=True):
-            assert ours.caption == theirs.caption
+        cached, source = open_data(config), DigitSource("captions")
+        pairs = (each.drawings(split, encoder) for each in (cached, source))
+        for ours, theirs in zip(*map(every, pairs), strict=True):
+            assert caption_of(ours) == caption_of(theirs)
             np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-6)
+        ours, theirs = (each.questions(split, encoder) for each in (cached, source))
+        assert len(ours) == len(theirs) and ours.bounds == theirs.bounds
+        for index in (0, 1, 7, len(ours) - 1):
+            assert ours.text(index) == theirs.text(index)
+            assert_same_bits(ours.unanswered(index).input_ids, theirs.unanswered(index).input_ids)
+            one, other = (each.__getitems__([index])[0] for each in (ours, theirs))
+            assert_same_bits((one.input_ids, one.is_answer), (other.input_ids, other.is_answer))
+            assert_same_bits(one.images[0].patches, other.images[0].patches)
 
 
 WITHOUT_SCORES = NO_SCORES | dict(pretrain__steps=0)
@@ -101,10 +134,11 @@ WITHOUT_SCORES = NO_SCORES | dict(pretrain__steps=0)
 
 def test_the_manifest_has_every_file_and_the_encoding_settings(config):
     manifest = json.loads((open_data(config).directory / "manifest.json").read_text())
-    assert [shard["records"] for shard in manifest["shards"]] == [12, 12, 10, 8]
+    assert [shard["files"]["latents"]["records"] for shard in manifest["shards"]] == [12, 12, 10, 8]
+    assert [shard["files"]["captions"]["records"] for shard in manifest["shards"]] == [6, 6, 5, 4]
     assert manifest["encoding"]["autoencoder"]["scale"] == 0.25
     assert manifest["encoding"]["crop"] == "ADM centre crop" and manifest["encoding"]["flip"]
-    assert len({shard["sha256"] for shard in manifest["shards"]}) == 4
+    assert len({shard["files"]["latents"]["sha256"] for shard in manifest["shards"]}) == 4
 
 
 # ---- Resuming
@@ -113,21 +147,21 @@ def test_the_manifest_has_every_file_and_the_encoding_settings(config):
 def test_a_killed_worker_resumes_at_its_file_and_several_workers_equal_one(config, tmp_path, monkeypatch):
     """The resulting directory is the same, and no picture of a complete file is encoded again."""
     out, expected = tmp_path / "latents", contents(open_data(config).directory)
-    write, encoded = encoding._write_shard, []
+    write, encoded = encoding.Job._write, []
 
-    def killed(out, config, pictures, file, *rest):
+    def killed(job, file, *rest):
         if len(encoded) == 1:
-            (out / f"{file.name}.partial-0").write_bytes(b"begun")
+            (out / f"latents-{file.name}.array_record.partial-0").write_bytes(b"begun")
             raise KeyboardInterrupt
         encoded.append(file.name)
-        return write(out, config, pictures, file, *rest)
+        return write(job, file, *rest)
 
-    monkeypatch.setattr(encoding, "_write_shard", killed)
+    monkeypatch.setattr(encoding.Job, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
         encode(config, out)
     with pytest.raises(UserError, match=r"no manifest\.json; complete it with lattejax\.encode"):
         open_data(change(config, "data", latents=str(out)))
-    monkeypatch.setattr(encoding, "_write_shard", lambda *rest: encoded.append(rest[3].name) or write(*rest))
+    monkeypatch.setattr(encoding.Job, "_write", lambda *rest: encoded.append(rest[1].name) or write(*rest))
     assert not encode(config, out, worker=1, workers=2)
     assert encode(config, out, worker=0, workers=2)
     assert len(encoded) == len(set(encoded)) == 4
@@ -143,18 +177,29 @@ def test_two_processes_of_one_number_do_not_write_together(config, tmp_path):
 
 
 def test_the_same_pictures_encoded_again_have_the_same_identity(config, tmp_path, monkeypatch):
-    """Also if the files differ, here by compression. Other captions are other data."""
+    """Also if the files differ, here by compression. Other captions are other data, another file name is not."""
     again = change(config, "data", latents=str(tmp_path / "again"))
-    monkeypatch.setattr(latents, "WRITER_OPTIONS", "group_size:1,brotli:9")
+    monkeypatch.setattr(stored, "WRITER_OPTIONS", "group_size:1,brotli:9")
     encode(again, again.data.latents)
     ours, theirs = open_data(again), open_data(config)
     assert ours.identities[0] == theirs.identities[0] and ours.identities[1] != theirs.identities[1]
-    record = {"latents": np.zeros((2, 2, 8), np.float32), "picture": "a.jpg"}
     first, second, renamed = (
-        latents.write_records(epath.Path(tmp_path / "file"), (2, 2, 8), [record | change])[1]
-        for change in ({"caption": "a cat"}, {"caption": "a dog"}, {"caption": "a cat", "picture": "b.jpg"})
+        one_picture(config, tmp_path, *each) for each in (("a", "a cat"), ("a", "a dog"), ("b", "a cat"))
     )
     assert first != second and first == renamed
+
+
+def one_picture(config, tmp_path, name, caption):
+    """The identity of data with one picture in each split."""
+    path = tmp_path / f"{name} {caption}"
+    path.mkdir()
+    for i, (_, _, image) in enumerate(pictures.pieces(2)):
+        image.save(path / f"{name}{i}.png")
+        (path / f"{name}{i}.txt").write_text(caption)
+    images = dict(name=str(path), train="train[1:]", test="train[:1]")
+    config = change(change(config, "images", **images), "data", latents=str(path / "latents"))
+    encode(config, config.data.latents)
+    return open_data(config).identities[0]
 
 
 # ---- Refused inputs
@@ -164,8 +209,8 @@ def test_the_same_pictures_encoded_again_have_the_same_identity(config, tmp_path
     "section, changes, named",
     [
         ("images", dict(flip=False), "flip: True -> False"),
-        ("images", dict(test="train[:3]"), "images: .*pictures: "),
-        ("images", dict(train="train[5:]"), "images: "),
+        ("images", dict(test="train[:3]"), r"test: train\[:4\] -> train\[:3\]"),
+        ("images", dict(train="train[5:]"), "train: "),
         ("data", dict(image_size=32, latent_shape=(4, 4, 8)), "image_size: 16 -> 32"),
     ],
 )
@@ -196,7 +241,7 @@ def test_shapes_that_the_autoencoder_does_not_make_are_refused(config, tmp_path)
 
 def test_a_truncated_or_changed_shard_is_named(config, tmp_path):
     config = copy(config, tmp_path)
-    file = open_data(config).directory / "latents-train.array_record-00001-of-00003"
+    file = open_data(config).directory / "latents-train-00001.array_record"
     complete = file.read_bytes()
     file.write_bytes(complete[:-100])
     for refused in (lambda: open_data(config), lambda: encode(config, config.data.latents)):
@@ -208,7 +253,7 @@ def test_a_truncated_or_changed_shard_is_named(config, tmp_path):
     file.unlink()
     with pytest.raises(UserError, match=f"{file.name} is missing"):
         open_data(config)
-    file.with_name(f"{file.name}.json").unlink()  # as the error message asks
+    file.with_name("train-00001.json").unlink()  # as the error message asks
     assert encode(config, config.data.latents)
     assert file.read_bytes() == complete and len(list(every(open_data(config).drawings("train")))) == 34
 
@@ -225,19 +270,25 @@ def test_unreadable_pictures_are_counted_and_named_up_to_a_limit(autoencoder, tm
     (path / "003.jpg").write_bytes((path / "003.jpg").read_bytes()[:300])  # truncated
     (path / "007.jpg").write_text("no picture")
     config = pictures.config(path, autoencoder, images__most_unreadable=1)
-    with pytest.raises(UserError, match=r"2 pictures cannot be read, more than .*most_unreadable=1: .*00\d\.jpg"):
+    with pytest.raises(UserError, match=r"2 records cannot be used, more than .*most_unreadable=1: .*00\d\.jpg"):
         encode(config, config.data.latents)
     patient = change(config, "images", most_unreadable=2)
     assert encode(patient, config.data.latents)
-    assert capsys.readouterr().out.count("skipped: the image 00") == 2
+    assert len(re.findall(r"skipped: (00\d\.jpg): the image \1", capsys.readouterr().out)) == 2
     manifest = json.loads((open_data(config).directory / "manifest.json").read_text())
-    assert sum(len(shard["unreadable"]) for shard in manifest["shards"]) == 2
+    assert sum(len(shard["left_out"]) for shard in manifest["shards"]) == 2
     assert count_records(config) == 10
 
     # Too many were unreadable before; once one is repaired, it is encoded.
     pictures.pieces(8)[7][2].save(path / "007.jpg")
     assert encode(config, config.data.latents)
     assert count_records(config) == 11
+
+
+def shuffled(path, count):
+    """The names of a folder's pictures in the order of encoding, of which the first four are held out."""
+    names = sorted(file for file in os.listdir(path) if file.endswith(".jpg"))
+    return [names[i] for i in np.random.default_rng(0).permutation(count)]
 
 
 def count_records(config):
@@ -247,8 +298,7 @@ def count_records(config):
 def test_a_file_whose_pictures_are_all_unreadable_is_empty(autoencoder, tmp_path):
     path = pictures.folder(tmp_path / "mine", 7)
     config = pictures.config(path, autoencoder, images__shard_pictures=1, images__most_unreadable=1)
-    broken = open_pictures(config.images, "train")[1]
-    (path / broken.name).write_text("no picture")
+    (path / shuffled(path, 7)[5]).write_text("no picture")
     assert encode(config, config.data.latents)
     drawings = open_data(config).drawings("train")
     assert len(drawings) == len(list(every(drawings))) == 2
@@ -302,6 +352,6 @@ def test_hosts_read_parts_of_one_batch_and_resume_with_another_number_of_hosts(c
 
 def test_caption_indices_point_into_the_table(config):
     source, batch = open_data(config), next(stream(config))
-    stored = {drawing.latents.tobytes(): drawing.caption for drawing in every(source.drawings("train"))}
+    known = {drawing.latents.tobytes(): caption_of(drawing) for drawing in every(source.drawings("train"))}
     for latent, index in zip(batch["latents"], batch["caption"], strict=True):
-        assert source.captions[index] == stored[latent.tobytes()]
+        assert source.captions[index] == known[latent.tobytes()]

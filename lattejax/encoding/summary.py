@@ -1,0 +1,122 @@
+"""What an encoding holds: counts, lengths, duplicates, what was left out and why, and a sheet of its pictures."""
+
+import collections
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lattejax.data import conversations
+from lattejax.data.latents import LatentSource
+from lattejax.data.pipeline import every
+from lattejax.data.prompts import PromptEncoder
+from lattejax.data.stored import CAPTIONS, LATENTS, QUESTIONS, SPLITS, StoredRecords
+from lattejax.encoding.written import File, Written
+from lattejax.files import write_atomically, write_with
+from lattejax.sampling.grid import contact_sheet
+from lattejax.sampling.images import decode_images
+from lattejax.weights.autoencoders import StoredAutoencoder
+
+SUMMARY, SHEET = "summary.json", "contact_sheet.png"
+ON_THE_SHEET = 48  # pictures
+
+
+def write_summary(
+    out: epath.Path,
+    written: dict[File, Written],
+    stored: StoredAutoencoder,
+    encoder: PromptEncoder | None,
+) -> None:
+    """Writes and prints a summary, and writes a contact sheet, whose pictures are decoded from the latents.
+
+    Lengths are in tokens; without an encoder, in characters.
+    """
+    source = LatentSource.at(out)
+    summary = {split: summarize(source, split, encoder) for split in SPLITS}
+    summary["left_out"] = [line for one in written.values() for line in one.shard.left_out]
+    write_atomically(out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    print("\n".join(as_text(summary)))
+    sheet = draw_sheet(source, stored)
+    write_with(out / SHEET, lambda file: sheet.save(file, "PNG"))
+    print(f"{out / SHEET} shows pictures of it, decoded from their latents")
+
+
+def summarize(source: LatentSource, split: str, encoder: PromptEncoder | None) -> dict[str, Any]:
+    """Counts, lengths and duplicates of one split."""
+    prompts, questions, answers, digests = Lengths(encoder), Lengths(encoder), Lengths(encoder), []
+    for record in records_of(source, split, CAPTIONS):
+        digests.append(int(record["digest"], 16))
+        for text, _ in record["prompts"]:
+            prompts.see(text)
+    for record in records_of(source, split, QUESTIONS):
+        for message in conversations.from_json(record):
+            of_role = {"user": questions, "assistant": answers}.get(message.role)
+            if of_role is not None:
+                of_role.see(conversations.text_of(message.content))
+    counts = np.unique(np.array(digests, np.uint64), return_counts=True)[1]
+    return {
+        "pictures": len(digests),
+        "latents": sum(shard.files[LATENTS].records for shard in source.shards[split]),
+        "duplicate_pictures": int(len(digests) - len(counts)),
+        "conversations": sum(shard.files[QUESTIONS].records for shard in source.shards[split]),
+        "lengths_in": "characters" if encoder is None else "tokens",
+        "prompts": prompts.figures(),
+        "questions": questions.figures(),
+        "answers": answers.figures(),
+    }
+
+
+def records_of(source: LatentSource, split: str, kind: str) -> Iterator[Any]:
+    files = [shard.files[kind] for shard in source.shards[split]]
+    return map(json.loads, every(StoredRecords(source.directory, files)))
+
+
+class Lengths:
+    """The distribution of texts' lengths."""
+
+    def __init__(self, encoder: PromptEncoder | None):
+        self._encoder, self._counts = encoder, collections.Counter()
+
+    def see(self, text: str) -> None:
+        ids = text if self._encoder is None else self._encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._counts[len(ids)] += 1
+
+    def figures(self) -> dict[str, int]:
+        """How many there are, the median, the 99th percentile and the maximum; only the number if there are none."""
+        total, lengths = self._counts.total(), sorted(self._counts)
+        if not total:
+            return {"count": 0}
+        ends = np.cumsum([self._counts[length] for length in lengths])
+        median, most = (lengths[int(np.searchsorted(ends, share * total))] for share in (0.5, 0.99))
+        return {"count": total, "median": median, "p99": most, "longest": lengths[-1]}
+
+
+def as_text(summary: dict[str, Any]) -> Iterable[str]:
+    for split in SPLITS:
+        one = summary[split]
+        yield f"{split}: {one['pictures']:,} pictures, {one['duplicate_pictures']:,} of them twice or more"
+        for name in ("prompts", "questions", "answers"):
+            figures = one[name]
+            if figures["count"]:
+                yield (
+                    f"  {figures['count']:,} {name} of {figures['median']} {one['lengths_in']} (median), "
+                    f"{figures['p99']} (99 %), {figures['longest']} (longest)"
+                )
+    reasons = summary["left_out"]
+    yield f"left out: {len(reasons):,}" + (f", for instance: {reasons[0]}" if reasons else "")
+
+
+def draw_sheet(source: LatentSource, stored: StoredAutoencoder) -> Any:
+    """A sheet of some training pictures, the same for the same data."""
+    drawings = source.drawings("train")
+    count = len(drawings) // source.views
+    chosen = np.random.default_rng(0).permutation(count)[:ON_THE_SHEET]
+    latents, captions = [], []
+    for index in sorted(chosen.tolist()):
+        latent, texts = drawings.latents_and_texts(index * source.views)
+        latents.append(latent)
+        captions.append(texts[0])
+    images = decode_images(stored.autoencoder, stored.weights("decoder"), np.stack(latents))
+    return contact_sheet(np.asarray(images), captions)
