@@ -119,7 +119,7 @@ def expected_answer(weights, turns, **decoding):
     answerer = Answerer.load(weights, "float32")
     encoder = answerer.encoder
     turns = [
-        Turn(role, text, tuple(encoder.read_image(open_image(str(image))) for image in images))
+        Turn(role, (*(encoder.read_image(open_image(str(image))) for image in images), text))
         for role, text, images in turns
     ]
     return "".join(answerer.stream(encoder.chat(turns), Decoding(**decoding)))

@@ -100,7 +100,7 @@ def test_latents_are_read(earlier):
     source = open_data(config)
     drawings = [drawing for split in ("train", "test") for drawing in every(source.drawings(split))]
     kept = np.load(earlier / "records.npz")
-    assert [drawing.caption for drawing in drawings] == kept["captions"].tolist()
+    assert [drawing.prompts[0].caption for drawing in drawings] == kept["captions"].tolist()
     assert_same_bits(np.stack([drawing.latents for drawing in drawings]), kept["latents"])
 
 

@@ -1,14 +1,13 @@
 """Training data of both stages: the interface of a data source, and the batching of its records."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from lattejax.configuration import Config
-from lattejax.data.chats import NO_IMAGES, Bounds
+from lattejax.data.chats import Bounds
 from lattejax.data.identity import Identity
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage
 from lattejax.models.qwen2_vl import Prompts
@@ -110,14 +109,19 @@ def choose_prompt(drawing: Drawing, seed: int, position: int) -> Prompt:
 
 
 def image_batcher(
-    config: Config, encoder: PromptEncoder, captions: Sequence[str], bounds: Bounds = NO_IMAGES
-) -> Callable[[Sequence[Drawing], Sequence[int]], dict[str, Any]]:
-    """Returns a function that makes a batch of drawings and their positions in the stream: latents, with the indices of
-    their captions in `captions` if contexts are shared, otherwise with their prompts, padded to `bounds`."""
+    config: Config, encoder: PromptEncoder, captions: Sequence[str], bounds: Bounds | None = None
+) -> Callable[..., dict[str, Any]]:
+    """Returns a function that makes a batch of drawings and their positions in the stream (by default 0, 1, …).
+
+    A batch has latents, with the indices of their captions in `captions` if contexts are shared, otherwise with their
+    prompts, padded to `bounds` as in `PromptEncoder.batch`.
+    """
     indices = {caption: index for index, caption in enumerate(captions)}
 
-    def batch(drawings: Sequence[Drawing], positions: Sequence[int]) -> dict[str, Any]:
-        chosen = [choose_prompt(*each) for each in zip(drawings, itertools.repeat(config.seed), positions)]
+    def batch(drawings: Sequence[Drawing], positions: Sequence[int] | None = None) -> dict[str, Any]:
+        positions = range(len(drawings)) if positions is None else positions
+        rows = zip(drawings, positions, strict=True)
+        chosen = [choose_prompt(drawing, config.seed, position) for drawing, position in rows]
 
         def prompts() -> Prompts:
             return encoder.batch(encode_prompts(encoder, chosen), config.data.prompt_length, bounds)

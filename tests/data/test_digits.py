@@ -36,7 +36,8 @@ def test_latents_decode_to_the_pictures():
     pixels = np.asarray(decode_images(Autoencoder(PixelConfig()), {}, source.latents))
     np.testing.assert_array_equal(pixels, digits.load("test").images)
     (drawing,) = source.__getitems__([5])
-    assert drawing.caption == f"a handwritten {digits.WORDS[source.labels[5]]}"
+    (prompt,) = drawing.prompts
+    assert prompt.caption == f"a handwritten {digits.WORDS[source.labels[5]]}"
 
 
 def test_picture_prompts_show_another_picture_of_the_same_digit():
@@ -48,11 +49,12 @@ def test_picture_prompts_show_another_picture_of_the_same_digit():
     np.testing.assert_array_equal(source.labels[others], source.labels)
     shown = encoder.read_image(Image.fromarray(digits.load("test").images[others[7]]))
     (drawing,) = source.__getitems__([7])
-    np.testing.assert_array_equal(drawing.images[0].patches, shown.patches)
-    assert drawing.caption == digits.REQUEST
+    (prompt,) = drawing.prompts
+    np.testing.assert_array_equal(prompt.images[0].patches, shown.patches)
+    assert prompt.caption == digits.REQUEST
     asked = [source.__getitems__([int(np.flatnonzero(source.labels == label)[0])])[0] for label in range(10)]
     for request, drawing in zip(digits.requests(encoder, "pictures"), asked, strict=True):
-        np.testing.assert_array_equal(request.images[0].patches, drawing.images[0].patches)
+        np.testing.assert_array_equal(request.images[0].patches, drawing.prompts[0].images[0].patches)
         assert digits.REQUEST in encoder.tokenizer.decode(request.input_ids)
 
 
@@ -69,7 +71,7 @@ def take(iterator, count):
 
 
 def batches(seed=0):
-    return Batches(Indices(), list, batch_size=4, seed=seed, threads=2)
+    return Batches(Indices(), lambda records, positions: list(records), batch_size=4, seed=seed, threads=2)
 
 
 def test_batches_depend_only_on_the_seed_and_cover_every_epoch():

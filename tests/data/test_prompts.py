@@ -7,8 +7,8 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from lattejax.data import tokenizer as tokenizers
+from lattejax.data.chats import Bounds, ReadableImage, Turn
 from lattejax.data.images import open_image
-from lattejax.data.prompts import Turn
 from lattejax.errors import UserError
 from tests.helpers import encoder_for, tiny_config
 
@@ -58,6 +58,57 @@ def test_only_the_answer_with_its_turn_end_is_learnt():
     prompt = ENCODER.question("Which digit is this?", [], "seven")
     assert text(prompt.input_ids[prompt.is_answer]) == "seven<|im_end|>"
     assert text(prompt.input_ids[~prompt.is_answer]) == text(ENCODER.question("Which digit is this?").input_ids)
+
+
+def test_of_a_conversation_all_answers_are_learnt_and_images_stand_where_they_were_said():
+    """The ids are transformers' of the same messages."""
+    image = ENCODER.read_image(picture(8, 8))
+    turns = [
+        Turn("user", ("First", image, "then", image, "same?")),
+        Turn("assistant", "no, <|im_end|> not"),
+        Turn("user", "Why?"),
+        Turn("assistant", "seven"),
+    ]
+    prompt = ENCODER.conversation(turns)
+    answers = "no, <|im_end|> not<|im_end|>", "seven<|im_end|>"
+    assert text(prompt.input_ids[prompt.is_answer]) == "".join(answers) and prompt.images == (image, image)
+    shown = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
+    assert f"user\nFirst{shown}then{shown}same?<|im_end|>" in text(prompt.input_ids)
+    plain = [turns[0], Turn("assistant", "no"), *turns[2:]]
+    messages = [
+        {"role": turn.role, "content": [PART.get(type(part), {"type": "text", "text": part}) for part in turn.content]}
+        for turn in plain
+    ]
+    theirs = ENCODER.tokenizer.apply_chat_template(messages)["input_ids"]
+    theirs = np.repeat(theirs, [4 if token == ENCODER.image_token else 1 for token in theirs])
+    ours = ENCODER.conversation(plain).input_ids
+    np.testing.assert_array_equal(ours, theirs[: len(ours)])
+    assert text(theirs[len(ours) :]) == "\n"
+
+
+PART = {ReadableImage: {"type": "image"}}
+
+
+@pytest.mark.parametrize("size", [(8, 8), (3, 3), (20, 200), (33, 9), (400, 399)])
+def test_an_image_of_a_size_has_the_grid_that_such_an_image_has(size):
+    expected = ENCODER.read_image(picture(*size[::-1]))
+    unread = ENCODER.image_of_size(*size)
+    assert unread.grid == expected.grid and len(unread.patches) == 0
+    with pytest.raises(UserError, match="an image of 1x300 pixels"):
+        ENCODER.image_of_size(1, 300)
+
+
+def test_batches_have_the_shape_of_their_bounds_and_refuse_more():
+    """Whatever their prompts show, so that a step is compiled once; padding changes nothing else."""
+    small = ENCODER.read_image(picture(8, 8))
+    prompts = [ENCODER.question("a", [small]), ENCODER.question("b")]
+    batch, padded = ENCODER.batch(prompts), ENCODER.batch(prompts, bounds=Bounds(3, 32))
+    assert padded.images.patches.shape == (2, 3, 32, ENCODER.patch_dim)
+    np.testing.assert_array_equal(padded.images.patches[:, :1, :16], batch.images.patches)
+    np.testing.assert_array_equal(padded.images.index, batch.images.index)
+    assert ENCODER.batch(prompts[1:], bounds=Bounds(3, 32)).images.patches.shape == (1, 3, 32, ENCODER.patch_dim)
+    with pytest.raises(UserError, match="1 images of 16 patches, more than Bounds"):
+        ENCODER.batch(prompts, bounds=Bounds(1, 8))
 
 
 def test_photos_are_rotated_by_their_exif_orientation(tmp_path):

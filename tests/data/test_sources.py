@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lattejax.data import sources
-from lattejax.data.examples import Drawing
+from lattejax.data.chats import NO_IMAGES
+from lattejax.data.examples import Drawing, Prompt
 from lattejax.errors import UserError
 from lattejax.flow.schedule import Sampling
 from lattejax.runs.data import open_data
@@ -24,6 +25,7 @@ class Stripes:
     captions = ("dark", "light")
     identities = ("stripes, first edition",)
     has_questions = False
+    bounds = NO_IMAGES
 
     @classmethod
     def open(cls, config, autoencoder):
@@ -46,8 +48,11 @@ class Stripes:
     def __len__(self):
         return 20
 
+    def without_pixels(self):
+        return []
+
     def __getitems__(self, indices):
-        return [Drawing(np.full((8, 8, 1), i % 2 - 0.5, np.float32), self.captions[i % 2]) for i in indices]
+        return [Drawing(np.full((8, 8, 1), i % 2 - 0.5, np.float32), (Prompt(self.captions[i % 2]),)) for i in indices]
 
 
 @pytest.fixture

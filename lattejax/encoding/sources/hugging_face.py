@@ -1,6 +1,7 @@
 """A data set of Hugging Face: a name on the hub, or a directory or file of parquet."""
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from lattejax.encoding.order import Part
 from lattejax.encoding.sources.features import check_keys, keyed_item
 from lattejax.errors import UserError, first_line, require
 from lattejax.files import read_bytes
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class HuggingFaceRecords:
@@ -35,6 +38,8 @@ class HuggingFaceRecords:
             arguments = {"path": "parquet", "data_files": str(local)}
         elif local.is_dir():
             arguments["path"] = str(local)
+        elif not HUB_NAME.fullmatch(path):
+            raise UserError(f"config.images.name={images.name!r} is neither on this disk nor a name on the hub")
         try:
             splits = datasets.load_dataset(**arguments, cache_dir=images.data_dir or None)
         except Exception as error:  # whatever the library, the hub and the formats raise
