@@ -71,9 +71,7 @@ def extended(known: Order, sizes: dict[str, int], names: Sequence[str] | None, w
     if names is not None:
         listed = set(names)
         if gone := [name for name in known.names if name not in listed]:
-            raise UserError(
-                f"{len(gone)} records of {what} are gone, {gone[0]!r} among them; encode into another --out"
-            )
+            raise UserError(f"{what} lacks {len(gone)} records that it had, such as {gone[0]!r}; use another --out")
     for split, size in sizes.items():
         if size < known.counts[split][-1]:
             before = known.counts[split][-1]

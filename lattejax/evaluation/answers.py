@@ -11,8 +11,6 @@ from lattejax.evaluation.protocol import Report, Subject
 from lattejax.ranges import Natural, check_ranges
 from lattejax.sampling.answers import Answerer, Decoding
 
-LONGEST_ANSWER = 6  # tokens
-
 
 @dataclasses.dataclass(frozen=True)
 class AnswerAccuracy:
@@ -49,6 +47,7 @@ def answer_accuracy(answerer: Answerer, questions: Questions, examples: int, bat
     """
     total = len(questions)
     chosen = np.random.default_rng(0).permutation(total)[: examples or total].tolist()
-    prompts = [questions.unanswered(i) for i in chosen]
-    answers = answerer.generate(prompts, Decoding(max_tokens=LONGEST_ANSWER), batch_size)
-    return float(np.mean([answer == questions.text(i)[1] for answer, i in zip(answers, chosen, strict=True)]))
+    prompts, expected = [questions.unanswered(i) for i in chosen], [questions.text(i)[1] for i in chosen]
+    longest = max(len(ids) for ids in answerer.encoder.tokenizer(expected, add_special_tokens=False)["input_ids"])
+    answers = answerer.generate(prompts, Decoding(max_tokens=longest + 1), batch_size)  # and the turn's end
+    return float(np.mean([answer == text for answer, text in zip(answers, expected, strict=True)]))

@@ -1,0 +1,274 @@
+"""Data that changes after it was encoded: additions, corrections, replaced pictures, and what is refused."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lattejax.data.pipeline import every
+from lattejax.encoding import encode as encoding
+from lattejax.encoding.encode import encode
+from lattejax.errors import UserError
+from lattejax.runs.data import open_data
+from lattejax.weights.pretrained import Pretrained
+from tests import checkpoints, forms, pictures
+from tests.helpers import encoder_for, tiny_config
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A folder of twelve pictures with captions and questions, encoded; eight to train on, in shards of three."""
+    path = tmp_path_factory.mktemp("changes")
+    images = forms.folder(path / "data")
+    config = pixels(path / "latents", shard_pictures=3, **forms.SPLITS | images)
+    assert encode(config, config.data.latents)
+    return config
+
+
+def pixels(latents, **images):
+    """A config whose latents are pixels in colour, so that no autoencoder is needed."""
+    config = pictures.config(latents.with_name("none"), "pixels", data__latent_shape=(16, 16, 3), model__patch_size=4)
+    data = dataclasses.replace(config.data, latents=str(latents), max_pixels=1024, prompt_length=64, answer_length=128)
+    return dataclasses.replace(config, images=dataclasses.replace(config.images, **images), data=data)
+
+
+@pytest.fixture
+def config(encoded, tmp_path):
+    """A copy of it, whose folder and latents may be changed."""
+    folder = shutil.copytree(encoded.images.name, tmp_path / "files")
+    latents = shutil.copytree(encoded.data.latents, tmp_path / "latents")
+    images = dataclasses.replace(encoded.images, name=str(folder))
+    return dataclasses.replace(encoded, images=images, data=dataclasses.replace(encoded.data, latents=str(latents)))
+
+
+def stamps(config, kind):
+    files = sorted(file for file in os.listdir(config.data.latents) if file.startswith(kind))
+    return {file: os.stat(os.path.join(config.data.latents, file)).st_mtime_ns for file in files}
+
+
+def changed(config, change):
+    """Makes a change, encodes again, and returns the files that were written again, by kind."""
+    before = {kind: stamps(config, kind) for kind in ("latents", "captions", "questions", "images")}
+    change()
+    assert encode(config, config.data.latents)
+    after = {kind: stamps(config, kind) for kind in before}
+    return {kind: [name for name, time in after[kind].items() if before[kind].get(name) != time] for kind in before}
+
+
+def rewrite(config, edit):
+    """Edits the lines of the folder's metadata."""
+    path = os.path.join(config.images.name, "metadata.jsonl")
+    with open(path) as file:
+        lines = [json.loads(line) for line in file]
+    edit(lines)
+    with open(path, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def content(config, split="train"):
+    """Latents by captions, and questions with answers, of a split."""
+    source, encoder = open_data(config), encoder_for(config)
+    questions = source.questions(split, encoder)
+    drawings = {
+        tuple(prompt.caption for prompt in drawing.prompts): drawing.latents
+        for drawing in every(source.drawings(split, encoder))
+    }
+    return drawings, [questions.text(i) for i in range(len(questions))]
+
+
+def assert_as_new(config, tmp_path):
+    """What is there is what an encoding of the same data from nothing would hold, up to the order of what was added."""
+    fresh = dataclasses.replace(config, data=dataclasses.replace(config.data, latents=str(tmp_path / "fresh")))
+    assert encode(fresh, fresh.data.latents)
+    for split in ("train", "test"):
+        (ours, asked), (theirs, expected) = content(config, split), content(fresh, split)
+        assert sorted(asked) == sorted(expected) and ours.keys() == theirs.keys()
+        for caption, latents in ours.items():
+            np.testing.assert_array_equal(latents, theirs[caption])
+
+
+def test_an_encoding_that_is_complete_is_left_as_it_is(config):
+    """Also if all files are touched, as a copy of the folder would: then texts are compared, and nothing is written."""
+    assert not any(changed(config, lambda: None).values())
+    touch = lambda: [os.utime(entry, ns=(1, 1)) for entry in os.scandir(config.images.name)]  # noqa: E731
+    assert not any(changed(config, touch).values())
+
+
+def test_a_corrected_caption_or_question_rewrites_its_shards_texts_and_keeps_its_latents(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "make_encoder", lambda *_: pytest.fail("latents are computed again"))
+    before = open_data(config).identities
+
+    def edit(lines):
+        lines[5]["text"][0] = "a corrected caption"
+        lines[5]["questions"][0]["answer"] = "a corrected answer"
+
+    written = changed(config, lambda: rewrite(config, edit))
+    assert not written["latents"] and len(written["captions"]) == len(written["questions"]) == 1
+    assert open_data(config).identities != before, "a run on the earlier texts does not resume on these"
+    monkeypatch.undo()
+    assert_as_new(config, tmp_path)
+
+
+def test_a_question_may_be_added_to_a_picture_that_had_none(config, tmp_path):
+    """Then the picture is stored for the vision tower too."""
+    rewrite(config, lambda lines: lines[3].pop("questions"))
+    encode(config, config.data.latents)
+    images = sum(shard.files["images"].records for shards in open_data(config).shards.values() for shard in shards)
+    asked = {"question": "New?", "answer": "yes"}
+    written = changed(config, lambda: rewrite(config, lambda lines: lines[3].update(questions=[asked])))
+    assert not written["latents"] and len(written["images"]) == 1
+    shards = open_data(config).shards.values()
+    assert sum(shard.files["images"].records for of_split in shards for shard in of_split) == images + 1
+    assert_as_new(config, tmp_path)
+
+
+def test_pictures_are_added_in_new_shards(config, tmp_path):
+    """No file that was there is written again, and no picture changes between training and held out."""
+    held_out = content(config, "test")[0].keys()
+
+    def add():
+        for i, (_, _, image) in enumerate(pictures.pieces(17)[12:]):
+            image.save(os.path.join(config.images.name, f"a{i}.jpg"))  # by name before the others
+        new = [{"file_name": f"a{i}.jpg", "text": f"a new one, {i}"} for i in range(5)]
+        rewrite(config, lambda lines: lines.extend(new))
+
+    written = changed(config, add)
+    assert written["latents"] == ["latents-train-00003.array_record", "latents-train-00004.array_record"]
+    drawings, _ = content(config)
+    assert len(drawings) == 13 and content(config, "test")[0].keys() == held_out
+    assert {("a new one, 3",), ("a new one, 4",)} < drawings.keys()
+
+
+def test_a_share_cannot_be_held_out_of_data_that_grows(config):
+    grown = dataclasses.replace(config.images, train="train[25%:]", test="train[:25%]")
+    other = dataclasses.replace(
+        config, images=grown, data=dataclasses.replace(config.data, latents=config.data.latents + "2")
+    )
+    assert encode(other, other.data.latents)
+    Image.new("RGB", (8, 8)).save(os.path.join(config.images.name, "new.png"))
+    lines = [{"file_name": "new.png", "text": "new"}]
+    rewrite(config, lambda known: known.extend(lines))
+    for i in range(4):
+        shutil.copy(os.path.join(config.images.name, "new.png"), os.path.join(config.images.name, f"{i}.png"))
+        rewrite(config, lambda known, i=i: known.append({"file_name": f"{i}.png", "text": "new"}))
+    with pytest.raises(UserError, match=r"take a number of records, not a share, for instance train\[:"):
+        encode(other, other.data.latents)
+    assert len(open_data(other).drawings("train")) == 9, "what is there is as it was"
+
+
+def test_a_replaced_picture_is_encoded_again_and_a_missing_one_is_named(config, tmp_path):
+    name = os.path.join(config.images.name, "005.jpg")
+    written = changed(config, lambda: Image.new("RGB", (30, 20), "red").save(name))
+    assert len(written["latents"]) == 1
+    assert_as_new(config, tmp_path)
+    rewrite(config, lambda lines: lines.pop(2))
+    with pytest.raises(UserError, match=r"lacks 1 records that it had, such as '002\.jpg'; use another --out"):
+        encode(config, config.data.latents)
+
+
+def test_a_picture_of_the_same_size_is_noticed_when_texts_change(config, tmp_path):
+    """Its bytes are hashed then."""
+    name = os.path.join(config.images.name, "005.jpg")
+    with open(name, "rb") as file:
+        data = bytearray(file.read())
+    time = os.stat(name).st_mtime_ns
+    data[-3] ^= 1
+
+    def change():
+        with open(name, "wb") as file:
+            file.write(data)
+        os.utime(name, ns=(time, time))
+        rewrite(config, lambda lines: lines[5].update(text="changed with its picture"))
+
+    assert len(changed(config, change)["latents"]) == 1
+    assert_as_new(config, tmp_path)
+
+
+def test_a_process_that_is_killed_while_it_rewrites_texts_loses_nothing(config, tmp_path, monkeypatch):
+    """Between any two of its steps."""
+    rewrite(config, lambda lines: [line.update(text=f"text {i}") for i, line in enumerate(lines)])
+    replace, steps = os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    for step in range(0, 14, 2):
+        count = iter(range(1000))
+
+        def counted(*paths, count=count, step=step):
+            if next(count) == step:
+                raise Killed
+            return replace(*paths)
+
+        monkeypatch.setattr(os, "replace", counted)
+        monkeypatch.setattr("pathlib.Path.replace", lambda self, target: counted(self, target))
+        try:
+            encode(config, config.data.latents)
+        except Killed:
+            steps.append(step)
+        monkeypatch.undo()
+    assert steps
+    assert encode(config, config.data.latents)
+    assert_as_new(config, tmp_path)
+
+
+def test_tar_files_are_added_too(tmp_path):
+    made = forms.of_webdataset(tmp_path / "data")
+    config = pixels(tmp_path / "latents", **made | {"name": str(tmp_path / "data" / "*.tar"), "train": "train[1:]"})
+    os.rename(tmp_path / "data" / "002.tar", tmp_path / "later.tar")
+    assert encode(config, config.data.latents) and len(open_data(config).drawings("train")) == 6
+    written = changed(config, lambda: os.rename(tmp_path / "later.tar", tmp_path / "data" / "002.tar"))
+    assert written["latents"] == ["latents-train-00002.array_record"]
+    assert len(open_data(config).drawings("train")) == 9
+
+
+def test_texts_that_training_would_refuse_are_refused_here(encoded, tmp_path):
+    """With the tokenizer of the VLM to start from: a caption, and a conversation with its images."""
+    vlm = checkpoints.convert(checkpoints.random_model(checkpoints.tiny_config(**checkpoints.OF_DIGITS)))
+    images = dataclasses.replace(encoded.images, most_unreadable=12)
+    model = tiny_config(model__text__vocab_size=checkpoints.VOCABULARY, model__patch_size=4).model
+    data = dataclasses.replace(encoded.data, latents=str(tmp_path / "latents"))
+    pretrain = dataclasses.replace(encoded.pretrain, init_from=str(vlm))
+    config = dataclasses.replace(encoded, images=images, model=model, data=data, pretrain=pretrain)
+
+    def left_out(**limits):
+        shutil.rmtree(data.latents, ignore_errors=True)
+        limited = dataclasses.replace(config, data=dataclasses.replace(data, **limits))
+        try:
+            encode(limited, data.latents)
+        except UserError as error:
+            return str(error)
+        with open(os.path.join(data.latents, "summary.json")) as file:
+            return json.load(file)["left_out"]
+
+    assert left_out(prompt_length=200, answer_length=300) == []
+    assert "has no pictures to draw" in left_out(prompt_length=20, answer_length=300)
+    assert "has no pictures to draw" in left_out(prompt_length=200, answer_length=20)
+    limit = len(Pretrained.open(vlm).encoder.unconditional().input_ids) + 20
+    some = left_out(prompt_length=limit, answer_length=300)
+    assert 0 < len(some) < 12 and all(f"more than the config's limit of {limit}" in line for line in some)
+
+
+def test_the_summary_counts_what_is_there(config, capsys):
+    def edit(lines):
+        lines[0]["text"] = []
+        lines[1]["questions"] = [{"question": "a?", "answer": ""}]
+
+    shutil.copy(os.path.join(config.images.name, "003.jpg"), os.path.join(config.images.name, "004.jpg"))
+    rewrite(config, edit)
+    config = dataclasses.replace(config, images=dataclasses.replace(config.images, most_unreadable=1))
+    assert encode(config, config.data.latents)
+    printed = capsys.readouterr().out
+    with open(os.path.join(config.data.latents, "summary.json")) as file:
+        summary = json.load(file)
+    pictures_there = summary["train"]["pictures"] + summary["test"]["pictures"]
+    assert pictures_there == 10 and summary["left_out"] == ["001.jpg: an answer is empty"]
+    assert sum(summary[split]["duplicate_pictures"] for split in ("train", "test")) <= 1
+    assert summary["train"]["prompts"]["count"] == 2 * summary["train"]["pictures"]
+    assert "left out: 1, for instance: 001.jpg: an answer is empty" in printed
+    sheet = np.asarray(Image.open(os.path.join(config.data.latents, "contact_sheet.png")))
+    assert sheet.shape[2] == 3 and sheet.std() > 10
