@@ -5,6 +5,7 @@ Each function takes an empty directory and returns settings of `config.images`.
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def llava(path: Path) -> dict[str, Any]:
     return {"source": "llava", "name": str(path / "talks.json"), "data_dir": str(path / "files")}
 
 
-def prepare(path: Path, name: str, features: dict[str, Any], values: list[dict[str, Any]]) -> None:
+def prepare(path: Path, name: str, features: dict[str, Any], values: Iterable[dict[str, Any]], count: int) -> None:
     """Prepares a data set as tensorflow-datasets would."""
     directory = epath.Path(path) / name / "1.0.0"
     directory.mkdir(parents=True)
@@ -80,7 +81,7 @@ def prepare(path: Path, name: str, features: dict[str, Any], values: list[dict[s
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory, dataset_name=name, split="train", filetype_suffix="array_record"
     )
-    info = tfds.core.SplitInfo(name="train", shard_lengths=[len(values)], num_bytes=0, filename_template=template)
+    info = tfds.core.SplitInfo(name="train", shard_lengths=[count], num_bytes=0, filename_template=template)
     tfds.folder_dataset.write_metadata(data_dir=directory, features=features, split_infos=[info], check_data=False)
 
 
@@ -95,7 +96,7 @@ def of_tfds(path: Path) -> dict[str, Any]:
         captions = [{"id": i, "text": text} for i, text in enumerate(record["captions"])]
         talk = [{"question": question, "answer": answer} for question, answer in record["pairs"]]
         values.append({"image": io.BytesIO(record["file"]), "captions": captions, "talk": talk})
-    prepare(path, "mine", features, values)
+    prepare(path, "mine", features, values, COUNT)
     keys = {"caption_key": "captions/text", "question_key": "talk/question", "answer_key": "talk/answer"}
     return {"source": "tfds", "name": "mine", "data_dir": str(path), "image_key": "image"} | keys
 
@@ -105,7 +106,7 @@ def labelled(path: Path, names: list[str], labels: list[int]) -> None:
     features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=names)}
     files = [record["file"] for record in records()]
     values = [{"image": io.BytesIO(file), "label": label} for file, label in zip(files, labels, strict=False)]
-    prepare(path, "labelled", features, values)
+    prepare(path, "labelled", features, values, len(values))
 
 
 def of_webdataset(path: Path) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Lengths:
 def as_text(summary: dict[str, Any]) -> Iterable[str]:
     for split in SPLITS:
         one = summary[split]
-        yield f"{split}: {one['pictures']:,} pictures, {one['duplicate_pictures']:,} of them twice or more"
+        yield f"{split}: {one['pictures']:,} pictures, {one['duplicate_pictures']:,} of which repeat another"
         for name in ("prompts", "questions", "answers"):
             figures = one[name]
             if figures["count"]:
