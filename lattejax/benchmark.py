@@ -23,7 +23,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from lattejax import cli, configuration
+from lattejax import cli
 from lattejax.benchmarks import drawing, loading, reading, speed, training
 from lattejax.benchmarks.measuring import Work
 from lattejax.configuration import Config
@@ -34,6 +34,7 @@ from lattejax.files import output_file, parse_json, read_text, resolve_path, wri
 from lattejax.flow.schedule import Guidance, NumSteps
 from lattejax.models.text import MOST_POSITIONS
 from lattejax.ranges import Range, Size
+from lattejax.runs.geometry import resolve_config
 
 MODELS = {
     "sample": drawing.sample,
@@ -66,7 +67,7 @@ def main(what: str) -> None:
         return plot(RESULTS.value, OUT.value)
     if CONFIG.value is None:
         raise UserError(f"--config is missing: it defines the geometry that {what} uses")
-    config = configuration.resolve(CONFIG.value)
+    config = resolve_config(CONFIG.value, weights_needed=False)
     result = data(config) if what == "data" else model(what, config)
     for name, value in result.items():
         print(f"{name:24} {value:,.4g}" if isinstance(value, float) else f"{name:24} {value}")

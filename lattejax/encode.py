@@ -10,10 +10,11 @@ split the work with --worker and --workers.
 from absl import flags
 from ml_collections import config_flags
 
-from lattejax import cli, configuration
+from lattejax import cli
 from lattejax.encoding.encode import encode
 from lattejax.errors import UserError
 from lattejax.ranges import Natural, Size
+from lattejax.runs.geometry import resolve_config
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
 OUT = cli.define_path("out", None, "The directory of the latents.")
@@ -25,7 +26,7 @@ flags.mark_flags_as_required(["config", "out"])
 def main() -> None:
     if WORKER.value >= WORKERS.value:
         raise UserError(f"--worker={WORKER.value} must be below --workers={WORKERS.value}; the first is 0")
-    complete = encode(configuration.resolve(CONFIG.value), OUT.value, WORKER.value, WORKERS.value)
+    complete = encode(resolve_config(CONFIG.value), OUT.value, WORKER.value, WORKERS.value)
     waiting = f"worker {WORKER.value} has finished; {OUT.value} waits for the others"
     print(f"{OUT.value} is complete" if complete else waiting)
 

@@ -14,9 +14,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu only compiles; it must n
 from absl import flags
 from ml_collections import config_flags
 
-from lattejax import cli, configuration
+from lattejax import cli
 from lattejax.pods.planning import describe, make_plan
 from lattejax.ranges import Size
+from lattejax.runs.geometry import resolve_config
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
 TOPOLOGY = flags.DEFINE_string("topology", None, "The chips: v4, v5e, v5p or v6e and a shape, e.g. v5e:4x4.")
@@ -27,7 +28,7 @@ flags.mark_flags_as_required(["config", "topology"])
 
 
 def main() -> None:
-    plan = make_plan(configuration.resolve(CONFIG.value), TOPOLOGY.value, CAPTIONS.value, SAMPLE.value)
+    plan = make_plan(resolve_config(CONFIG.value, weights_needed=False), TOPOLOGY.value, CAPTIONS.value, SAMPLE.value)
     print(describe(plan))
     if JSON.value:
         print(json.dumps(plan))

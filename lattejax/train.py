@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from lattejax import cli, configuration
 from lattejax.errors import UserError
 from lattejax.parallel import hosts
+from lattejax.runs.geometry import resolve_config
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.stages import train
 
@@ -25,7 +26,7 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    config = configuration.resolve(CONFIG.value)
+    config = resolve_config(CONFIG.value, weights_needed=not PRINT_CONFIG.value)
     if PRINT_CONFIG.value:
         return print(configuration.describe(config))
     if WORKDIR.value is None:

@@ -68,6 +68,23 @@ def group_layers(config: GenerationConfig, layers: Params, group: int) -> Params
     return Layers(layers)[config.layers_of[group]]
 
 
+def of_group(
+    config: GenerationConfig, params: Params, contexts: Context, rows: Int[Array, "B"] | None, group: int
+) -> tuple[Params, Context]:
+    """One group's pathway, and each row's context at the group's layers.
+
+    Args:
+      config: the pathway's geometry.
+      params: the pathway's weights, all L layers in `experts`.
+      contexts: the contexts of U prompts at all L layers.
+      rows: the index of each row's prompt; None: the contexts are the rows' already.
+      group: the group's index.
+    """
+    experts, layers = (group_layers(config, of_all, group) for of_all in (params["experts"], contexts.layers))
+    context = contexts._replace(layers=layers)
+    return params | {"experts": experts}, context if rows is None else pick(context, rows)
+
+
 def pick(context: Context, rows: Int[Array, "B"]) -> Context:
     """Gathers each row's context from a table."""
     layers = Layers(context.layers).map_arrays(lambda x: x[rows])
@@ -191,8 +208,8 @@ def group_velocities(
 
     def one(experts, context, x_t, t):
         if unroll:
-            experts, own = Layers(experts).unstack(), Layers(context.layers).unstack()
-            context = context._replace(layers=own)
+            experts, layers = Layers(experts).unstack(), Layers(context.layers).unstack()
+            context = context._replace(layers=layers)
         own = params | {"experts": experts}
         return velocity(config, own, context, x_t, condition(config, own, Step(t, t)), remat)
 
@@ -201,9 +218,8 @@ def group_velocities(
         velocities = []
         for k in range(groups):
             table = contexts if rows is not None else jax.tree.map(lambda x, k=k: x[k], contexts)
-            context = table._replace(layers=group_layers(config, table.layers, k))
-            context = context if rows is None else pick(context, rows[k])
-            velocities.append(one(group_layers(config, experts, k), context, x_t[k], t[k]))
+            own, context = of_group(config, params, table, None if rows is None else rows[k], k)
+            velocities.append(one(own["experts"], context, x_t[k], t[k]))
         return jnp.stack(velocities)
 
     # Equal groups are one computation on an axis K, which a mesh can shard: groups do not interact.

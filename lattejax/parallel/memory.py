@@ -11,7 +11,7 @@ import jax
 
 from lattejax.errors import UserError
 
-GB = 1e9
+GIB = 2**30
 
 
 def machine_bytes() -> int:
@@ -33,7 +33,7 @@ def bytes_per_device(tree: Any) -> int:
 def check_fits(needed: int, available: int, what: str) -> None:
     """Raises `UserError` if `what` needs more bytes than there are."""
     if needed > available:
-        raise UserError(f"{what} needs {needed / GB:,.1f} GB of memory; there are {available / GB:,.1f} GB")
+        raise UserError(f"{what} needs {needed / GIB:,.1f} GiB of memory; there are {available / GIB:,.1f} GiB")
 
 
 def check_compiled(compiled: jax.stages.Compiled, what: str) -> None:

@@ -38,17 +38,18 @@ LINE_HEIGHT, LINES, SMALLEST_CAPTIONED = 13, 3, 128
 
 
 def contact_sheet(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
-    """Lays out images [n, H, W, 3] in rows, each with its own caption below, of which three lines are shown."""
+    """Lays out images [n, H, W, 3] in rows, each with its own caption below, of which at most three lines are shown."""
     zoom = max(1, -(-SMALLEST_CAPTIONED // images.shape[2]))
     images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    height, width = images.shape[1] + LINES * LINE_HEIGHT + 2 * MARGIN, images.shape[2] + MARGIN
+    texts = [textwrap.wrap(caption, max(8, images.shape[2] // 6))[:LINES] for caption in captions]
+    height = images.shape[1] + max(map(len, texts)) * LINE_HEIGHT + 2 * MARGIN
+    width = images.shape[2] + MARGIN
     columns = min(columns, len(images))
     sheet = Image.new("RGB", (MARGIN + columns * width, MARGIN + -(-len(images) // columns) * height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+    for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
         left, top = MARGIN + i % columns * width, MARGIN + i // columns * height
         sheet.paste(Image.fromarray(image), (left, top))
-        lines = textwrap.wrap(caption, max(8, images.shape[2] // 6))[:LINES]
         for line, text in enumerate(lines):
             draw.text((left, top + images.shape[1] + line * LINE_HEIGHT), text, fill="black", font=font)
     return sheet

@@ -79,13 +79,8 @@ def draw_latents(
     """
     x = noise
     for segment in segments:
-        experts, layers = (
-            generation.group_layers(config.generation, of_all, segment.group)
-            for of_all in (pathway["experts"], contexts.layers)
-        )
         rows = jnp.stack([prompts, unconditional], axis=1).ravel() if segment.guided else prompts
-        own = pathway | {"experts": experts}
-        context = generation.pick(contexts._replace(layers=layers), rows)
+        own, context = generation.of_group(config.generation, pathway, contexts, rows, segment.group)
 
         def velocity(x, conditioning, guided=segment.guided, own=own, context=context):
             if not guided:

@@ -33,6 +33,7 @@ from lattejax.interrupts import Interrupted
 from lattejax.leases import one_writer
 from lattejax.ranges import Seed, range_of
 from lattejax.runs.data import open_data
+from lattejax.runs.geometry import resolve_config
 from lattejax.runs.run import Run
 from lattejax.runs.shapes import abstract_params
 from lattejax.runs.workdir import Workdir
@@ -73,7 +74,7 @@ def _resolve(values: dict[str, Any]) -> Sweep:
     names = [name for name, _ in values["variants"]]
     if not names or len(set(names)) != len(names) or not all(re.fullmatch(r"\w+", name) for name in names):
         raise UserError(f"config.variants must have different names of letters, digits and underscores, not {names}")
-    base = configuration.resolve(values["base"])
+    base = resolve_config(values["base"])
     variants = {name: _override(values["base"], name, overrides) for name, overrides in values["variants"]}
     vlm = abstract_params(base)["vlm"]
     for name, variant in variants.items():
@@ -114,7 +115,7 @@ def _override(base: dict[str, Any], name: str, overrides: dict[str, Any]) -> Con
             section = section[part]
         section[last] = value
     try:
-        return configuration.resolve(values)
+        return resolve_config(values)
     except UserError as error:
         raise UserError(f"variant {name}: {error}") from error
 

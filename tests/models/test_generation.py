@@ -167,10 +167,7 @@ def group_velocity(config: ModelConfig, params, prompts: Prompts, group: int, x_
     params = latte_flow.unstack(params)
     context = read_prompts(config, params["vlm"], prompts)
     pathway = latte_flow.pathway(config, params)
-    experts, layers = (
-        generation.group_layers(config.generation, of_all, group) for of_all in (pathway["experts"], context.layers)
-    )
-    own, context = pathway | {"experts": experts}, context._replace(layers=layers)
+    own, context = generation.of_group(config.generation, pathway, context, None, group)
     conditioning = generation.condition(config.generation, own, Step(t, t))
     return generation.velocity(config.generation, own, context, x_t, conditioning)
 
@@ -206,9 +203,7 @@ def test_attention_maps_are_what_the_plain_renderings_layers_hand_on(residual, f
     with jax.enable_x64(True):
         params = float64(weights(config))
         context = read_prompts(config, params["vlm"], prompts_of_lengths([length]))
-        own = context._replace(layers=generation.group_layers(g, context.layers, group))
-        pathway = latte_flow.pathway(config, params)
-        pathway = pathway | {"experts": generation.group_layers(g, pathway["experts"], group)}
+        pathway, own = generation.of_group(g, latte_flow.pathway(config, params), context, None, group)
         x_t, t = np.random.default_rng(3).standard_normal((1, *g.latent_shape)), np.array([0.6])
         if form == "a list":
             pathway, own = latte_flow.unstack(pathway), own._replace(layers=Layers(own.layers).unstack())
@@ -298,9 +293,7 @@ def test_one_step_costs_a_kth_of_vanillas_and_reads_no_vlm_weights():
         config = model(groups, hidden_size=96, intermediate_size=256, mrope_section=(3, 2, 3))
         params = latte_flow.unstack(weights(config))
         context = read_prompts(config, params["vlm"], prompts_of_lengths([16] * 4))
-        context = context._replace(layers=generation.group_layers(config.generation, context.layers, 0))
-        pathway = latte_flow.pathway(config, params)
-        own = pathway | {"experts": generation.group_layers(config.generation, pathway["experts"], 0)}
+        own, context = generation.of_group(config.generation, latte_flow.pathway(config, params), context, None, 0)
         x_t, t = jnp.ones((4, 4, 6, 3)), jnp.array([0.1])
 
         def step(own, context, x_t, t, g=config.generation):

@@ -14,7 +14,7 @@ def test_a_compiled_program_is_compared_with_a_device(monkeypatch):
     compiled = jax.jit(lambda x: (x @ x) @ (x + 1)).lower(x).compile()
     memory.check_compiled(compiled, "a product")
     monkeypatch.setattr(memory, "device_bytes", lambda device: 8_000_000)
-    with pytest.raises(UserError, match=r"a product, on each device, needs [\d.]+ GB of memory; there are 0\.0 GB"):
+    with pytest.raises(UserError, match=r"a product, on each device, needs [\d.]+ GiB of memory; there are 0\.0 GiB"):
         memory.check_compiled(compiled, "a product")
 
 
@@ -43,4 +43,4 @@ def test_a_config_that_needs_more_memory_than_there_is_leaves_one_line(flags, na
     done = forked_command("train", *tiny_flags(), *flags, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2, done.stderr[-2000:]
     assert len(done.stderr.splitlines()) == 1
-    assert named in done.stderr and "GB of memory" in done.stderr
+    assert named in done.stderr and "GiB of memory" in done.stderr

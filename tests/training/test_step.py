@@ -213,11 +213,10 @@ def test_the_loss_equals_its_formula(overrides, stratified):
 @functools.partial(jax.jit, static_argnames=("config", "group"))
 def velocity(config, group, caption, latents, noise, t):
     model = config.model_config.generation
-    own = PARAMS | {"experts": generation.group_layers(model, PARAMS["experts"], group)}
-    context = TABLE._replace(layers=generation.group_layers(model, TABLE.layers, group))
+    own, context = generation.of_group(model, PARAMS, TABLE, caption[None], group)
     x_t = interpolate(latents[None], noise[None], t[None])
     conditioning = generation.condition(model, own, Step(t[None], t[None]))
-    return generation.velocity(model, own, generation.pick(context, caption[None]), x_t, conditioning)[0]
+    return generation.velocity(model, own, context, x_t, conditioning)[0]
 
 
 def test_both_ways_to_draw_t_have_the_same_objective():
