@@ -7,7 +7,8 @@ sample: a batch of images, from prompt tokens to latents, including the context 
     minutes per image). --against=torch: steps of one group on given contexts, in eager PyTorch.
 train: forward, backward and AdamW of one group on given contexts.
 context: prompts read by the language model. decode: greedy answers. --against=torch: both with transformers.
-data: latents per second from the data loader alone; random latents in the real format.
+data: latents per second from the data loader alone; random latents in the real format. questions: the same of
+    questions about pictures of data.max_pixels.
 plot: time per image by group count; --results holds lines of JSON from sample --against=torch.
 
 Weights are random, with the config's geometry. Figures are medians over alternating repeats, in seconds and FLOP/s.
@@ -42,6 +43,7 @@ MODELS = {
     "context": reading.context,
     "decode": reading.decode,
 }
+RATES = {"data": loading.data_rate, "questions": loading.question_rate}
 BASELINES = {"sample": ("vanilla", "torch", "janus"), "train": ("torch",), "context": ("torch",), "decode": ("torch",)}
 Tokens = Annotated[int, Range(2, MOST_POSITIONS)]
 BATCH_SIZES = {"sample": 1, "train": 16, "context": 1, "decode": 1}
@@ -68,7 +70,7 @@ def main(what: str) -> None:
     if CONFIG.value is None:
         raise UserError(f"--config is missing: it defines the geometry that {what} uses")
     config = resolve_config(CONFIG.value, weights_needed=False)
-    result = data(config) if what == "data" else model(what, config)
+    result = data(what, config) if what in RATES else model(what, config)
     for name, value in result.items():
         print(f"{name:24} {value:,.4g}" if isinstance(value, float) else f"{name:24} {value}")
     if JSON.value:
@@ -89,10 +91,10 @@ def model(what: str, config: Config) -> dict:
     return setting | MODELS[what](config, work, AGAINST.value) | dataclasses.asdict(work)
 
 
-def data(config: Config) -> dict:
-    check_baseline("data", config)
+def data(what: str, config: Config) -> dict:
+    check_baseline(what, config)
     encoder = prompt_encoder(config, tokenizers.train(loading.make_captions(100), 400))
-    return {"benchmark": "data"} | loading.data_rate(config, encoder, RECORDS.value)
+    return {"benchmark": what} | RATES[what](config, encoder, RECORDS.value)
 
 
 def plot(results: str, out: str) -> None:
@@ -119,4 +121,4 @@ def check_baseline(what: str, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.check_config_flags, commands=(*MODELS, "data", "plot"))
+    cli.run(main, cli.check_config_flags, commands=(*MODELS, *RATES, "plot"))

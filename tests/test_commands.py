@@ -328,13 +328,15 @@ def test_a_workdir_without_a_checkpoint_is_refused(tmp_path, forked_command):
         assert done.returncode == 2 and missing in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_the_data_benchmark_prints_a_json_object_last(forked_command):
+@pytest.mark.parametrize("what", ["data", "questions"])
+def test_the_data_benchmarks_print_a_json_object_last(what, forked_command):
     flags = tiny_flags(train__share_contexts=False, train__batch_size=200, data__prompt_length=100)
-    done = forked_command("benchmark", "data", *flags, "--records=1000", "--json")
+    done = forked_command("benchmark", what, *flags, "--records=1000", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["benchmark"] == "data" and 0 < found["share_of_limit"] < 1
-    assert found["latents_per_second"] == pytest.approx(found["batch_size"] / found["seconds"])
+    rate = found[{"data": "latents_per_second", "questions": "questions_per_second"}[what]]
+    assert found["benchmark"] == what and found["share_of_limit"] > 0
+    assert rate == pytest.approx(found["batch_size"] / found["seconds"])
 
 
 def test_the_sample_benchmark_prints_a_json_object_last(forked_command):

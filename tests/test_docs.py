@@ -2,7 +2,8 @@
 
 A block that is not run has `<!-- not run: why -->` on the line before it, a long one `<!-- slow -->`. Commands run in a
 directory with small stand-ins for what they name: `runs/digits`, a folder of pictures, and checkpoints as they lie in
-the hub's cache. Training and encoding take flags besides that make models small and trainings short.
+the hub's cache. Training and encoding take flags besides that make models small and trainings short; not those of a
+block with `<!-- slow, in full -->`.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from tests.helpers import ENVIRONMENT, ROOT, Forks, tiny_config, tiny_flags
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>bash|python)\n(?P<text>.*?)^```", re.M | re.S)
+IN_FULL = "slow, in full"
 NOT_RUN = {
     "the tests themselves",
     "needs the data set",
@@ -53,7 +55,7 @@ def blocks() -> Iterator[Block]:
 
 def runnable(language: str) -> list:
     """Those of a language that are run, with the name and the marks of their tests."""
-    marks = {"": (), "slow": pytest.mark.slow}
+    marks = {"": (), "slow": pytest.mark.slow, IN_FULL: pytest.mark.slow}
     own = [block for block in blocks() if block.language == language and block.mark in marks]
     return [pytest.param(block, id=f"{block.page}:{block.line}", marks=marks[block.mark]) for block in own]
 
@@ -61,7 +63,7 @@ def runnable(language: str) -> list:
 def test_a_block_that_is_not_run_says_why():
     for block in blocks():
         reason = block.mark.removeprefix("not run: ")
-        assert block.mark in ("", "slow") or reason in NOT_RUN, f"{block.page}:{block.line}: {block.mark}"
+        assert block.mark in ("", "slow", IN_FULL) or reason in NOT_RUN, f"{block.page}:{block.line}: {block.mark}"
 
 
 # ---- Where they run
@@ -107,7 +109,7 @@ def in_hub_cache(cache: Path, name: str) -> Path:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("docs")
-    for name in ("configs", "launch"):
+    for name in ("configs", "docs", "launch"):
         (place / name).symlink_to(ROOT / name)
     stages.train(
         tiny_config(pretrain__steps=1, train__steps=2, eval__every=0), place / "runs" / "digits", InterruptGuard()
@@ -134,7 +136,7 @@ def forks(place) -> Iterator[Forks]:
 # ---- What runs
 
 
-def run_line(line: str, place: Path, forks: Forks) -> None:
+def run_line(line: str, place: Path, forks: Forks, in_full: bool = False) -> None:
     """Runs one line of a block as a shell would."""
     words = shlex.split(line)
     variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
@@ -144,7 +146,8 @@ def run_line(line: str, place: Path, forks: Forks) -> None:
         command = words[2].removeprefix("lattejax.")
         if command == "convert":  # as on another page before
             shutil.rmtree(place / words[-1].removeprefix("--out="), ignore_errors=True)
-        done = forks(command, *small(command, words[3:]), env=variables)
+        flags = words[3:] if in_full else small(command, words[3:])
+        done = forks(command, *flags, env=variables)
     else:
         if "lattejax.train" in words:
             start = words.index("lattejax.train") + 1
@@ -167,7 +170,7 @@ def test_commands_run(block, place, forks):
         elif line.startswith("for "):  # a loop of the shell, at full size
             subprocess.run(["bash", "-euo", "pipefail", "-c", line], cwd=place, env=ENVIRONMENT, check=True)
         else:
-            run_line(line, place, forks)
+            run_line(line, place, forks, block.mark == IN_FULL)
 
 
 @pytest.mark.parametrize("block", runnable("python"))

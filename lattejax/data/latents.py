@@ -27,7 +27,7 @@ from lattejax.data.stored import CAPTIONS, IMAGES, LATENTS, MANIFEST, QUESTIONS,
 from lattejax.errors import UserError, parsing, require
 from lattejax.files import is_remote, resolve_path
 
-OPENED_IMAGES = 256  # kept, as several questions ask about one
+OPENED_IMAGES = 16  # kept, as several questions may ask about one; each may be megabytes
 
 
 @dataclasses.dataclass(frozen=True)

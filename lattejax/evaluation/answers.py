@@ -47,7 +47,12 @@ def answer_accuracy(answerer: Answerer, questions: Questions, examples: int, bat
     """
     total = len(questions)
     chosen = np.random.default_rng(0).permutation(total)[: examples or total].tolist()
-    prompts, expected = [questions.unanswered(i) for i in chosen], [questions.text(i)[1] for i in chosen]
+    expected = [questions.text(i)[1] for i in chosen]
     longest = max(len(ids) for ids in answerer.encoder.tokenizer(expected, add_special_tokens=False)["input_ids"])
-    answers = answerer.generate(prompts, Decoding(max_tokens=longest + 1), batch_size)  # and the turn's end
+    decoding, size = Decoding(max_tokens=longest + 1), min(batch_size, len(chosen))  # and the turn's end
+    answers = []
+    for start in range(0, len(chosen), size):  # a batch at a time, since pictures take memory
+        batch = chosen[start : start + size]
+        prompts = [questions.unanswered(i) for i in batch + batch[-1:] * (size - len(batch))]  # all of one shape
+        answers += answerer.generate(prompts, decoding, size)[: len(batch)]
     return float(np.mean([answer == text for answer, text in zip(answers, expected, strict=True)]))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lattejax.data.examples import choose_prompt, image_batcher
+from lattejax.data.pipeline import Batches
 from lattejax.data.prompts import question_batch
 from lattejax.encoding.encode import encode
 from lattejax.errors import UserError
@@ -55,14 +56,9 @@ def config_for(tmp_path_factory):
     return lambda form: encoded(form, tmp_path_factory.mktemp)
 
 
-CASES = [
-    pytest.param(form, variant, marks=() if (form, variant) == ("folder", "couple") else pytest.mark.slow)
-    for form in forms.FORMS
-    for variant in ("couple", "blend")
-]
-
-
-@pytest.mark.parametrize("form, variant", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["couple", "blend"])
+@pytest.mark.parametrize("form", forms.FORMS)
 def test_every_form_can_be_trained_on(form, variant, config_for, tmp_path):
     """Couple and Blend, each after a stage on the form's own questions; captions vary, and so do image sizes."""
     config = config_for(form)
@@ -113,6 +109,21 @@ def test_batches_of_any_questions_have_one_shape(config_for):
         for i in range(len(questions))
     }
     assert len(shapes) == 1
+    complete, *halves = (
+        next(
+            Batches(
+                questions,
+                lambda records, _: question_batch(encoder, records, 160, questions.bounds),
+                batch_size=4,
+                seed=0,
+                threads=1,
+                rows=rows,
+            )
+        )
+        for rows in (None, [0, 2], [1, 3])
+    )
+    for rows, half in zip(([0, 2], [1, 3]), halves, strict=True):  # as two processes read them
+        assert_same_bits(half, jax.tree.map(lambda x, rows=rows: x[rows], complete))
     lengths = [len(prompt.input_ids) for prompt in questions.without_pixels()]
     assert lengths == [len(prompt.input_ids) for prompt in questions.__getitems__(range(len(questions)))]
     assert source.questions("test", encoder).text(0)[0] == "How wide?", "the last of a conversation"
