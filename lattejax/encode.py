@@ -1,10 +1,10 @@
-"""Turns pictures into latents, once, for training to read:
+"""Turns pictures into latents, once, and stores them with their captions and questions for training to read:
 
 python -m lattejax.encode --config=configs/captions256.py --out=latents/captions256
 
-The pictures are the config's `images`, the autoencoder its `data.autoencoder`. The same command resumes where it was
-stopped; if the output is complete, it checks every file. Several processes, on one host or on many that share --out,
-split the work with --worker and --workers.
+The data are the config's `images`, the autoencoder is its `data.autoencoder`. The same command resumes where it was
+stopped. If the output is complete, it checks every file, adds records that are new, and corrects texts. Several
+processes, on one host or on many that share --out, split the work with --worker and --workers.
 """
 
 from absl import flags

@@ -12,7 +12,7 @@ from lattejax.configuration import Images
 from lattejax.encoding.items import Item, Picture, checked
 from lattejax.encoding.order import Part
 from lattejax.encoding.sources.features import check_keys, keyed_item
-from lattejax.errors import UserError, first_line, require
+from lattejax.errors import UserError, parsing, require
 from lattejax.files import read_bytes
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -40,10 +40,8 @@ class HuggingFaceRecords:
             arguments["path"] = str(local)
         elif not HUB_NAME.fullmatch(path):
             raise UserError(f"config.images.name={images.name!r} is neither on this disk nor a name on the hub")
-        try:
+        with parsing(f"config.images.name={images.name!r}"):
             splits = datasets.load_dataset(**arguments, cache_dir=images.data_dir or None)
-        except Exception as error:  # whatever the library, the hub and the formats raise
-            raise UserError(f"config.images.name={images.name!r} cannot be opened: {first_line(error)}") from error
         self.splits = {name: _undecoded(split, datasets) for name, split in splits.items()}
         self.sizes = {name: len(split) for name, split in self.splits.items()}
         for name, split in self.splits.items():
