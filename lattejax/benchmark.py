@@ -56,7 +56,7 @@ STEPS = cli.define_number("steps", 40, "For sample: steps per call.", NumSteps)
 GUIDANCE = cli.define_number("guidance", 5.0, "For sample: guidance scale; 1 omits the unconditional pass.", Guidance)
 NEW_TOKENS = cli.define_number("new_tokens", 64, "For decode: tokens per answer.", Tokens)
 RECORDS = cli.define_number(
-    "records", 20_000, "For data: records to write and read.", Annotated[int, Range(1000, 10**7)]
+    "records", 20_000, "For data: records to write and read.", Annotated[int, Range(100, 10**7)]
 )
 REPEATS = cli.define_number("repeats", 5, "Timed rounds, after one untimed warm-up.", Annotated[int, Range(1, 10_000)])
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")

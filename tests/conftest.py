@@ -20,6 +20,9 @@ if FASTER_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="lattejax-test-cache-"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
 
+# No test asks the hub: what they look up there lies in its cache, or is missing.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Signatures of the code on arrays are checked, shapes included; not in the processes that tests start, and not in the
 # rest of the package, where it would cost time and tell little. An int passes for a float (PEP 484).
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"

@@ -328,10 +328,12 @@ def test_a_workdir_without_a_checkpoint_is_refused(tmp_path, forked_command):
         assert done.returncode == 2 and missing in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-@pytest.mark.parametrize("what", ["data", "questions"])
-def test_the_data_benchmarks_print_a_json_object_last(what, forked_command):
-    flags = tiny_flags(train__share_contexts=False, train__batch_size=200, data__prompt_length=100)
-    done = forked_command("benchmark", what, *flags, "--records=1000", "--json")
+@pytest.mark.parametrize("what, records", [("data", 1000), ("questions", 100)])
+def test_the_data_benchmarks_print_a_json_object_last(what, records, forked_command):
+    flags = tiny_flags(
+        train__share_contexts=False, train__batch_size=200, data__prompt_length=100, train__answer_batch_size=16
+    )
+    done = forked_command("benchmark", what, *flags, f"--records={records}", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     rate = found[{"data": "latents_per_second", "questions": "questions_per_second"}[what]]

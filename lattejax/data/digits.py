@@ -71,7 +71,7 @@ class DigitSource:
 
     captions = CAPTIONS
     identities = ("scikit-learn's digits",)
-    has_questions = True
+    has_drawings = has_questions = True
 
     def __init__(self, prompts: str):
         self.prompts = prompts

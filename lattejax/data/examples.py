@@ -69,11 +69,13 @@ class Source(Protocol):
 
     `captions` lists all captions if they are few enough for a table of contexts; otherwise it is empty. `identities`
     identify the data set's contents and order: a new run records the first, and an earlier run may have recorded any of
-    them. `has_questions` is whether it can train a VLM, and Blend.
+    them. `has_drawings` is whether it can train a generation pathway, `has_questions` whether it can train a VLM, and
+    Blend.
     """
 
     captions: tuple[str, ...]
     identities: tuple[str, ...]
+    has_drawings: bool
     has_questions: bool
 
     @classmethod

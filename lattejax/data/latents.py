@@ -94,8 +94,15 @@ class LatentSource:
         )
 
     @property
+    def has_drawings(self) -> bool:
+        return self._has(LATENTS)
+
+    @property
     def has_questions(self) -> bool:
-        return all(sum(_records(shard, QUESTIONS) for shard in self.shards[split]) for split in SPLITS)
+        return self._has(QUESTIONS)
+
+    def _has(self, kind: str) -> bool:
+        return all(sum(_records(shard, kind) for shard in self.shards[split]) for split in SPLITS)
 
     def drawings(self, split: str, encoder: PromptEncoder | None = None) -> "StoredDrawings":
         return StoredDrawings(self, split, encoder)

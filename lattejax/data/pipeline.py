@@ -35,8 +35,6 @@ class Batches(Iterator[Any]):
       threads: the number of prefetching threads.
       rows: which of a batch's rows are read, in order; None: all.
 
-    Raises:
-      ValueError: the source is empty.
     """
 
     def __init__(
@@ -49,9 +47,8 @@ class Batches(Iterator[Any]):
         threads: int,
         rows: Sequence[int] | None = None,
     ):
-        if not len(source):
-            raise ValueError("the data set has no records")
-        self._shuffled = grain.MapDataset.range(len(source)).seed(seed).shuffle()  # infinite, reshuffled in each epoch
+        # Infinite, reshuffled in each epoch. A stage of no steps opens its batches too, and never reads one.
+        self._shuffled = grain.MapDataset.range(max(len(source), 1)).seed(seed).shuffle()
         self._source, self._make_batch = source, make_batch
         self._rows, self._batch_size = range(batch_size) if rows is None else rows, batch_size
         batches = grain.MapDataset.range(sys.maxsize // batch_size)

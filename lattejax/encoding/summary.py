@@ -38,9 +38,10 @@ def write_summary(
     summary["left_out"] = [line for one in written.values() for line in one.shard.left_out]
     write_atomically(out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     print("\n".join(as_text(summary)))
-    sheet = draw_sheet(source, stored)
-    write_with(out / SHEET, lambda file: sheet.save(file, "PNG"))
-    print(f"{out / SHEET} shows pictures of it, decoded from their latents")
+    if source.has_drawings:
+        sheet = draw_sheet(source, stored)
+        write_with(out / SHEET, lambda file: sheet.save(file, "PNG"))
+        print(f"{out / SHEET} shows pictures of it, decoded from their latents")
 
 
 def summarize(source: LatentSource, split: str, encoder: PromptEncoder | None) -> dict[str, Any]:

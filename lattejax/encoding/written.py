@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from lattejax.data import conversations
-from lattejax.data.stored import LATENTS, MANIFEST, SPLITS, VERSION, Shard, shard_name, write_metadata
+from lattejax.data.stored import LATENTS, MANIFEST, QUESTIONS, SPLITS, VERSION, Shard, shard_name, write_metadata
 from lattejax.encoding.items import Item
 from lattejax.encoding.order import Part
 from lattejax.errors import UserError, parsing
@@ -168,9 +168,12 @@ def finish(
 ) -> bool:
     """Writes the metadata and the manifest, which need all shards; returns whether they are new."""
     shards = {split: [one.shard for file, one in written.items() if file.split == split] for split in SPLITS}
+    counts = {split: {kind: _count(shards[split], kind) for kind in (LATENTS, QUESTIONS)} for split in SPLITS}
     for split in SPLITS:
-        if not any(shard.files[LATENTS].records for shard in shards[split]):
-            raise UserError(f"config.images.{split} has no pictures to draw that could be read")
+        if not any(counts[split].values()):
+            raise UserError(f"config.images.{split} has no pictures to draw that could be read, and no questions")
+        if any(counts[other][LATENTS] for other in SPLITS) and not counts[split][LATENTS]:
+            raise UserError(f"config.images.{split} has no pictures to draw that could be read; the other split has")
     ones = written.values()
     manifest = {
         "version": VERSION,
@@ -187,6 +190,10 @@ def finish(
     )
     write_atomically(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     return True
+
+
+def _count(shards: Sequence[Shard], kind: str) -> int:
+    return sum(shard.files[kind].records for shard in shards)
 
 
 def _join(tables: Sequence[list[Any] | None], most: int) -> list[Any] | None:

@@ -12,9 +12,10 @@ from lattejax.data import digits
 from lattejax.data.examples import Source
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder
 from lattejax.errors import UserError
+from lattejax.evaluation.drawn import score_drawings
 from lattejax.evaluation.frechet import frechet_distance
 from lattejax.evaluation.protocol import Report, Subject
-from lattejax.flow.schedule import Guidance, Sampling
+from lattejax.flow.schedule import Guidance
 from lattejax.ranges import Size, check_ranges
 
 with epy.lazy_imports():
@@ -90,20 +91,5 @@ class DigitScore:
         return digit_reader().score(images)
 
     def __call__(self, subject: Subject) -> Report:
-        if not self.guidance:
-            return Report(self._drawn(subject, self.config.eval.sampling))
-        figures = {}
-        for scale in self.guidance:
-            scores = self._drawn(subject, dataclasses.replace(self.config.eval.sampling, guidance=float(scale)))
-            figures |= {f"{name}_guidance_{scale:g}": score for name, score in scores.items()}
-        return Report(figures | {"frechet_train_test": frechet_train_test()})
-
-    def _drawn(self, subject: Subject, sampling: Sampling) -> dict[str, float]:
-        images = subject.sampler(
-            self.prompts(subject.encoder),
-            sampling,
-            images_per_prompt=self.images // CLASSES,
-            batch_size=self.config.eval.batch_size,
-            seed=self.config.seed,
-        )
-        return self.score(images)
+        figures = score_drawings(self, subject, self.config, self.guidance)
+        return Report(figures | ({"frechet_train_test": frechet_train_test()} if self.guidance else {}))

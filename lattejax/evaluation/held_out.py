@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from lattejax.configuration import Config
 from lattejax.data.examples import Drawings, Source
+from lattejax.errors import UserError
 from lattejax.evaluation.protocol import Report, Subject
 from lattejax.models.functional import Params
 from lattejax.objectives.flow import FlowLoss, Frozen
@@ -43,7 +44,9 @@ class HeldOutLoss:
         self._batch_size, self._losses = config.eval.batch_size, jax.jit(loss.held_out)
 
     def __call__(self, trained: Params, frozen: Frozen) -> Float[np.ndarray, "K"]:
-        """Returns the mean over rows [K], summed in float64."""
+        """Returns the mean over rows [K], summed in float64; raises `UserError` if there are none."""
+        if not self._total:
+            raise UserError("there are no held-out drawings whose loss could be measured")
         losses = []
         for rows in batches_of(self._total, self._batch_size, self._mesh):
             images = self._make_batch(self._drawings.__getitems__(rows.tolist()), rows.tolist())

@@ -19,6 +19,7 @@ EVALUATORS = {
     "answers": "lattejax.evaluation.answers:AnswerAccuracy",
     "samples": "lattejax.evaluation.samples:SampleGrid",
     "digits": "lattejax.evaluation.digits:DigitScore",
+    "words": "lattejax.evaluation.words:WordScore",
 }
 TIMES = ("training", "end", "demand", "never")  # `at` of an evaluator
 # An evaluation of the first stage, of the second, when a run ends, or when a user asks.

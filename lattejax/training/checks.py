@@ -79,18 +79,23 @@ def warn_of_another_pathway(config: Config, theirs: Config) -> None:
         logging.warning("the weights of %s were trained with %s", config.train.init_from, "; ".join(different))
 
 
-def check_questions(config: Config, source: Source) -> None:
-    """Raises `UserError` if the config trains on questions but the data has none."""
+def check_records(config: Config, source: Source) -> None:
+    """Raises `UserError` if the config trains on drawings or on questions but the data has none."""
     asked = {"pretrain.steps": bool(config.pretrain.steps), "model.variant='blend'": config.trains_answers}
     if wanted := [key for key, is_asked in asked.items() if is_asked and not source.has_questions]:
         raise UserError(
             f"{' and '.join(wanted)} would train on questions, and config.data.source={config.data.source!r} has none"
         )
+    if config.train.steps and not source.has_drawings:
+        raise UserError(
+            f"config.train.steps={config.train.steps} would train on drawings, and {config.data.latents} has none; set "
+            "train.steps=0 to train the VLM alone"
+        )
 
 
 def check_lengths(config: Config, encoder: PromptEncoder, source: Source) -> None:
     """Raises `UserError` if contexts cannot be shared, or a prompt of the data set is longer than the config allows."""
-    if config.train.share_contexts and not source.captions:
+    if config.train.share_contexts and source.has_drawings and not source.captions:
         raise UserError(
             f"{config.data.latents} has too many captions, or prompts with images: contexts cannot be shared; set "
             "config.train.share_contexts=False"

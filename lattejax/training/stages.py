@@ -22,7 +22,7 @@ from lattejax.runs.workdir import Workdir
 from lattejax.training.checks import (
     check_fit,
     check_lengths,
-    check_questions,
+    check_records,
     find_tokenizer,
     refuse_another_config,
     refuse_other_data,
@@ -109,7 +109,7 @@ def open_workdir(config: Config, path: epath.PathLike) -> tuple[Run, RunClock]:
     refuse_another_config(config, workdir)
     check_mesh(config, mesh)
     source = open_data(config)
-    check_questions(config, source)
+    check_records(config, source)
     open_evaluators(config, source)
     encoder = prompt_encoder(config, find_tokenizer(config, workdir, source))
     autoencoder = StoredAutoencoder.open_for(config.data).identity

@@ -408,7 +408,8 @@ def test_other_shapes_of_hugging_face_data_sets(tmp_path):
     assert labelled[1].prompts[0].text == "no"
     for change, named in (
         (dict(image_key="photo"), "no such column 'photo'"),
-        (dict(name="no/where"), "is neither on this disk nor a name on the hub"),
+        (dict(name="no where"), "is neither on this disk nor a name on the hub"),
+        (dict(name="no/where"), "no/where' cannot be read"),
     ):
         with pytest.raises(UserError, match=named):
             open_records(settings(**of_hub | dict(image_key="images", caption_key="label") | change))

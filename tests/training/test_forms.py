@@ -18,6 +18,7 @@ from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
+from lattejax.training.scores import scores_on_demand
 from tests import forms, pictures
 from tests.helpers import NO_DIGITS, assert_same_bits, encoder_for, run_interrupted, tiny_config
 
@@ -149,6 +150,25 @@ def test_prompts_with_images_are_trained_on(tmp_path):
     with pytest.raises(UserError, match="prompts with images: contexts cannot be shared"):
         stages.train(shared, tmp_path / "run", InterruptGuard())
     assert np.isfinite(stages.train(config, tmp_path / "run", InterruptGuard())["held_out_loss"])
+
+
+def test_questions_alone_train_the_vlm(tmp_path):
+    """What most of LLaVA's data sets are. There is nothing to draw, which only a pathway's training needs."""
+    made = forms.folder(tmp_path / "data")
+    file = tmp_path / "data" / "files" / "metadata.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    kept = [{key: record[key] for key in ("file_name", "questions")} for record in records if record.get("questions")]
+    file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    listed = {"held_out_loss": {}, "samples": {}, "final_answers": {"type": "answers", "at": "end"}}
+    config = config_of(tmp_path, made, eval__evaluators=listed)
+    assert encode(config, config.data.latents)
+    assert not open_data(config).has_drawings
+    with pytest.raises(UserError, match=r"train.steps=3 would train on drawings, and .* has none; set train.steps=0"):
+        stages.train(config, tmp_path / "run", InterruptGuard())
+    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=0))
+    assert list(stages.train(alone, tmp_path / "run", InterruptGuard())) == ["answer_accuracy", "seconds"]
+    with pytest.raises(UserError, match="no held-out drawings"):
+        scores_on_demand(Run.open(tmp_path / "run"), ["held_out_loss"])
 
 
 def test_questions_longer_than_the_config_allows_are_found_before_training(config_for, tmp_path):
