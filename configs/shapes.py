@@ -19,28 +19,18 @@ PROMPTS = (
     "a small green circle at the bottom",
     "a large black rectangle at the bottom right",
 )
+ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
 WORDS = {
     "size": ("small", "large"),
     "colour": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
     "shape": ("circle", "rectangle", "triangle"),
-    "place": (
-        "top left",
-        "top",
-        "top right",
-        "left",
-        "middle",
-        "right",
-        "bottom left",
-        "bottom",
-        "bottom right",
-    ),
+    "place": ("middle", *ROWS, *COLUMNS, *(f"{row} {column}" for row in ROWS for column in COLUMNS)),
 }
 
 
 def get_config() -> ConfigDict:
     config = configuration.defaults()
-    config.dtype = "float32"
-    config.log_every = 50
+    config.update(dtype="float32", log_every=50)
 
     # A small version of Qwen2-VL's geometry: 12 layers in 4 groups of 3.
     config.model.update(patch_size=8, prediction="x")
@@ -54,21 +44,12 @@ def get_config() -> ConfigDict:
     config.data.update(latents="latents/shapes", autoencoder="pixels", image_size=64, latent_shape=(64, 64, 3))
     config.data.update(prompt_length=28, answer_length=50, min_pixels=64 * 64, max_pixels=64 * 64)
 
-    config.pretrain.update(
-        steps=1500,
-        batch_size=48,
-        remat="none",
-        unroll=True,
-        learning_rate=2e-3,
-        warmup_steps=100,
-        decay="linear",
-        ema_decay=0.98,
-    )
-    config.train.update(steps=2000, batch_size=96, remat="none", unroll=True, answer_batch_size=32)
+    config.pretrain.update(steps=1500, batch_size=48, remat="none", unroll=True)
+    config.pretrain.update(learning_rate=1e-3, warmup_steps=100, decay="linear", ema_decay=0.98)
+    config.train.update(steps=2000, batch_size=96, answer_batch_size=32, remat="none", unroll=True)
     config.train.update(learning_rate=1e-3, warmup_steps=200, decay="linear", ema_decay=0.995)
 
-    config.eval.prompts = PROMPTS
-    config.eval.update(every=500, examples=256, batch_size=50, images_per_prompt=8, guidance=3.0)
+    config.eval.update(prompts=PROMPTS, every=500, examples=256, batch_size=50, images_per_prompt=8, guidance=3.0)
     words = {"type": "words", "words": WORDS, "prompts": 200}
     config.eval.evaluators.update(answers={}, words=words | {"images": 200})
     config.eval.evaluators.final_words = words | {"at": "end", "images": 1000, "guidance": (1.0, 3.0, 5.0)}

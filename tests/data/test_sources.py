@@ -24,7 +24,7 @@ class Stripes:
 
     captions = ("dark", "light")
     identities = ("stripes, first edition",)
-    has_questions = False
+    has_drawings, has_questions = True, False
     bounds = NO_IMAGES
 
     @classmethod
