@@ -2,9 +2,10 @@
 
 4,000 pictures of one coloured shape each, 64×64, with questions. Captions say what the answers tell of shape and
 colour, and what the pixels tell of size and place: "a small red circle at the top left". A picture whose answers do not
-tell has questions only.
+tell has questions only. After each question, a second one asks for the caption: a yes or a no alone teaches little.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ PLACES = (
     ("at the left", "in the middle", "at the right"),
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
+DESCRIBE = "What is in the image?"
 SMALL = 20  # pixels, of the longer side: about as many shapes are smaller as are larger
 
 
@@ -43,6 +45,11 @@ def size_and_place(picture: Path) -> tuple[str, str]:
     return "small" if longest < SMALL else "large", PLACES[row][column]
 
 
+def conversation(*texts: str) -> list[dict[str, str]]:
+    """What the user and the assistant say in turn."""
+    return [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
+
+
 folder, pairs, captions = Path("shapes"), {}, 0
 folder.mkdir(exist_ok=True)
 for question, answer, number in zip(*easy_vqa.get_train_questions(), strict=True):
@@ -50,12 +57,13 @@ for question, answer, number in zip(*easy_vqa.get_train_questions(), strict=True
 with (folder / "metadata.jsonl").open("w") as lines:
     for number, path in easy_vqa.get_train_image_paths().items():
         (folder / f"{number}.png").write_bytes(Path(path).read_bytes())
-        record = {"file_name": f"{number}.png"}
-        record["questions"] = [{"question": question, "answer": answer} for question, answer in pairs[number]]
+        record, described = {"file_name": f"{number}.png"}, ()
         shapes, colours = named(pairs[number], SHAPES), named(pairs[number], COLOURS)
         if len(shapes) == len(colours) == 1:
             size, place = size_and_place(path)
             record["text"] = f"a {size} {colours.pop()} {shapes.pop()} {place}"
+            described = (DESCRIBE, record["text"])
             captions += 1
+        record["questions"] = [conversation(*pair, *described) for pair in pairs[number]]
         lines.write(json.dumps(record) + "\n")
 print(f"{len(pairs):,} pictures, {captions:,} of them with a caption, {sum(map(len, pairs.values())):,} questions")

@@ -27,6 +27,12 @@ def text_of(content: Content) -> str:
     return "\n".join(part for part in content if isinstance(part, str))
 
 
+def up_to_answer(talk: Conversation, turn: int) -> Conversation:
+    """The conversation up to and including one of its answers: 0 the first, −1 the last."""
+    answers = [place for place, message in enumerate(talk) if message.role == "assistant"]
+    return talk[: answers[turn] + 1]
+
+
 def renumbered(talk: Conversation, places: Mapping[int, int]) -> Conversation:
     """The conversation with other indices for its pictures."""
     return tuple(

@@ -131,11 +131,13 @@ class Questions:
     def __getitems__(self, indices: Sequence[int]) -> list[EncodedPrompt]:
         return [self._encode(index, self.text(index)[1]) for index in indices]
 
-    def text(self, index: int) -> tuple[str, str]:
+    def text(self, index: int, turn: int = -1) -> tuple[str, str]:
+        del turn  # each has one
         image, kind = divmod(index, QUESTIONS_PER_IMAGE)
         return question_and_answer(int(self.digits.labels[image]), kind, image)
 
-    def unanswered(self, index: int) -> EncodedPrompt:
+    def unanswered(self, index: int, turn: int = -1) -> EncodedPrompt:
+        del turn
         return self._encode(index, None)
 
     def _encode(self, index: int, answer: str | None) -> EncodedPrompt:

@@ -53,11 +53,11 @@ class Questions(Protocol):
 
     def __getitems__(self, indices: Sequence[int]) -> list[EncodedPrompt]: ...
 
-    def text(self, index: int) -> tuple[str, str]:
-        """Question and answer."""
+    def text(self, index: int, turn: int = -1) -> tuple[str, str]:
+        """Question and answer: of a conversation its last, or those of another turn, 0 the first."""
 
-    def unanswered(self, index: int) -> EncodedPrompt:
-        """The same prompt, up to where the answer begins."""
+    def unanswered(self, index: int, turn: int = -1) -> EncodedPrompt:
+        """The same prompt, up to where that answer begins."""
 
     def without_pixels(self) -> Iterable[EncodedPrompt]:
         """All questions with answers, to check their lengths; their images may lack patches."""

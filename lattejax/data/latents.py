@@ -283,14 +283,13 @@ class StoredQuestions:
                 for index, talk in zip(indices, self._read(indices), strict=True)
             ]
 
-    def text(self, index: int) -> tuple[str, str]:
-        """The last question and its answer."""
-        *_, question, answer = self._read([index])[0]
+    def text(self, index: int, turn: int = -1) -> tuple[str, str]:
+        *_, question, answer = conversations.up_to_answer(self._read([index])[0], turn)
         return conversations.text_of(question.content), conversations.text_of(answer.content)
 
-    def unanswered(self, index: int) -> EncodedPrompt:
-        """The conversation up to its last answer."""
-        return self._encoder.chat(self._turns(index, self._read([index])[0][:-1], self._images))
+    def unanswered(self, index: int, turn: int = -1) -> EncodedPrompt:
+        *asked, _ = conversations.up_to_answer(self._read([index])[0], turn)
+        return self._encoder.chat(self._turns(index, asked, self._images))
 
     def without_pixels(self) -> Iterator[EncodedPrompt]:
         """All conversations, whose images have no patches: enough to know their lengths."""

@@ -91,5 +91,5 @@ class DigitScore:
         return digit_reader().score(images)
 
     def __call__(self, subject: Subject) -> Report:
-        figures = score_drawings(self, subject, self.config, self.guidance)
+        figures = score_drawings(self, self.score, subject, self.config, self.guidance)
         return Report(figures | ({"frechet_train_test": frechet_train_test()} if self.guidance else {}))

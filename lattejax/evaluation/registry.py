@@ -19,6 +19,7 @@ EVALUATORS = {
     "answers": "lattejax.evaluation.answers:AnswerAccuracy",
     "samples": "lattejax.evaluation.samples:SampleGrid",
     "digits": "lattejax.evaluation.digits:DigitScore",
+    "asked": "lattejax.evaluation.asked:AskedScore",
     "words": "lattejax.evaluation.words:WordScore",
 }
 TIMES = ("training", "end", "demand", "never")  # `at` of an evaluator

@@ -259,4 +259,4 @@ class WordScore:
         return shares | {"drawn_as_asked": float(np.mean(np.all(right, axis=1)))} | own
 
     def __call__(self, subject: Subject) -> Report:
-        return Report(score_drawings(self, subject, self.config, self.guidance))
+        return Report(score_drawings(self, self.score, subject, self.config, self.guidance))

@@ -135,6 +135,19 @@ def read_token(
     return choose(logits, sampling, count, penalty), state, penalty
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def score_answers(
+    config: VLMConfig, params: Params, prompts: Prompts, is_answer: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+    """The log-probability of each row's answer tokens, and whether each of them is the likeliest."""
+    hidden, _ = qwen2_vl.forward(config, params, prompts)
+    logits = qwen2_vl.logits(config, params, hidden[:, :-1]).astype(jnp.float32)
+    targets, counted = prompts.input_ids[:, 1:], is_answer[:, 1:]
+    each = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    likeliest = jnp.argmax(logits, axis=-1) == targets
+    return jnp.sum(each, axis=1, where=counted), jnp.all(likeliest, axis=1, where=counted)
+
+
 class Answerer:
     """Answers prompts with a VLM.
 
@@ -170,6 +183,24 @@ class Answerer:
             tokens = np.stack(list(self.tokens(batch, decoding, rows)), axis=1)
             answers.extend(self.encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True))
         return [text.strip() for text in answers[: len(prompts)]]
+
+    def log_likelihoods(
+        self, prompts: Sequence[EncodedPrompt], batch_size: int = 8
+    ) -> tuple[Float[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
+        """Of complete prompts (see `PromptEncoder.conversation`), the natural logarithm of the probability of all they
+        answer, without its ends, and whether greedy decoding would choose just these tokens."""
+        sums, likeliest = [], []
+        for start in range(0, len(prompts), batch_size):
+            rows = np.minimum(np.arange(start, start + min(batch_size, len(prompts))), len(prompts) - 1)
+            batch = padded(self.encoder, [prompts[row] for row in rows], prompts)
+            counted = np.zeros(batch.mask.shape, bool)
+            for place, row in enumerate(rows):
+                ids = prompts[row].input_ids
+                counted[place, : len(ids)] = prompts[row].is_answer & ~np.isin(ids, self.encoder.stop_tokens)
+            each, best = hosts.fetch(score_answers(self.config, self.params, batch, counted))
+            sums.append(each)
+            likeliest.append(best)
+        return np.concatenate(sums)[: len(prompts)], np.concatenate(likeliest)[: len(prompts)]
 
     def stream(self, prompt: EncodedPrompt, decoding: Decoding = Decoding()) -> Iterator[str]:
         """Yields one answer in pieces, whenever its tokens form complete characters."""

@@ -127,7 +127,13 @@ def test_batches_of_any_questions_have_one_shape(config_for):
         assert_same_bits(half, jax.tree.map(lambda x, rows=rows: x[rows], complete))
     lengths = [len(prompt.input_ids) for prompt in questions.without_pixels()]
     assert lengths == [len(prompt.input_ids) for prompt in questions.__getitems__(range(len(questions)))]
-    assert source.questions("test", encoder).text(0)[0] == "How wide?", "the last of a conversation"
+    held_out = source.questions("test", encoder)
+    assert held_out.text(0)[0] == "How wide?", "the last of a conversation"
+    first, answer = held_out.text(0, turn=0)
+    assert first != "How wide?"
+    asked, complete = held_out.unanswered(0, turn=0).input_ids, held_out.unanswered(0).input_ids
+    assert_same_bits(asked, complete[: len(asked)])
+    assert encoder.tokenizer.decode(complete[len(asked) :]).startswith(answer)
 
 
 def test_prompts_with_images_are_trained_on(tmp_path):
