@@ -2,7 +2,8 @@
 
 4,000 pictures of one coloured shape each, 64×64, with questions. Captions say what the answers tell of shape and
 colour, and what the pixels tell of size and place: "a small red circle at the top left". A picture whose answers do not
-tell has questions only. After each question, a second one asks for the caption: a yes or a no alone teaches little.
+tell has questions only. A conversation has two of the questions, and then one that asks for the caption, since a yes or
+a no teaches little.
 """
 
 import itertools
@@ -20,6 +21,7 @@ PLACES = (
     ("at the left", "in the middle", "at the right"),
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
+ASKED = 2  # questions in a conversation
 DESCRIBE = "What is in the image?"
 SMALL = 20  # pixels, of the longer side: about as many shapes are smaller as are larger
 
@@ -64,6 +66,9 @@ with (folder / "metadata.jsonl").open("w") as lines:
             record["text"] = f"a {size} {colours.pop()} {shapes.pop()} {place}"
             described = (DESCRIBE, record["text"])
             captions += 1
-        record["questions"] = [conversation(*pair, *described) for pair in pairs[number]]
+        record["questions"] = [
+            conversation(*itertools.chain(*pairs[number][first : first + ASKED]), *described)
+            for first in range(0, len(pairs[number]), ASKED)
+        ]
         lines.write(json.dumps(record) + "\n")
 print(f"{len(pairs):,} pictures, {captions:,} of them with a caption, {sum(map(len, pairs.values())):,} questions")

@@ -195,4 +195,6 @@ class StoredRecords:
         return len(self._source)
 
     def __getitems__(self, indices: Sequence[int]) -> list[bytes]:
-        return self._source.__getitems__(list(indices)) if indices else []
+        if len(indices) < 2:  # of several, each call starts threads, which takes milliseconds
+            return [self._source[index] for index in indices]
+        return self._source.__getitems__(list(indices))
