@@ -4,7 +4,6 @@ them from their captions. docs/data.md makes the folder `shapes`, and walks thro
 The proportions are the flagship's: 64 image tokens, M-RoPE at theta 10⁶, 4 groups, and 3 layers in each. There is no
 autoencoder: latents are pixels, 8×8 of them in a token, and the network predicts the clean ones.
 
-python -m lattejax.encode --config=configs/shapes.py --out=latents/shapes
 python -m lattejax.train --config=configs/shapes.py --workdir=runs/shapes
 """
 
@@ -42,19 +41,19 @@ def get_config() -> ConfigDict:
     config.images.update(source="folder", name="shapes", train="train[400:]", test="train[:400]")
     config.images.update(batch_size=64, shard_pictures=1000, most_unreadable=0, threads=2)
     config.data.update(latents="latents/shapes", autoencoder="pixels", image_size=64, latent_shape=(64, 64, 3))
-    config.data.update(prompt_length=28, answer_length=76, min_pixels=64 * 64, max_pixels=64 * 64)
+    config.data.update(prompt_length=28, answer_length=100, answer_weights="answers")
+    config.data.update(min_pixels=64 * 64, max_pixels=64 * 64)
 
-    config.pretrain.update(steps=1500, batch_size=48, remat="none", unroll=True)
-    config.pretrain.update(learning_rate=1e-3, warmup_steps=100, decay="linear", ema_decay=0.98)
+    config.pretrain.update(steps=1000, batch_size=48, remat="none", unroll=True)
+    config.pretrain.update(learning_rate=1e-3, warmup_steps=100, decay="cosine", ema_decay=0.98)
     config.train.update(steps=2000, batch_size=96, answer_batch_size=32, remat="none", unroll=True)
     config.train.update(learning_rate=1e-3, warmup_steps=200, decay="linear", ema_decay=0.995)
 
     config.eval.update(prompts=PROMPTS, every=500, examples=256, batch_size=50, images_per_prompt=8, guidance=3.0)
     words = {"type": "words", "words": WORDS, "prompts": 200}
-    config.eval.evaluators.update(answers={"turn": "first"}, words=words | {"images": 200})
+    config.eval.evaluators.update(answers={"turn": "first"}, words=words | {"at": "training", "images": 200})
     config.eval.evaluators.final_words = words | {"at": "end", "images": 1000, "guidance": (1.0, 3.0, 5.0)}
     config.eval.evaluators.final_answers = {"type": "answers", "at": "end", "examples": 0, "turn": "first"}
-    # The VLM's own view of the drawings; on demand, since it is no benchmark.
     own = {"type": "asked", "at": "demand", "images": 200, "prompts": 200}
     config.eval.evaluators.self_consistency = own | {"question": "What is in the image?", "answer": "{prompt}"}
     config.checkpoint.update(every=500, keep=2, keep_every=0)

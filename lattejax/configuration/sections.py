@@ -20,6 +20,7 @@ from lattejax.ranges import Natural, Positive, Range, Share, Size, check_ranges
 
 DECAYS = ("none", "cosine", "linear")
 PROMPTS = ("captions", "pictures")
+ANSWER_WEIGHTS = ("tokens", "answers")
 DENSITIES = ("uniform", "logit_normal", "shifted")
 BEFORE = "before"  # in the metadata of a key
 Axis = Annotated[int, Range(-1)]
@@ -132,6 +133,8 @@ class Data:
     latent_shape: tuple[Side, Side, Side] = (8, 8, 32)  # rows, columns and channels; of pixels 1 channel (grey) or 3
     prompt_length: Tokens = 128  # tokens that image prompts are padded to
     answer_length: Tokens = 512  # tokens that a question with its answer is padded to
+    # What the loss of answers is a mean over: their "tokens"; or "answers", so that a long one counts as much as a yes.
+    answer_weights: str = added("tokens", before="tokens")
     min_pixels: Positive = 56 * 56  # bounds on the area to which the VLM's image processor resizes its inputs
     max_pixels: Positive = 512 * 512
     threads: Threads = 1  # reader threads besides the training loop
@@ -139,6 +142,7 @@ class Data:
     def __post_init__(self):
         check_ranges(self)
         check_one_of("prompts", self.prompts, PROMPTS)
+        check_one_of("answer_weights", self.answer_weights, ANSWER_WEIGHTS)
         check(
             "max_pixels", self.max_pixels, self.max_pixels >= self.min_pixels, f"at least min_pixels={self.min_pixels}"
         )

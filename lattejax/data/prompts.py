@@ -277,16 +277,25 @@ def largest_images(prompts: Sequence[EncodedPrompt]) -> Bounds:
 
 
 def question_batch(
-    encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], length: int, bounds: Bounds | None = None
+    encoder: PromptEncoder,
+    prompts: Sequence[EncodedPrompt],
+    length: int,
+    bounds: Bounds | None = None,
+    weights: str = "tokens",
 ) -> dict[str, Any]:
     """A training batch of questions with answers; `bounds` as in `PromptEncoder.batch`.
 
-    `target_weights` [B, T] are 1 at the tokens to predict, which are only the answers'. `objectives.weigh_answers`
-    scales them, once the rows of all processes are together.
+    `target_weights` [B, T] are not zero at the tokens to predict, which are only the answers'. They are 1, or, with
+    `weights="answers"`, have the sum 1 in each answer. `objectives.weigh_answers` scales them, once the rows of all
+    processes are together.
     """
     batch = question_arrays(encoder.batch(prompts, length, bounds))
     for row, prompt in enumerate(prompts):
-        batch["target_weights"][row, : len(prompt.input_ids)] = prompt.is_answer
+        own = prompt.is_answer.astype(np.float32)
+        if weights == "answers":
+            answers = np.cumsum(np.diff(own, prepend=0) > 0)  # which one a token belongs to, from 1
+            own /= np.bincount(answers, own)[answers].clip(1)
+        batch["target_weights"][row, : len(own)] = own
     return batch
 
 

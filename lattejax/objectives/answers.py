@@ -18,8 +18,8 @@ Metrics = dict[str, Array]
 
 
 def weigh_answers(batch: dict[str, Any]) -> dict[str, Any]:
-    """Scales the questions' token weights so that the mean over rows of the weighted losses is the mean over all answer
-    tokens of the batch, over all processes and micro-batches, whatever the lengths of the answers."""
+    """Scales the questions' token weights so that the mean over rows of the weighted losses is the weighted mean over
+    all answer tokens of the batch, over all processes and micro-batches, whatever the lengths of the answers."""
     if "questions" not in batch:
         return batch
     weights = batch["questions"]["target_weights"]

@@ -70,7 +70,9 @@ def question_batches(run: Run, rows: Rows) -> Batches:
     data, questions = run.config.data, open_data(run.config).questions("train", run.encoder)
     return Batches(
         questions,
-        lambda records, positions: question_batch(run.encoder, records, data.answer_length, questions.bounds),
+        lambda records, positions: question_batch(
+            run.encoder, records, data.answer_length, questions.bounds, data.answer_weights
+        ),
         batch_size=rows.batch_size,
         seed=run.config.seed,
         threads=data.threads,

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from lattejax.data import digits
+from lattejax.data.chats import Turn
 from lattejax.data.examples import image_batcher
 from lattejax.data.prompts import question_batch
 from lattejax.evaluation.held_out import HeldOutLoss
@@ -414,6 +415,29 @@ def test_only_answers_are_learnt():
     assert value == pytest.approx(np.mean(expected), rel=1e-5)
     texts = [ENCODER.tokenizer.decode(record.input_ids[record.is_answer]) for record in records]
     assert texts == [f"{source.text(i)[1]}<|im_end|>" for i in (0, 1, 6)]
+
+
+def test_a_long_answer_may_count_as_much_as_a_short_one():
+    """With weights="answers": the mean over answers of the mean over their tokens, also in a conversation."""
+    first = [Turn("user", "Is this a seven?"), Turn("assistant", "no")]
+    second = [Turn("user", "Which digit is this?"), Turn("assistant", "a handwritten zero one two")]
+    short, both, other = (
+        ENCODER.conversation(turns)
+        for turns in (first, [*first, *second], [Turn("user", "A two?"), Turn("assistant", "yes")])
+    )
+    batch = question_batch(ENCODER, [both, other], len(both.input_ids), weights="answers")
+    batch = weigh_answers({"questions": jax.tree.map(jnp.asarray, batch)})
+    value, _ = AnswerLoss(MODEL, jnp.float32, "none", False)(VLM, None, batch, None)
+    in_second = both.is_answer & (np.arange(len(both.input_ids)) >= len(short.input_ids))
+    expected = [mean_loss(short, short.is_answer), mean_loss(both, in_second), mean_loss(other, other.is_answer)]
+    assert value == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def mean_loss(record, counted):
+    """The mean negative log-likelihood of a record's tokens that count."""
+    hidden, _ = qwen2_vl.forward(CONFIG.model_config.vlm, VLM, jax.tree.map(jnp.asarray, ENCODER.batch([record])))
+    scores = jax.nn.log_softmax(qwen2_vl.logits(CONFIG.model_config.vlm, VLM, hidden))[0]
+    return np.mean([-scores[at - 1, record.input_ids[at]] for at in np.flatnonzero(counted)])
 
 
 def test_the_answers_loss_does_not_depend_on_how_rows_are_split():
