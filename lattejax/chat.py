@@ -84,9 +84,7 @@ def load_answerer() -> Answerer:
     run = Run.open(WORKDIR.value)
     encoder = run.encoder  # raises before the weights are read
     vlm = inference_weights(run.config, {"vlm": run.vlm()}, run.mesh)["vlm"]
-    converted = run.converted_vlm()
-    penalty = 1.0 if converted is None else converted.generation.repetition_penalty
-    return Answerer(run.config.model_config.vlm, vlm, encoder, penalty)
+    return Answerer(run.config.model_config.vlm, vlm, encoder, run.repetition_penalty)
 
 
 def opening() -> list[Turn]:

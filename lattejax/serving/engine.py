@@ -106,7 +106,6 @@ class Engine:
             self.error = error
             self._is_stopping = True
             self._fail(first_line(error))
-            raise
 
     def _wait(self) -> bool:
         """Waits for something to do; returns whether to continue."""

@@ -211,7 +211,6 @@ def test_stopping_completes_what_runs_and_then_fails_the_rest():
         engine.submit(drawing())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_error_on_the_device_fails_every_job(monkeypatch):
     engine = make_engine()
     monkeypatch.setattr(engine._drawings._drawer, "step", lambda *_: 1 / 0)
