@@ -100,7 +100,7 @@ def parse_decoding(fields: Fields, limits: Limits) -> Decoding:
     old, new = fields.number("max_tokens", tokens), fields.number("max_completion_tokens", tokens)
     temperature = float(fields.number("temperature", Annotated[float, Range(0, 2)], 0.0))
     return Decoding(
-        max_tokens=new or old or limits.context_tokens,  # as many as there is room for
+        max_tokens=new or old or Decoding.max_tokens,
         temperature=0.0 if temperature < LEAST_TEMPERATURE else temperature,
         top_p=float(fields.number("top_p", TopP, 1.0)),
         seed=fields.number("seed", Seed, 0),
