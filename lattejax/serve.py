@@ -17,6 +17,7 @@ from lattejax.errors import UserError, require
 from lattejax.ranges import Range, ranges
 from lattejax.runs.run import Run
 from lattejax.serving.limits import Limits, Seconds
+from lattejax.weights.autoencoders import StoredAutoencoder
 
 WORKDIR = cli.define_path("workdir", None, "A run's directory, or an export.")
 AUTOENCODER = cli.define_path("autoencoder", None, "The run's autoencoder, if it has moved.")
@@ -66,6 +67,8 @@ def main() -> None:
     api_key = os.environ.get("LATTEJAX_API_KEY", "") if API_KEY.value is None else API_KEY.value
     if API_KEY.value is not None and not api_key.strip():
         raise UserError("--api_key is empty; give a key, or leave the flag out")
+    if AUTOENCODER.value:
+        StoredAutoencoder.open(AUTOENCODER.value)  # raises before anything else is read
     run = Run.open(WORKDIR.value)
     limits = server.default_limits(run.config, {name: flag.value for name, flag in LIMITS.items()})
     listening, is_local = server.Address(HOST.value, PORT.value, api_key, OPEN.value).listen()
