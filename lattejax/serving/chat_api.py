@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: conversations of several turns, with images."""
 
+import contextlib
 import functools
 import secrets
 from collections.abc import AsyncIterator
@@ -34,20 +35,21 @@ class Completion:
 
     async def pieces(self, listener: Listener) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
         """Yields pieces of text, and what is known of the token that came with each."""
-        async for told in listener.events():
-            if isinstance(told, Token):
-                if not self._tokens:
-                    self._service.metrics.first(ENDPOINT, self._request.state.seconds())
-                self._tokens += 1
-                if told.token in self._service.model.encoder.stop_tokens:
-                    self.finish_reason = "stop"
-                piece = self._text.add(told.token)
-                yield piece, [] if told.logprob is None else [self._describe(told.token, *told.logprob)]
-                if self._text.stopped:
-                    self.finish_reason = "stop"
-                    return
-            elif isinstance(told, JobDone):
-                self._cached = told.cached_tokens
+        async with contextlib.aclosing(listener.events()) as events:
+            async for told in events:
+                if isinstance(told, Token):
+                    if not self._tokens:
+                        self._service.metrics.first(ENDPOINT, self._request.state.seconds())
+                    self._tokens += 1
+                    if told.token in self._service.model.encoder.stop_tokens:
+                        self.finish_reason = "stop"
+                    piece = self._text.add(told.token)
+                    yield piece, [] if told.logprob is None else [self._describe(told.token, *told.logprob)]
+                    if self._text.stopped:
+                        self.finish_reason = "stop"
+                        return
+                elif isinstance(told, JobDone):
+                    self._cached = told.cached_tokens
         if rest := self._text.end():
             yield rest, []
 

@@ -65,6 +65,7 @@ class Front:
             if status == GONE:
                 await as_api_error(error).response(scope, receive, sending)
         finally:
+            status = GONE if state.get("is_gone") else status
             self._note(scope, status, time.monotonic() - start)
 
     def _check(self, scope: Scope) -> None:

@@ -111,6 +111,9 @@ class Listener:
                 yield event.result()
                 if isinstance(event.result(), Done):
                     return
+        except (ClientGone, asyncio.CancelledError):
+            self._request.state.is_gone = True  # for the log, though the response has begun
+            raise
         finally:
             gone.cancel()
             self.job.cancel()

@@ -351,6 +351,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_rows(url, serv
     assert b"image_generation.progress" in own.recv(10_000) + own.recv(10_000)
     own.close()
     wait_for(lambda: service.engine.counts().running == 0)
+    wait_for(lambda: 'status="499"' in service.metrics.text().decode())
 
 
 def raw(url, path, body):
