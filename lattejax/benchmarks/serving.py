@@ -57,9 +57,13 @@ class Client:
     """Sends requests of one load."""
 
     def __init__(self, load: Load):
-        parts = urlsplit(load.url)
+        wrong = UserError(f"--url={load.url} must be that of a server, like http://127.0.0.1:8000")
+        try:
+            parts = urlsplit(load.url)
+        except ValueError:
+            raise wrong from None
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise UserError(f"--url={load.url} must be that of a server, like http://127.0.0.1:8000")
+            raise wrong
         kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         self._connect = lambda: kinds[parts.scheme](parts.netloc, timeout=TIMEOUT)
         self._load = load
