@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-COMMANDS = ("train", "sample", "chat", "evaluate", "convert", "encode", "plan", "sweep", "benchmark")
+COMMANDS = ("train", "sample", "chat", "serve", "evaluate", "convert", "encode", "plan", "sweep", "benchmark")
 
 
 def summary(command: str) -> str:

@@ -23,6 +23,8 @@ from lattejax.ranges import Seed
 from lattejax.runs.inference import inference_weights
 from lattejax.runs.run import Run
 from lattejax.sampling.answers import Answerer, Decoding, MaxTokens, Temperature, TopP
+from lattejax.sampling.conversations import Conversations
+from lattejax.sampling.streams import TextStream
 
 WEIGHTS = cli.define_path("weights", None, "Converted weights: a directory written by lattejax.convert.")
 WORKDIR = cli.define_path("workdir", None, "A run's directory.")
@@ -82,9 +84,7 @@ def load_answerer() -> Answerer:
     run = Run.open(WORKDIR.value)
     encoder = run.encoder  # raises before the weights are read
     vlm = inference_weights(run.config, {"vlm": run.vlm()}, run.mesh)["vlm"]
-    converted = run.converted_vlm()
-    penalty = 1.0 if converted is None else converted.generation.repetition_penalty
-    return Answerer(run.config.model_config.vlm, vlm, encoder, penalty)
+    return Answerer(run.config.model_config.vlm, vlm, encoder, run.repetition_penalty)
 
 
 def opening() -> list[Turn]:
@@ -92,8 +92,10 @@ def opening() -> list[Turn]:
 
 
 def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]) -> None:
-    """Runs a chat: each answer is conditioned on all earlier turns. Bad input does not end the chat."""
+    """Runs a chat: each answer is conditioned on all earlier turns, which are not read again. Bad input does not end
+    the chat."""
     print(HELP)
+    conversations = Conversations(answerer)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer, not the chat
     turns, asked = opening(), 0
     while True:
@@ -113,10 +115,18 @@ def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]
             elif command:
                 question = [*turns, Turn("user", (*images, line))]
                 drawn = dataclasses.replace(decoding, seed=decoding.seed + asked)  # a different seed for each answer
-                answer = print_stream(answerer.stream(answerer.encoder.chat(question), drawn))
+                answer = print_stream(stream(conversations, question, drawn))
                 turns, images, asked = [*question, Turn("assistant", answer)], [], asked + 1
         except UserError as error:
             print(f"error: {error}")
+
+
+def stream(conversations: Conversations, turns: list[Turn], decoding: Decoding) -> Iterator[str]:
+    """Yields the answer in pieces of text."""
+    encoder = conversations.answerer.encoder
+    text = TextStream(encoder.tokenizer)
+    yield from map(text.add, conversations.tokens(encoder.chat(turns), decoding))
+    yield text.end()
 
 
 def print_stream(pieces: Iterator[str]) -> str:

@@ -11,8 +11,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from tests.helpers import ENVIRONMENT, ROOT, Forks, tiny_config, tiny_flags
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>bash|python)\n(?P<text>.*?)^```", re.M | re.S)
 IN_FULL = "slow, in full"
+SERVER, SERVED = "slow, a server", "slow, with that server"
 NOT_RUN = {
     "the tests themselves",
     "needs the data set",
@@ -63,7 +66,9 @@ def runnable(language: str) -> list:
 def test_a_block_that_is_not_run_says_why():
     for block in blocks():
         reason = block.mark.removeprefix("not run: ")
-        assert block.mark in ("", "slow", IN_FULL) or reason in NOT_RUN, f"{block.page}:{block.line}: {block.mark}"
+        assert block.mark in ("", "slow", IN_FULL, SERVER, SERVED) or reason in NOT_RUN, (
+            f"{block.page}:{block.line}: {block.mark}"
+        )
 
 
 # ---- Where they run
@@ -177,6 +182,33 @@ def test_commands_run(block, place, forks):
 def test_snippets_run(block, place, monkeypatch):
     monkeypatch.chdir(place)
     exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {"__name__": "snippet"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted({block.page for block in blocks() if block.mark == SERVER}))
+def test_a_server_and_what_uses_it_run(page, place, monkeypatch, tmp_path):
+    """The page's server, and meanwhile its other blocks; a minute of load is a second here."""
+    own = [block for block in blocks() if block.page == page]
+    (server,) = [block for block in own if block.mark == SERVER]
+    _, *flags = shlex.split(server.text.partition("&& python -m ")[2])
+    monkeypatch.chdir(place)
+    forks = Forks(place)
+    started = forks.start("serve", *flags, "--batch_size=16", output=tmp_path / "log")
+    try:
+        while "serving " not in (tmp_path / "log").read_text():
+            assert started.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        for block in (block for block in own if block.mark == SERVED):
+            if block.language == "python":
+                exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {"__name__": "snippet"})
+            for line in block.text.splitlines() if block.language == "bash" else ():
+                run_line(f"{line} --seconds=2 --repeats=1", place, forks)
+        started.send_signal(signal.SIGTERM)
+        assert started.wait() == 0
+    finally:
+        if started.poll() is None:
+            started.send_signal(signal.SIGKILL)
+        forks.close()
 
 
 # ---- What they say

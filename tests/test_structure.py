@@ -13,9 +13,9 @@ from tests.helpers import ROOT
 
 # From the top. Packages in one line do not import each other.
 LAYERS = """
-    __main__ train sample chat evaluate convert encode plan sweep benchmark
+    __main__ train sample chat evaluate convert encode serve plan sweep benchmark
     cli
-    sweeps benchmarks pods encoding
+    sweeps benchmarks pods serving encoding
     training
     evaluation
     objectives

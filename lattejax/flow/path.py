@@ -37,7 +37,10 @@ def velocity_towards(
 def guide(
     conditional: Float[Array, "*rows h w C"],
     unconditional: Float[Array, "*rows h w C"],
-    scale: float | Float[Array, ""],
+    scale: float | Float[Array, ""] | Float[Array, "*rows 1 1 1"],
 ) -> Float[Array, "*rows h w C"]:
-    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) on every channel; scale 1 means no guidance."""
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) on every channel; scale 1 means no guidance.
+
+    The scale is the same for all rows, or each row's own.
+    """
     return unconditional + scale * (conditional - unconditional)

@@ -125,3 +125,22 @@ def decode_token(
     )
     state = DecodeState(cache, is_open, state.slot + 1, state.position + 1)
     return vocabulary.logits(hidden)[:, 0], state
+
+
+def continue_reading(
+    config: VLMConfig,
+    params: Params,
+    cache: KeysValues | list[KeysValues],
+    start: Int[Array, "B"],
+    x: Float[Array, "B T D"],
+    position_ids: Int[Array, "B 3 T"],
+) -> tuple[Float[Array, "B T D"], KeysValues | list[KeysValues]]:
+    """Reads T more tokens of texts whose first `start` tokens are in the cache, each row its own number of them.
+
+    `x` are the embeddings of the new tokens. Slots from start + T on are not read, whatever they hold. Returns the new
+    tokens' last hidden states, and the cache with the new tokens at the slots from `start` on.
+    """
+    slots = jax.tree.leaves(cache)[0].shape[-3]
+    place = start[:, None] + jnp.arange(x.shape[1])
+    mask = jnp.arange(slots) <= place[..., None]  # a token attends to what is before it, and to itself
+    return text.decode(config.text, params["text"]["layers"], x, position_ids, mask, cache, start)

@@ -112,20 +112,30 @@ class DecoderLayer(nnx.Module):
         rotary: Rotary,
         mask: Bool[Array, "B T S"],
         cache: KeysValues | None = None,
-        slot: Int[Array, ""] | None = None,
+        slot: Int[Array, ""] | Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeysValues]:
         """Runs the layer on T tokens.
 
         Without a cache the tokens attend to each other (S = T). With a cache, their keys and values are first written
-        into it from `slot` on, and they attend to all of its S slots that `mask` allows.
+        into it from `slot` on, which is each row's own or the same for all, and they attend to all of its S slots that
+        `mask` allows.
         """
         q, k, v = self.attention.project(self.input_norm(x), rotary)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), slot, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), slot, axis=1)
+            k, v = write_from(cache.keys, k, slot), write_from(cache.values, v, slot)
         x = x + self.attention.output(attention(q, k, v, mask))
         x = x + self.mlp(self.post_attention_norm(x))
         return x, KeysValues(k, v)
+
+
+def write_from(
+    cache: Float[Array, "B S G d"], new: Float[Array, "B T G d"], slot: Int[Array, ""] | Int[Array, "B"]
+) -> Float[Array, "B S G d"]:
+    """Writes T tokens into a cache from a slot on; S must be at least slot + T."""
+    new = new.astype(cache.dtype)
+    if slot.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)
+    return jax.vmap(lambda row, own, at: jax.lax.dynamic_update_slice_in_dim(row, own, at, axis=0))(cache, new, slot)
 
 
 class Vocabulary(nnx.Module):
@@ -163,7 +173,7 @@ def decode(
     position_ids: Int[Array, "B 3 T"],
     mask: Bool[Array, "B T S"],
     cache: KeysValues | list[KeysValues] | None = None,
-    slot: Int[Array, ""] | None = None,
+    slot: Int[Array, ""] | Int[Array, "B"] | None = None,
     remat: str = "none",
 ) -> tuple[Float[Array, "B T D"], KeysValues | list[KeysValues]]:
     """Runs every layer on T tokens; returns hidden states, before the final norm, and every layer's keys and values.

@@ -88,6 +88,12 @@ class Run:
             raise UserError(f"{path} holds other weights than {self.workdir.path} was trained with")
         return source
 
+    @property
+    def repetition_penalty(self) -> float:
+        """That of the converted weights which the run uses, if it does; else 1: none."""
+        converted = self.converted_vlm()
+        return 1.0 if converted is None else converted.generation.repetition_penalty
+
     def refer_to(self, source: Pretrained) -> None:
         """Uses converted weights as those of the first stage, without copying them."""
         reference = {"path": str(source.directory), "sha256": source.record["sha256"]}

@@ -27,6 +27,7 @@ from lattejax.models.text import MOST_POSITIONS
 from lattejax.parallel import hosts
 from lattejax.ranges import Range, Seed, check_ranges
 from lattejax.sampling.padding import bucket, padded
+from lattejax.sampling.streams import TextStream
 from lattejax.weights.pretrained import Pretrained
 
 LEAST_TEMPERATURE = 1e-6  # below this, logits divided by it overflow float32
@@ -62,7 +63,7 @@ class TokenSampling(NamedTuple):
     top_p: Float[Array, ""]
 
 
-def keep_top(logits: Float[Array, "B V"], top_p: float | Float[Array, ""]) -> Float[Array, "B V"]:
+def keep_top(logits: Float[Array, "B V"], top_p: float | Float[Array, ""] | Float[Array, "B 1"]) -> Float[Array, "B V"]:
     """Keeps the fewest likeliest tokens whose total probability reaches `top_p`, and masks the rest with -inf."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
@@ -204,15 +205,10 @@ class Answerer:
 
     def stream(self, prompt: EncodedPrompt, decoding: Decoding = Decoding()) -> Iterator[str]:
         """Yields one answer in pieces, whenever its tokens form complete characters."""
-        tokens: list[int] = []
-        yielded = text = ""
+        text = TextStream(self.encoder.tokenizer)
         for token in self.tokens(padded(self.encoder, [prompt]), decoding):
-            tokens.append(int(token[0]))
-            text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                yield text[len(yielded) :]
-                yielded = text
-        yield text[len(yielded) :]
+            yield text.add(int(token[0]))
+        yield text.end()
 
     def tokens(
         self, prompts: Prompts, decoding: Decoding = Decoding(), rows: Sequence[int] | np.ndarray | None = None

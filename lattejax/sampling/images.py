@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder
 from lattejax.flow.path import guide
@@ -39,7 +39,7 @@ read_prompts = jax.jit(latte_flow.read_prompts, static_argnames=("config", "rema
 
 
 def sample_noise(
-    seed: int | Int[Array, ""], samples: Int[Array | np.ndarray, "B"], shape: tuple[int, int, int]
+    seed: int | Int[Array, ""] | UInt32[Array, ""], samples: Int[Array | np.ndarray, "B"], shape: tuple[int, int, int]
 ) -> Float[Array, "B h w C"]:
     """Standard normal noise for the given sample indices."""
     return _noise(jax.random.key(seed), samples, shape)

@@ -6,6 +6,7 @@ from lattejax.data.prompts import Bounds, EncodedPrompt, PromptEncoder, largest_
 from lattejax.models.qwen2_vl import Prompts
 
 LEAST_TOKENS = 32
+FACTOR = 4  # between a size and the next where every program is compiled in advance
 
 
 def bucket(size: int) -> int:
@@ -28,3 +29,17 @@ def padded(
     largest, block = largest_images(among), encoder.merge**2
     bounds = Bounds(bucket(largest.images), bucket(-(-largest.patches // block)) * block)
     return encoder.batch(prompts, padded_length(length), bounds)
+
+
+def sizes_up_to(least: int, most: int) -> tuple[int, ...]:
+    """Sizes from `least`, each `FACTOR` times the one before, up to exactly `most`, which is at least twice another."""
+    sizes = []
+    while 2 * least <= most:
+        sizes.append(least)
+        least *= FACTOR
+    return (*sizes, most)
+
+
+def fitting(sizes: Sequence[int], count: int) -> int:
+    """The smallest of the rising sizes that is at least `count`, or the largest of all."""
+    return next((size for size in sizes if size >= count), sizes[-1])
