@@ -103,9 +103,8 @@ def test_other_files_and_shapes_that_do_not_fit_are_refused():
     }.items():
         with pytest.raises(UserError, match=named):
             read_tensors(data, "a.pth")
-    tensor = (
-        f"ctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nc{storage}V0\nVcpu\nI4\ntQI2\n(I3\nt(I1\ntI00\n(dtR".encode()
-    )
+    storage = b"(Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI4\ntQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"I2\n(I3\nt(I1\ntI00\n(dtR"
     start = b"".join(map(pickle.dumps, (MAGIC, PROTOCOL, {})))
     with pytest.raises(UserError, match="more than its 4 stored elements"):
         read_tensors(start + b"(dVa\n" + tensor + b"s." + pickle.dumps(["0"]) + bytes([4, *bytes(7), *bytes(16)]), "a")
