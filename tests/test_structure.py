@@ -15,7 +15,7 @@ from tests.helpers import ROOT
 LAYERS = """
     __main__ train sample chat evaluate convert encode plan sweep benchmark
     cli
-    sweeps benchmarks pods encoding
+    sweeps benchmarks pods encoding scoring
     training
     evaluation
     objectives

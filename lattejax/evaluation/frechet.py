@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Float
+from scipy.linalg.lapack import dpstrf
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,13 +26,13 @@ class Gaussian:
         return float(np.sum((self.mean - other.mean) ** 2) + traces - 2 * trace_of_root)
 
 
-def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
-    """R with R Rᵀ = Σ: Cholesky's, or, if Σ is singular, which Cholesky's method refuses, that of its eigenvectors."""
-    try:
-        return np.linalg.cholesky(covariance)
-    except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(covariance)
-        return vectors * np.sqrt(np.maximum(values, 0))
+def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
+    """R with R Rᵀ = Σ, and as many columns as Σ has rank: Cholesky's method with pivots."""
+    tolerance = np.finfo(np.float64).eps * covariance.diagonal().max()
+    packed, pivots, rank, _ = dpstrf(covariance, lower=1, tol=tolerance)
+    factor = np.empty((len(covariance), rank))
+    factor[pivots - 1] = np.tril(packed)[:, :rank]
+    return factor
 
 
 class Moments:
