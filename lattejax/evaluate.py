@@ -48,6 +48,7 @@ NUM = cli.define_number(
 GUIDANCE = flags.DEFINE_list("guidance", [], "Guidance scales, each drawn and judged; by default config.eval.guidance.")
 STEPS = flags.DEFINE_list("steps", [], "Numbers of sampling steps, likewise; by default config.eval.sample_steps.")
 PROMPTS = cli.define_path("prompts", None, "A text file, a prompt on each line; by default those of the run's data.")
+CHECKPOINT = cli.define_checkpoint()
 SEED = cli.define_number("seed", 0, "Seed of the noise.", Seed)
 BATCH_SIZE = cli.define_number("batch_size", None, "Pictures drawn at a time; by default config.eval.batch_size.", Size)
 KEEP_PICTURES = flags.DEFINE_bool("keep_pictures", False, "Also write each drawn set as an .npz beside --out.")
@@ -73,9 +74,9 @@ USES = {
     "make_reference": ({"make_reference", "out"}, COMMON | {"split", "image_size", "reference_pictures"}),
     "reference": (
         {"reference", "out"},
-        COMMON | {"npz", "num", "guidance", "steps", "prompts", "seed", "batch_size", "keep_pictures"},
+        COMMON | {"npz", "num", "guidance", "steps", "prompts", "seed", "batch_size", "keep_pictures", "checkpoint"},
     ),
-    "scores": ({"workdir"}, {"workdir", "scores", "out", "mesh"}),
+    "scores": ({"workdir"}, {"workdir", "scores", "out", "mesh", "checkpoint"}),
 }
 OURS = {"scores", "make_reference", "reference"}.union(*(allowed for _, allowed in USES.values()))
 
@@ -113,7 +114,7 @@ def take_scores() -> None:
     """The scores of the run's config."""
     out = None if OUT.value is None else output_file(OUT.value, ".json")
     connect()
-    report = scores_on_demand(Run.open(WORKDIR.value, cli.read_mesh(MESH.value)), SCORES.value)
+    report = scores_on_demand(Run.open(WORKDIR.value, cli.read_mesh(MESH.value), CHECKPOINT.value), SCORES.value)
     if not hosts.is_first():
         return
     text = json.dumps(as_json(report.figures), indent=2)
@@ -135,14 +136,23 @@ def judge_pictures() -> None:
     connect()
     reference, extract = ReferenceFile.open(REFERENCE.value), extractor()
     if NPZ.value is not None:
-        of_drawings = {"guidance", "steps", "prompts", "seed", "batch_size", "keep_pictures", "autoencoder"}
+        of_drawings = {
+            "guidance",
+            "steps",
+            "prompts",
+            "seed",
+            "batch_size",
+            "keep_pictures",
+            "autoencoder",
+            "checkpoint",
+        }
         if others := sorted(name for name in of_drawings if flags.FLAGS[name].present):
             raise UserError(f"--{others[0]} is for pictures that are drawn; leave it out with --npz")
         source = open_samples(NPZ.value, PART.value, NUM.value)
         settings = {"num": source.shape[0], "npz_sha256": source.identity, "preprocessing": source.preprocessing}
         points = [Point("npz", settings, source.shape, lambda: source.read)]
     else:
-        run = Run.open(WORKDIR.value, extract.mesh)
+        run = Run.open(WORKDIR.value, extract.mesh, CHECKPOINT.value)
         points = drawn_points(
             run,
             read_prompts(run, PROMPTS.value),

@@ -138,9 +138,7 @@ class ReferenceFile:
 
 def _gaussian(mean: np.ndarray, covariance: np.ndarray, size: int, name: str) -> Gaussian:
     if mean.shape != (size,) or covariance.shape != (size, size):
-        raise UserError(
-            f"{name} have the shapes {mean.shape} and {covariance.shape}, expected {(size,)} and its square"
-        )
+        raise UserError(f"{name} have the shapes {mean.shape} and {covariance.shape}, not {(size,)} and {(size, size)}")
     gaussian = Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
     if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
         raise UserError(f"{name} have values that are not finite")

@@ -52,13 +52,15 @@ class Statistics:
         return self._spatial.gaussian
 
 
-def score_pictures(parts: Iterable[Features], total: int, pool: Blocks, reference: Reference) -> dict[str, float]:
+def score_pictures(
+    parts: Iterable[Features], total: int, pool: Blocks | None, reference: Reference
+) -> dict[str, float]:
     """Returns the scores by name.
 
     Args:
       parts: the features of all pictures, in their order.
       total: how many there are, at least `FEWEST`.
-      pool: their pool_3 features again, in blocks.
+      pool: their pool_3 features again, in blocks; needed if the reference has features.
       reference: what to compare them with.
     """
     statistics, inception_score = Statistics(), InceptionScore(total, CLASSES)

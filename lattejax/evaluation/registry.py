@@ -20,6 +20,7 @@ EVALUATORS = {
     "samples": "lattejax.evaluation.samples:SampleGrid",
     "digits": "lattejax.evaluation.digits:DigitScore",
     "words": "lattejax.evaluation.words:WordScore",
+    "fid": "lattejax.evaluation.fid:FIDMonitor",
 }
 TIMES = ("training", "end", "demand", "never")  # `at` of an evaluator
 # An evaluation of the first stage, of the second, when a run ends, or when a user asks.

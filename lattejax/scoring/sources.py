@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterator
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int, UInt8
 
 from lattejax.data.examples import Drawings
@@ -62,7 +63,7 @@ def open_folder(path: str, size: int) -> PictureSource:
       UserError: there are none.
     """
     directory = resolve_path(path)
-    files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in _files(directory) if file.suffix.lower() in SUFFIXES)
     if not files:
         raise UserError(f"{path} has no pictures; a picture is a file {', '.join(SUFFIXES)}")
     names = [f"{file.relative_to(directory)} {file.stat().length}" for file in files]
@@ -72,6 +73,14 @@ def open_folder(path: str, size: int) -> PictureSource:
         return np.stack([square(open_image(files[row]), size) for row in rows])
 
     return PictureSource((len(files), size, size, 3), read, identity, f"{CROP} to {size} pixels")
+
+
+def _files(directory: epath.Path) -> Iterator[epath.Path]:
+    for each in directory.iterdir():
+        if each.is_dir():
+            yield from _files(each)
+        else:
+            yield each
 
 
 def open_latents(path: str, split: str, autoencoder: str) -> PictureSource:
