@@ -29,6 +29,7 @@ IN_FULL = "slow, in full"
 NOT_RUN = {
     "the tests themselves",
     "needs the data set",
+    "needs the Inception weights",
     "needs the TPU's compiler",
     "needs a TPU pod",
     "needs a cluster",

@@ -21,7 +21,7 @@ from lattejax.files import resolve_path
 from lattejax.flow.schedule import Sampling
 from lattejax.models import latte_flow, qwen2_vl
 from lattejax.models.autoencoders import Autoencoder
-from lattejax.models.inception import CLASSES, POOL, SPATIAL, Features
+from lattejax.models.inception import POOL, SPATIAL
 from lattejax.models.pixels import PixelConfig
 from lattejax.sampling.images import ImageSampler
 from lattejax.scoring.points import Point, score_points
@@ -29,6 +29,7 @@ from lattejax.scoring.reference import make_reference
 from lattejax.scoring.sources import open_folder, open_reference_source, open_samples
 from lattejax.scoring.table import write_table
 from tests.helpers import encoder_for, randomize, tiny_config
+from tests.pixel_features import PixelFeatures, random_pictures
 
 CONFIG = tiny_config()
 ENCODER = encoder_for(CONFIG)
@@ -42,16 +43,6 @@ def sampler() -> ImageSampler:
     return ImageSampler(model, Autoencoder(PixelConfig()), ENCODER, latte_flow.unstack(randomize(params, 2, 0.1)), {})
 
 
-class Pixels:
-    """In the network's place: pixels as features, at once."""
-
-    weights = types.SimpleNamespace(sha256="of pixels", are_published=False)
-
-    def __call__(self, images: np.ndarray) -> Features:
-        pixels = (images.reshape(len(images), -1) / 255).astype(np.float32)
-        return Features(*(np.pad(pixels, ((0, 0), (0, size - pixels.shape[1]))) for size in (POOL, SPATIAL, CLASSES)))
-
-
 def drawer(sampler: ImageSampler, batch_size: int = 16, guidance: float = 2.0) -> SetDrawer:
     asked = Asked.texts(ENCODER, PROMPTS, "a test")
     return SetDrawer(sampler, asked, Sampling(3, guidance), batch_size=batch_size, seed=5)
@@ -60,10 +51,6 @@ def drawer(sampler: ImageSampler, batch_size: int = 16, guidance: float = 2.0) -
 def point(read, total: int, guidance: float = 2.0, **settings) -> Point:
     settings = {"num": total, "guidance": guidance, "num_steps": 3} | settings
     return Point(f"guidance_{guidance:g}", settings, (total, 8, 8, 3), lambda: read)
-
-
-def random_pictures(count: int, seed: int = 0, side: int = 8) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3)).astype(np.uint8)
 
 
 REFERENCE_PICTURES = random_pictures(60)
@@ -75,12 +62,12 @@ def reference(tmp_path_factory) -> ReferenceFile:
     np.savez(directory / "pictures.npz", arr_0=REFERENCE_PICTURES)
     out = directory / "reference.npz"
     source = open_samples(str(directory / "pictures.npz"), 25, None)
-    make_reference(source, resolve_path(out), Pixels(), pictures=20, part=25)
+    make_reference(source, resolve_path(out), PixelFeatures(), pictures=20, part=25)
     return ReferenceFile.open(str(out))
 
 
 def score(points, reference, out, part=16, keep_pictures=True):
-    return score_points(points, reference, Pixels(), resolve_path(out), part=part, keep_pictures=keep_pictures)
+    return score_points(points, reference, PixelFeatures(), resolve_path(out), part=part, keep_pictures=keep_pictures)
 
 
 # ---- Sets
@@ -183,7 +170,7 @@ def test_a_sweep_has_a_table_and_two_plots_and_adds_what_is_missing(sampler, ref
 def test_a_result_is_what_its_pictures_give_and_names_what_determined_it(reference, tmp_path):
     pictures = random_pictures(30, 1)
     [result] = score([point(lambda rows: pictures[rows], 30)], reference, tmp_path / "a.json")
-    features = [Pixels()(images).pool for images in (pictures, REFERENCE_PICTURES)]
+    features = [PixelFeatures()(images).pool for images in (pictures, REFERENCE_PICTURES)]
     assert result["figures"]["fid"] == pytest.approx(frechet_distance(*features), rel=1e-9)
     assert set(result["figures"]) == {"fid", "sfid", "inception_score", "precision", "recall"}
     assert result["settings"]["reference_sha256"] == reference.sha256
@@ -241,7 +228,7 @@ def test_files_are_written_as_numpy_reads_them_and_always_the_same(tmp_path):
 def test_a_reference_file_has_the_layout_of_adms(reference):
     with np.load(reference.path) as arrays:
         assert set(arrays.files) == {"mu", "sigma", "mu_s", "sigma_s", "arr_0", "description"}
-        pool, pictures = Pixels()(REFERENCE_PICTURES).pool, arrays["arr_0"]
+        pool, pictures = PixelFeatures()(REFERENCE_PICTURES).pool, arrays["arr_0"]
         np.testing.assert_allclose(arrays["mu"], pool.mean(axis=0), rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(arrays["sigma"], np.cov(pool, rowvar=False), rtol=1e-4, atol=1e-7)
     kept = sorted(np.random.default_rng(0).permutation(60)[:20])
