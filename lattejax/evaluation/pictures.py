@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from lattejax.errors import UserError
 from lattejax.evaluation.frechet import Gaussian, Moments
 from lattejax.evaluation.inception_score import SPLITS, InceptionScore
 from lattejax.evaluation.precision_recall import NEIGHBOURS, Blocks, precision_recall
@@ -62,6 +63,9 @@ def score_pictures(
       total: how many there are, at least `FEWEST`.
       pool: their pool_3 features again, in blocks; needed if the reference has features.
       reference: what to compare them with.
+
+    Raises:
+      UserError: a score is not finite.
     """
     statistics, inception_score = Statistics(), InceptionScore(total, CLASSES)
     for features in parts:
@@ -74,5 +78,5 @@ def score_pictures(
     if reference.features is not None:
         figures |= precision_recall(pool, reference.features)._asdict()
     if not all(np.isfinite(value) for value in figures.values()):
-        raise ValueError(f"scores are not finite: {figures}")
+        raise UserError(f"the scores are not finite: {figures}; the Inception weights or the reference are damaged")
     return figures

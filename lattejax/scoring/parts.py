@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from lattejax.errors import UserError, parsing
 from lattejax.evaluation.features import FeatureExtractor
-from lattejax.files import check_file, check_space, is_remote, read_json, remove_leftovers, write_atomically, write_with
+from lattejax.files import check_file, check_space, read_json, remove_leftovers, write_atomically, write_with
 from lattejax.models.inception import CLASSES, POOL, SPATIAL, Features
 from lattejax.parallel import hosts
 
@@ -130,10 +129,7 @@ class Parts:
 
     def remove(self) -> None:
         """Removes the set."""
-        if is_remote(self.directory):
-            self.directory.rmtree()
-        else:
-            shutil.rmtree(self.directory)
+        self.directory.rmtree()
 
     def _file(self, index: int) -> epath.Path:
         return self.directory / f"{index:05d}.npz"
