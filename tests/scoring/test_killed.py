@@ -2,6 +2,7 @@
 
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -21,17 +22,20 @@ PROGRAM = """
 import sys
 from lattejax.evaluation.adm import ReferenceFile
 from lattejax.files import resolve_path
+from lattejax.parallel import hosts
 from lattejax.parallel.mesh import make_mesh
 from lattejax.runs.run import Run
 from lattejax.scoring.drawn import drawn_points, read_prompts
 from lattejax.scoring.points import score_points
 from tests.pixel_features import PixelFeatures
 
-workdir, reference, out, num, batch_size = sys.argv[1:]
+workdir, reference, out, num, batch_size, *cluster = sys.argv[1:]
+if cluster:
+    hosts.connect("explicit", cluster[0], 2, int(cluster[1]))
 run = Run.open(workdir, make_mesh({"data": -1}))
 settings = dict(num=int(num), guidance=[2.0], steps=[3], seed=0, batch_size=int(batch_size))
 points = drawn_points(run, read_prompts(run, None), **settings)
-score_points(points, ReferenceFile.open(reference), PixelFeatures(), resolve_path(out), part=100, keep_pictures=True)
+score_points(points, ReferenceFile.open(reference), PixelFeatures(), resolve_path(out), part=50, keep_pictures=True)
 """
 
 
@@ -46,10 +50,12 @@ def inputs(tmp_path_factory) -> list[str]:
     return [str(directory / "run"), str(directory / "ref.npz")]
 
 
-def start(inputs: list[str], out: os.PathLike, num: int, batch_size: int, devices: int = 1) -> subprocess.Popen:
+def start(
+    inputs: list[str], out: os.PathLike, num: int, batch_size: int, devices: int = 1, cluster: tuple[str, ...] = ()
+) -> subprocess.Popen:
     flags = f"{ENVIRONMENT.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = ENVIRONMENT | {"XLA_FLAGS": flags, "PYTHONPATH": f"{ENVIRONMENT['PYTHONPATH']}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-c", PROGRAM, *inputs, str(out), str(num), str(batch_size)]
+    command = [sys.executable, "-c", PROGRAM, *inputs, str(out), str(num), str(batch_size), *cluster]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -66,24 +72,32 @@ def test_a_set_that_is_killed_is_the_set_that_was_not(inputs, tmp_path):
     chance, parts = random.Random(0), 0
     for _ in range(5):
         process = start(inputs, tmp_path / "killed.json", 2000, 50)
-        for _ in range(chance.randrange(1, 4)):
+        for _ in range(chance.randrange(1, 4)):  # a line for each part, the first of them for the reference
             process.stderr.readline()
-        time.sleep(chance.uniform(0, 0.5))
+        time.sleep(chance.uniform(0, 0.02))
         process.kill()
         process.wait()
         complete_parts = len(list((tmp_path / "killed.json.parts" / "guidance_2_steps_3").glob("*.npz")))
-        assert parts <= complete_parts < 20
+        assert parts <= complete_parts < 40
         parts = complete_parts
     errors = complete(start(inputs, tmp_path / "killed.json", 2000, 50))
-    assert errors.count("guidance_2_steps_3: ") == 20 - parts
+    assert errors.count("guidance_2_steps_3: ") == 40 - parts
     name = "guidance_2_steps_3.npz"
     assert (tmp_path / f"killed_{name}").read_bytes() == (tmp_path / f"whole_{name}").read_bytes()
     assert (tmp_path / "killed.json").read_text() == (tmp_path / "whole.json").read_text()
 
 
 @pytest.mark.slow
-def test_a_set_does_not_depend_on_devices_and_batches(inputs, tmp_path):
+def test_a_set_does_not_depend_on_devices_processes_and_batches(inputs, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
+    two = [start(inputs, tmp_path / "two.json", 70, 20, 2, (coordinator, str(i))) for i in range(2)]
+    errors = [complete(process) for process in two]
+    assert [text.count("70 of 70 pictures, complete") for text in errors] == [1, 0], "one process writes"
     for name, batch_size, devices in (("one", 30, 1), ("four", 24, 4)):
         complete(start(inputs, tmp_path / f"{name}.json", 70, batch_size, devices))
-    one, four = (np.load(tmp_path / f"{name}_guidance_2_steps_3.npz")["arr_0"] for name in ("one", "four"))
-    assert one.shape == (70, 8, 8, 3) and np.abs(one.astype(int) - four).max() <= 1
+    drawn = {name: np.load(tmp_path / f"{name}_guidance_2_steps_3.npz")["arr_0"] for name in ("one", "four", "two")}
+    for name in ("four", "two"):
+        assert drawn[name].shape == (70, 8, 8, 3)
+        assert np.abs(drawn[name].astype(int) - drawn["one"]).max() <= 1, name
