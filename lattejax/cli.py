@@ -141,6 +141,12 @@ def define_paths(name: str, text: str) -> flags.FlagHolder:
     return flags.DEFINE_multi(PathParser(), flags.ArgumentSerializer(), name, [], text)
 
 
+def define_checkpoint() -> flags.FlagHolder:
+    """Defines the flag that chooses among a run's checkpoints, see `Run.checkpoint`."""
+    text = 'The step of a checkpoint of the run, or "best", see config.checkpoint.best; by default the latest.'
+    return flags.DEFINE_string("checkpoint", "", text)
+
+
 class PathParser(flags.ArgumentParser):
     """Parses a path."""
 

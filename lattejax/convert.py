@@ -31,6 +31,7 @@ TO = flags.DEFINE_enum(
 )
 SCALE = cli.define_number("scale", None, "Scale of an autoencoder's latents; default: as its checkpoint states.", Scale)
 SHIFT = cli.define_number("shift", None, "Shift of an autoencoder's latents, before they are scaled.", Shift)
+CHECKPOINT = cli.define_checkpoint()
 flags.mark_flags_as_required(["source", "out"])
 
 
@@ -38,6 +39,8 @@ def main() -> None:
     of_autoencoder = TO.value == "lattejax" and diffusers.is_autoencoder(hugging_face.find(SOURCE.value))
     if not of_autoencoder and (SCALE.value, SHIFT.value) != (None, None):
         raise UserError("--scale and --shift are only for the conversion of an autoencoder; leave them out")
+    if CHECKPOINT.value and TO.value != "safetensors":
+        raise UserError("--checkpoint is only for the export of a run, --to=safetensors; leave it out")
     if of_autoencoder:
         autoencoders.convert(SOURCE.value, OUT.value, SCALE.value, SHIFT.value)
     elif TO.value == "lattejax":
@@ -45,7 +48,7 @@ def main() -> None:
     elif TO.value == "hf":
         Pretrained.open(SOURCE.value).write_hugging_face(OUT.value)
     else:
-        Run.open(SOURCE.value).export(OUT.value)
+        Run.open(SOURCE.value, checkpoint=CHECKPOINT.value).export(OUT.value)
     print(f"{OUT.value} is complete")
 
 

@@ -172,6 +172,21 @@ def write_atomically(path: epath.Path, data: bytes) -> None:
         raise
 
 
+@contextlib.contextmanager
+def writing(path: epath.Path) -> Iterator[BinaryIO]:
+    """Yields a file to write, which becomes `path` when the block succeeds: for what is too large for memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = path if is_remote(path) else path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        with target.open("wb") as file:
+            yield file
+        if target != path:
+            target.replace(path)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
 def write_with(path: epath.Path, save: Callable[[BinaryIO], None]) -> None:
     """Lets `save` write to a file in memory, and writes that."""
     file = io.BytesIO()

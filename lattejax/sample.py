@@ -37,6 +37,7 @@ SOLVER = flags.DEFINE_enum("solver", "euler", list(SOLVERS), "The ODE solver; a 
 SHIFT = cli.define_number(
     "shift", 1.0, "Shifts the step times: below 1 towards the noise, above 1 towards the image.", Shift
 )
+CHECKPOINT = cli.define_checkpoint()
 SEED = cli.define_number("seed", 0, "Seed of the noise.", Seed)
 BATCH_SIZE = cli.define_number("batch_size", 64, "Images per batch.", Size)
 OUT = cli.define_path("out", "samples.png", "The .png file to write the labelled grid to.")
@@ -74,7 +75,7 @@ def main() -> None:
     sampling = read_sampling()
     read_negative_prompts()  # raises before anything is read
     connect()
-    run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value))
+    run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value), CHECKPOINT.value)
     images = [run.encoder.read_image(open_image(path)) for path in IMAGE.value]
     prompts = [run.encoder.drawing(prompt, images) for prompt in PROMPT.value]
     negative = [run.encoder.drawing(prompt, images) for prompt in read_negative_prompts()]

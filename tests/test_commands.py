@@ -16,6 +16,7 @@ from PIL import Image
 from lattejax import cli, configuration
 from lattejax.__main__ import COMMANDS
 from lattejax.data import tokenizer as tokenizers
+from lattejax.data.digits import WORDS
 from lattejax.data.images import open_image
 from lattejax.data.prompts import Turn
 from lattejax.flow.schedule import Sampling
@@ -26,6 +27,7 @@ from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from tests import checkpoints
 from tests.helpers import ENVIRONMENT, NO_DIGITS, NO_SCORES, ROOT, encoder_for, run_command, tiny_config, tiny_flags
+from tests.models import inception_rendering
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +204,38 @@ def test_evaluate_takes_scores_of_a_run_and_writes_figures_and_pictures(workdir,
     assert np.abs(np.asarray(drawn).astype(int) - np.asarray(kept)).max() <= 1
 
 
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    return inception_rendering.save(
+        inception_rendering.random_weights(), tmp_path_factory.mktemp("inception") / "a.pth"
+    )
+
+
+def test_evaluate_makes_a_reference_and_judges_drawings_and_sample_files(workdir, inception, tmp_path, forked_command):
+    """The figures of what a run draws, and of the file that these drawings are kept in; a second run draws nothing."""
+    pictures = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
+    np.savez(tmp_path / "real.npz", arr_0=pictures)
+    common = [f"--inception={inception}", "--part=10"]
+    making = [f"--make_reference={tmp_path / 'real.npz'}", "--reference_pictures=5", f"--out={tmp_path / 'ref.npz'}"]
+    done = forked_command("evaluate", *making, *common)
+    assert done.returncode == 0 and done.stdout.startswith("10 pictures, none: the file's pictures"), done.stderr
+    judge = [f"--reference={tmp_path / 'ref.npz'}", *common]
+    draw = [f"--workdir={workdir}", "--num=10", "--steps=2", "--keep_pictures", f"--out={tmp_path / 'drawn.json'}"]
+    results = [forked_command("evaluate", *judge, *draw) for _ in range(2)]
+    kept = tmp_path / "drawn_guidance_2_steps_2.npz"
+    results.append(forked_command("evaluate", *judge, f"--npz={kept}", f"--out={tmp_path / 'kept.json'}"))
+    assert all(done.returncode == 0 for done in results), [done.stderr for done in results]
+    assert "10 of 10 pictures, complete" in results[0].stderr and "pictures" not in results[1].stderr
+    drawn, again, of_file = (json.loads(done.stdout) for done in results)
+    assert drawn == again and drawn["figures"] == pytest.approx(of_file["figures"])
+    assert drawn["only_a_monitor_because"][0] == "10 pictures, not 50,000"
+
+    sampler = ImageSampler.load(workdir)
+    requests = [sampler.encoder.drawing(f"a handwritten {word}") for word in WORDS]
+    expected = sampler(requests, Sampling(2), images_per_prompt=1, batch_size=10)
+    assert np.abs(np.load(kept)["arr_0"].astype(int) - expected).max() <= 1
+
+
 def test_packaged_experiments_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = cli.find_config("--config=ablations:compute")
@@ -289,6 +323,27 @@ BAD_INPUT = {
     "autoencoder that is none": (
         ["encode", "--out={tmp}/out", *tiny_flags(data__autoencoder="{tmp}", **LATENTS)],
         "no autoencoder.json",
+    ),
+    "no Inception weights": (
+        ["evaluate", "--make_reference=data", "--workdir={workdir}", "--out={tmp}/a.npz", "--inception={tmp}/none.pth"],
+        "download https://github.com/mseitzer/pytorch-fid/releases",
+    ),
+    "pictures to judge without a reference": (["evaluate", "--npz={tmp}/a.npz"], "--workdir is missing"),
+    "scores and a reference": (
+        ["evaluate", "--workdir={workdir}", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--scores=samples"],
+        "--scores is used only with",
+    ),
+    "pictures of a run and of a file": (
+        ["evaluate", "--workdir={workdir}", "--npz=b", "--reference={tmp}/a.npz", "--out={tmp}/a.json"],
+        "--workdir, whose pictures are drawn, or --npz",
+    ),
+    "a guidance scale twice": (
+        ["evaluate", "--workdir={workdir}", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--guidance=1,1.0"],
+        "--guidance=1,1.0 has a number twice",
+    ),
+    "a reference that is no .npz": (
+        ["evaluate", "--make_reference={tmp}", "--image_size=8", "--out={tmp}/a.json"],
+        "must end in .npz",
     ),
     "scale without an autoencoder": (
         ["convert", "--source={workdir}", "--scale=1", "--out={tmp}/o"],

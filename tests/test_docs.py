@@ -32,6 +32,7 @@ SERVER, SERVED = "slow, a server", "slow, with that server"
 NOT_RUN = {
     "the tests themselves",
     "needs the data set",
+    "needs the Inception weights",
     "needs the TPU's compiler",
     "needs a TPU pod",
     "needs a cluster",

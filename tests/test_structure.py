@@ -15,7 +15,7 @@ from tests.helpers import ROOT
 LAYERS = """
     __main__ train sample chat evaluate convert encode serve plan sweep benchmark
     cli
-    sweeps benchmarks pods serving encoding
+    sweeps benchmarks pods serving encoding scoring
     training
     evaluation
     objectives

@@ -6,6 +6,7 @@ What the paper does not state (learning rate, betas, clipping, average, density)
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -257,9 +258,14 @@ class Checkpoints:
     every: Positive = 2_000  # steps between checkpoints; the last step and every evaluation also make one
     keep: Positive = 3  # the number of latest checkpoints to keep
     keep_every: Natural = 20_000  # checkpoints at multiples of this step are kept too; 0: none
+    # The second stage's checkpoint with the best figure of any evaluator is kept too: "lowest held_out_loss", "highest
+    # answer_accuracy"; empty: none.
+    best: str = added("", before="")
 
     def __post_init__(self):
         check_ranges(self)
+        good = not self.best or re.fullmatch(r"(lowest|highest) \w+", self.best) is not None
+        check("best", self.best, good, "empty, or lowest or highest and the name of a figure")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,17 +1,69 @@
 """The Fréchet distance between two sets of vectors, each modelled as a Gaussian (Heusel et al., arXiv 1706.08500)."""
 
+import dataclasses
+
 import numpy as np
 from jaxtyping import Float
+from scipy.linalg.lapack import dpstrf
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gaussian:
+    """Mean and covariance (ddof = 1) of vectors, in float64."""
+
+    mean: Float[np.ndarray, "d"]
+    covariance: Float[np.ndarray, "d d"]
+
+    def distance(self, other: "Gaussian") -> float:
+        """|μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½), in float64.
+
+        The trace of the root is the sum of the square roots of the eigenvalues of Σa Σb. With Σ = R Rᵀ these are the
+        singular values of Raᵀ Rb, exact to rounding also where a covariance is singular; no matrix root is computed.
+        """
+        product = _factor(self.covariance).T @ _factor(other.covariance)
+        trace_of_root = np.linalg.svd(product, compute_uv=False).sum()
+        traces = np.trace(self.covariance) + np.trace(other.covariance)
+        return float(np.sum((self.mean - other.mean) ** 2) + traces - 2 * trace_of_root)
+
+
+def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
+    """R with R Rᵀ = Σ, and as many columns as Σ has rank: Cholesky's method with pivots."""
+    tolerance = np.finfo(np.float64).eps * covariance.diagonal().max()
+    packed, pivots, rank, _ = dpstrf(covariance, lower=1, tol=tolerance)
+    factor = np.empty((len(covariance), rank))
+    factor[pivots - 1] = np.tril(packed)[:, :rank]
+    return factor
+
+
+class Moments:
+    """The Gaussian of vectors that come in batches; memory does not grow with their number."""
+
+    def __init__(self, size: int):
+        self.count, self._mean, self._scatter = 0, np.zeros(size), np.zeros((size, size))
+
+    def add(self, vectors: Float[np.ndarray, "n d"]) -> None:
+        """Adds a batch: sums around its own mean, so that nothing cancels (Chan et al., 1979)."""
+        vectors, total = vectors.astype(np.float64), self.count + len(vectors)
+        mean = vectors.mean(axis=0)
+        centred, shift = vectors - mean, mean - self._mean
+        self._scatter += centred.T @ centred
+        self._scatter += np.outer(shift * (self.count * len(vectors) / total), shift)
+        self._mean += shift * (len(vectors) / total)
+        self.count = total
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """Raises `ValueError` for fewer than two vectors."""
+        if self.count < 2:
+            raise ValueError(f"{self.count} vectors have no covariance; at least 2 do")
+        return Gaussian(self._mean.copy(), self._scatter / (self.count - 1))
 
 
 def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
-    """|μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½), in float64.
-
-    The trace of the root is the sum of the square roots of the eigenvalues of Σa Σb, which are real and non-negative up
-    to rounding; no matrix root is computed.
-    """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    roots = np.sqrt(np.maximum(np.linalg.eigvals(cov_a @ cov_b).real, 0))
-    mean_term = np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2)
-    return float(mean_term + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
+    """The distance between two sets of at least two vectors."""
+    gaussians = []
+    for vectors in (a, b):
+        moments = Moments(vectors.shape[1])
+        moments.add(vectors)
+        gaussians.append(moments.gaussian)
+    return gaussians[0].distance(gaussians[1])

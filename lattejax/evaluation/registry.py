@@ -21,6 +21,7 @@ EVALUATORS = {
     "digits": "lattejax.evaluation.digits:DigitScore",
     "asked": "lattejax.evaluation.asked:AskedScore",
     "words": "lattejax.evaluation.words:WordScore",
+    "fid": "lattejax.evaluation.fid:FIDMonitor",
 }
 TIMES = ("training", "end", "demand", "never")  # `at` of an evaluator
 # An evaluation of the first stage, of the second, when a run ends, or when a user asks.

@@ -159,6 +159,11 @@ def fetch(tree: Any) -> Any:
     )
 
 
+def from_first(values: np.ndarray) -> np.ndarray:
+    """The first process's array, on every process; all processes must call it, with arrays of one shape and dtype."""
+    return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
 def all_agree(good: bool) -> bool:
     """Whether `good` holds on every process; all processes must call it."""
     if jax.process_count() == 1:

@@ -6,13 +6,14 @@ the average. Orbax commits checkpoints atomically: an incomplete one is never ta
 the requested devices, so a checkpoint can be restored on another mesh or number of devices.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, UInt32
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lattejax.errors import UserError, first_line, parsing
 from lattejax.files import check_files, check_space
@@ -46,7 +48,8 @@ class Checkpoints:
           keep: how many of the latest to keep when new ones are written; None: all.
           keep_every: checkpoints at multiples of this step are kept too; 0: none.
         """
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
+        self._kept = _Kept(keep, keep_every)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._kept)
         self._directory, self._attempts = directory, itertools.count()
         if directory.exists():
             check_files(directory, deep=True)
@@ -61,6 +64,10 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
+
+    def keep_step(self, step: int | None) -> None:
+        """Keeps the checkpoint of this step, too, when new ones are written; it replaces the step of the last call."""
+        self._kept.step = step
 
     def save(self, step: int, arrays: dict[str, Any], progress: dict[str, Any]) -> None:
         """Starts writing a checkpoint; the arrays may be donated as soon as this returns.
@@ -155,6 +162,22 @@ class Checkpoints:
         """Waits for the last checkpoint to be written."""
         self.wait()
         self._manager.close()
+
+
+@dataclasses.dataclass
+class _Kept(preservation_policy.PreservationPolicy):
+    """The latest `latest` checkpoints (None: all), those at multiples of `every` (0: none), and one more."""
+
+    latest: int | None
+    every: int
+    step: int | None = None
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: preservation_policy.PreservationContext
+    ) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]  # in increasing order
+        latest = steps if self.latest is None else steps[-self.latest :]
+        return [step in latest or step == self.step or bool(self.every and step % self.every == 0) for step in steps]
 
 
 # ---- Classifying read errors

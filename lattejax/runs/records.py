@@ -1,5 +1,6 @@
 """The records in a run's `metrics.jsonl`: one JSON object per line."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -20,3 +21,21 @@ def read_records(path: epath.Path) -> list[dict[str, Any]]:
         if wrong := [key for key, kind in KEYS.items() if type(records[-1].get(key)) is not kind]:
             raise UserError(f"{path}, line {number}, is no record of metrics: {', '.join(wrong)} is missing or wrong")
     return records
+
+
+def best_step(records: Iterable[dict[str, Any]], best: str, steps: Iterable[int]) -> int | None:
+    """The step whose evaluation in the second stage has the best figure, the first of several.
+
+    Args:
+      records: a run's records.
+      best: as config.checkpoint.best, "lowest held_out_loss"; empty: none.
+      steps: the steps to choose from.
+    """
+    direction, _, name = best.partition(" ")
+    sign, steps = {"lowest": 1, "highest": -1}.get(direction, 0), set(steps)
+    found = [
+        (sign * record[name], record["step"])
+        for record in records
+        if record["stage"] == "train" and record["step"] in steps and isinstance(record.get(name), int | float)
+    ]
+    return min(found)[1] if found else None

@@ -21,6 +21,7 @@ from lattejax.parallel import rules
 from lattejax.parallel.mesh import make_mesh, one_device
 from lattejax.runs import exports
 from lattejax.runs.checkpoints import Checkpoints
+from lattejax.runs.records import best_step, read_records
 from lattejax.runs.shapes import abstract_params, abstract_trained
 from lattejax.runs.workdir import Workdir
 from lattejax.weights import shards, trees
@@ -35,14 +36,19 @@ class Run:
     workdir: Workdir
     config: Config
     mesh: Mesh
+    checkpoint: str = ""  # the second stage's, by its step; "best": see config.checkpoint.best; empty: the latest
 
     @classmethod
-    def open(cls, path: epath.PathLike, mesh: Mesh | None = None) -> "Run":
-        """Opens a run, for one device if no mesh is given. Raises `UserError` if there is none."""
+    def open(cls, path: epath.PathLike, mesh: Mesh | None = None, checkpoint: str = "") -> "Run":
+        """Opens a run, for one device if no mesh is given. Raises `UserError` if there is none, or
+        it lacks the checkpoint that is asked for."""
         workdir = Workdir.at(path)
         if not workdir.config.exists():
             raise UserError(f"{path} is not the workdir of a run: it has no config.json")
-        return cls(workdir, configuration.load(workdir.config), one_device() if mesh is None else mesh)
+        run = cls(workdir, configuration.load(workdir.config), one_device() if mesh is None else mesh, checkpoint)
+        if checkpoint:
+            _ = run.trained_step  # raises if there is none
+        return run
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
@@ -120,13 +126,33 @@ class Run:
         average = rules.abstract(self.mesh, abstract_trained(target or self.config))
         item = "ema" if self.config.train.ema_decay else "params"  # without averaging, the weights themselves
         checkpoints = Checkpoints(self.workdir.checkpoints("train"))
+        if self.checkpoint:
+            return checkpoints.restore(self.trained_step, **{item: average})[item]
         return checkpoints.restore_latest(move_damaged=False, **{item: average})[1][item]
 
     @property
     def trained_step(self) -> int | None:
-        """The step of the second stage's latest checkpoint, if it has one."""
+        """The step of the second stage's latest checkpoint, if it has one, or of the one that was asked for.
+
+        Raises:
+          UserError: there is none of that step, or none is known to be the best.
+        """
         directory = self.workdir.checkpoints("train")
-        return Checkpoints(directory).latest_step if directory.exists() else None
+        steps = Checkpoints(directory).steps if directory.exists() else []
+        if not self.checkpoint:
+            return steps[-1] if steps else None
+        if self.checkpoint == "best":
+            if not (best := self.config.checkpoint.best):
+                raise UserError(f"{self.workdir.path} has no best checkpoint: its config.checkpoint.best is empty")
+            step = best_step(read_records(self.workdir.metrics), best, steps)
+        else:
+            step = next((step for step in steps if str(step) == self.checkpoint), None)
+        if step is None:
+            raise UserError(
+                f"{self.workdir.path} has no checkpoint {self.checkpoint!r}; it has those of the steps "
+                f"{', '.join(map(str, steps)) or 'none'}"
+            )
+        return step
 
     def params(self, dtype: str = "float32") -> Params:
         """Reads the complete model's weights: the VLM's, overridden by the average of the trained weights."""

@@ -119,7 +119,9 @@ def run_stage(
         for name, picture in report.pictures.items():
             log.image(step, name, picture)
         log.write(step, report.figures)
+        checkpoints.keep_step(log.best_step(keep.best, checkpoints.steps))
 
+    checkpoints.keep_step(log.best_step(keep.best, checkpoints.steps))
     if first_step and is_evaluated(first_step) and not log.has_evaluation(first_step):
         evaluate(first_step)  # an earlier process stopped before it
     for step in range(first_step + 1, settings.steps + 1):
@@ -162,6 +164,8 @@ def run_stage(
         if is_evaluated(step):
             with window.excluded():
                 evaluate(step)
+    if recipe.name == "train" and keep.best and log.best_step(keep.best, checkpoints.steps) is None:
+        log.print(f"config.checkpoint.best={keep.best!r} is no figure of an evaluation; no checkpoint was kept for it")
     checkpoints.close()
     guard.saved()
     log.close()

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from lattejax.files import write_atomically, write_with
 from lattejax.parallel import hosts
-from lattejax.runs.records import read_records
+from lattejax.runs.records import best_step, read_records
 from lattejax.runs.workdir import Workdir
 
 with epy.lazy_imports():
@@ -61,6 +62,10 @@ class MetricsLog:
         """Whether an evaluation at this step is recorded."""
         own = (record for record in self._records if record["stage"] == self._stage and record["step"] == step)
         return any("learning_rate" not in record for record in own)
+
+    def best_step(self, best: str, steps: Iterable[int]) -> int | None:
+        """See `records.best_step`."""
+        return best_step(self._records, best, steps)
 
     def write(self, step: int, metrics: dict[str, Any], **remarks: Any) -> None:
         """Records metrics: scalars, and vectors with an entry for each group. Remarks go only to the file."""

@@ -5,10 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import traverse_util
 
 from lattejax.errors import UserError, parsing
 from lattejax.files import read_json
@@ -16,12 +14,11 @@ from lattejax.models.autoencoders import Autoencoder, NetworkConfig
 from lattejax.models.dc_ae import DCAEConfig, Stage
 from lattejax.models.functional import Params
 from lattejax.models.taesd import TAESDConfig
-from lattejax.weights import shards
+from lattejax.weights.convolutions import assemble
 from lattejax.weights.shards import Shards
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 TAESD_FILES = {"encoder": "*_encoder.safetensors", "decoder": "*_decoder.safetensors"}
-LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
 def is_autoencoder(directory: epath.Path) -> bool:
@@ -179,22 +176,4 @@ def read_taesd(encoder: epath.Path, decoder: epath.Path) -> tuple[TAESDConfig, P
 
 
 def _assemble(config: NetworkConfig, shapes: Mapping, read_tensor: Callable[[str], np.ndarray], source: Any) -> Params:
-    paths = traverse_util.flatten_dict(jax.eval_shape(Autoencoder(config).init, jax.random.key(0)), sep="/")
-    names = {path: _name(path) for path in paths}
-    shards.check_tensors(shapes, {names[path]: _to_torch(array.shape) for path, array in paths.items()}, source)
-    weights = {path: jnp.asarray(_from_torch(read_tensor(name)), jnp.float32) for path, name in names.items()}
-    return traverse_util.unflatten_dict(weights, sep="/")
-
-
-def _name(path: str) -> str:
-    module, leaf = path.rsplit("/", 1)
-    return f"{module.replace('/', '.')}.{LEAVES[leaf]}"
-
-
-def _to_torch(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[height, width, in, out] becomes PyTorch's [out, in, height, width], and [in, out] its [out, in]."""
-    return (*shape[::-1][:2], *shape[:-2])
-
-
-def _from_torch(tensor: np.ndarray) -> np.ndarray:
-    return np.moveaxis(tensor, (0, 1), (-1, -2)) if tensor.ndim > 1 else tensor
+    return assemble(jax.eval_shape(Autoencoder(config).init, jax.random.key(0)), shapes, read_tensor, source)

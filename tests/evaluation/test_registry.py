@@ -80,11 +80,11 @@ def test_scores_are_taken_as_the_config_schedules_them(registered, tmp_path):
 @pytest.mark.parametrize(
     "evaluators, named",
     [
-        ({"fid": {}}, "config.eval.evaluators.fid is unknown; use some of held_out_loss, answers"),
+        ({"vid": {}}, "config.eval.evaluators.vid is unknown; use some of held_out_loss, answers"),
         ({"brightness": {"every": 3, "images": 1}}, r"every=3 must be a multiple of eval\.every=2"),
         ({"brightness": {"images": 0}}, "images=0 must be positive"),
         ({"brightness": {"count": 1}}, "unexpected keyword argument 'count'"),
-        ({"mine": {"type": "fid"}}, "config.eval.evaluators.mine.type='fid' is unknown; use some of held_out_loss"),
+        ({"mine": {"type": "vid"}}, "config.eval.evaluators.mine.type='vid' is unknown; use some of held_out_loss"),
         ({"brightness": {"at": "noon", "images": 1}}, "at='noon' must be one of training, end, demand, never"),
         ({"brightness": {"at": "end", "every": 2, "images": 1}}, "every=2 needs at='training'"),
         ({"answers": {"examples": -1}}, "evaluators.answers: examples=-1 must be from 0"),

@@ -1,0 +1,161 @@
+"""A set of pictures and their features on disk, in parts: a killed command resumes at the part it was working on.
+
+set.json     the settings that determine the set
+00007.npz    part 7: `pool`, `spatial` and `logits` of its pictures, and in `pictures` those that are kept
+
+Every part is written atomically by the first process.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Float, Int, UInt8
+
+from lattejax.errors import UserError, parsing
+from lattejax.evaluation.features import FeatureExtractor
+from lattejax.files import check_file, check_space, read_json, remove_leftovers, write_atomically, write_with
+from lattejax.models.inception import CLASSES, POOL, SPATIAL, Features
+from lattejax.parallel import hosts
+
+SET, PICTURES = "set.json", "pictures"
+BYTES = 4 * (POOL + SPATIAL + CLASSES)  # of a picture's features
+BLOCKS_IN_MEMORY = 64  # of pool_3 features, for precision and recall
+
+ReadPictures = Callable[[Int[np.ndarray, "n"]], UInt8[np.ndarray, "n H W 3"]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """A set of pictures in a directory; see `open`."""
+
+    directory: epath.Path
+    part: int
+    kept: Bool[np.ndarray, "N"]
+
+    @classmethod
+    def open(
+        cls,
+        directory: epath.Path,
+        settings: dict[str, Any],
+        *,
+        part: int,
+        kept: Bool[np.ndarray, "N"],
+        picture: tuple[int, ...],
+    ) -> "Parts":
+        """Starts a set, or resumes it.
+
+        Args:
+          directory: where it is.
+          settings: what determines the set; it must be the same when it is resumed.
+          part: pictures in a part.
+          kept: for each of the N pictures, whether the picture itself is kept beside its features.
+          picture: the shape of a picture.
+
+        Raises:
+          UserError: the directory has another set, or the disk has no room for this one.
+        """
+        settings = json.loads(json.dumps(settings | {"total": len(kept), "part": part, "kept": int(kept.sum())}))
+        if (directory / SET).exists():
+            found = read_json(directory / SET)
+            if other := [key for key in settings | found if settings.get(key) != found.get(key)]:
+                raise UserError(
+                    f"{directory} holds parts of another set, with another {', '.join(other)}; remove it, or choose "
+                    "another --out"
+                )
+        elif hosts.is_first():
+            size = len(kept) * BYTES + int(kept.sum()) * int(np.prod(picture))
+            check_space(directory, size, f"{len(kept):,} pictures' features in {directory}")
+            write_atomically(directory / SET, (json.dumps(settings, indent=2) + "\n").encode())
+        hosts.wait_for_all(f"{directory} is open")
+        if hosts.is_first():
+            remove_leftovers(directory)
+        return cls(directory, part, kept)
+
+    def __len__(self) -> int:
+        """The number of parts."""
+        return -(-len(self.kept) // self.part)
+
+    def rows(self, index: int) -> Int[np.ndarray, "n"]:
+        """The indices of a part's pictures."""
+        return np.arange(index * self.part, min((index + 1) * self.part, len(self.kept)))
+
+    def fill(self, read: ReadPictures, extractor: FeatureExtractor, name: str) -> None:
+        """Makes the parts that are missing, in their order; all processes must call it.
+
+        Args:
+          read: returns the pictures of these indices, on every process.
+          extractor: computes their features.
+          name: what is made, for progress on standard error.
+        """
+        exist = hosts.from_first(np.array([self._file(i).exists() for i in range(len(self))], bool))
+        missing, started = np.flatnonzero(~exist).tolist(), time.monotonic()
+        for done, index in enumerate(missing, 1):
+            rows = self.rows(index)
+            pictures = read(rows)
+            features = extractor(pictures)
+            if not hosts.is_first():
+                continue
+            arrays = features._asdict() | {PICTURES: pictures[self.kept[rows]]}
+            write_with(self._file(index), lambda file, arrays=arrays: np.savez(file, **arrays))
+            left = (time.monotonic() - started) / done * (len(missing) - done)
+            ready = int(np.minimum(exist.sum() + done, len(self)) * self.part)
+            print(
+                f"{name}: {min(ready, len(self.kept)):,} of {len(self.kept):,} pictures, {_remaining(left)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def features(self) -> Iterator[Features]:
+        """The features of all pictures, in their order."""
+        for index in range(len(self)):
+            yield Features(*self._read(index, *Features._fields))
+
+    def pictures(self) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
+        """The pictures that are kept."""
+        for index in range(len(self)):
+            yield self._read(index, PICTURES)[0]
+
+    @property
+    def pool(self) -> "PoolBlocks":
+        return PoolBlocks(self)
+
+    def remove(self) -> None:
+        """Removes the set."""
+        self.directory.rmtree()
+
+    def _file(self, index: int) -> epath.Path:
+        return self.directory / f"{index:05d}.npz"
+
+    def _read(self, index: int, *names: str) -> list[np.ndarray]:
+        file = self._file(index)
+        check_file(file, math.inf)
+        with parsing(f"{file}, which may be removed to make it again,"), file.open("rb") as opened:
+            arrays = np.load(opened, allow_pickle=False)
+            return [arrays[name] for name in names]
+
+
+class PoolBlocks:
+    """The pool_3 features of a set, a part at a time, see `precision_recall.Blocks`."""
+
+    def __init__(self, parts: Parts):
+        self._parts = parts
+        self._read = functools.lru_cache(maxsize=BLOCKS_IN_MEMORY)(lambda index: parts._read(index, "pool")[0])
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, index: int) -> Float[np.ndarray, "n 2048"]:
+        return self._read(index)
+
+
+def _remaining(seconds: float) -> str:
+    minutes = -(-round(seconds) // 60)
+    return "complete" if not seconds else f"{minutes // 60} h {minutes % 60:02d} min left"

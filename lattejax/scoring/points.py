@@ -1,0 +1,163 @@
+"""Scores that can be published: sets of pictures against a reference, one after the other, each resumable.
+
+The file of results is written after each set. Sets that it already has are not made again.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+import lattejax
+from lattejax.errors import UserError, parsing
+from lattejax.evaluation.adm import ReferenceFile, write_samples
+from lattejax.evaluation.features import PRECISION, FeatureExtractor
+from lattejax.evaluation.pictures import FEWEST, PUBLISHED, Reference, score_pictures
+from lattejax.files import read_json, write_atomically
+from lattejax.leases import one_writer
+from lattejax.parallel import hosts
+from lattejax.scoring.parts import Parts, ReadPictures
+from lattejax.scoring.reference import open_reference, parts_directory
+
+REFERENCE = "reference"  # the directory of its parts
+OF_POINTS = ("guidance", "num_steps")  # settings that may differ between the results of a file
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Point:
+    """One set of pictures to score."""
+
+    name: str  # of its files
+    settings: dict[str, Any]  # everything that determines the pictures
+    shape: tuple[int, int, int, int]
+    open: Callable[[], ReadPictures]  # called only if its pictures must be read
+
+
+def score_points(
+    points: Sequence[Point],
+    reference: ReferenceFile,
+    extractor: FeatureExtractor,
+    out: epath.Path,
+    *,
+    part: int,
+    keep_pictures: bool,
+) -> list[dict[str, Any]]:
+    """Scores every point, and returns the results, which are also in `out`; all processes must call it.
+
+    Args:
+      points: the sets.
+      reference: what they are compared with.
+      extractor: computes features.
+      out: the .json file of results.
+      part: pictures in a part of the work.
+      keep_pictures: whether each set is also written as a sample file of ADM's evaluator, beside `out`.
+
+    Raises:
+      UserError: a set has too few pictures, `out` has results that cannot be compared with these, or another process
+        writes them.
+    """
+    for point in points:
+        if point.shape[0] < FEWEST:
+            raise UserError(f"{point.shape[0]} pictures are too few to score; at least {FEWEST} are needed")
+    judged = {"inception_sha256": extractor.weights.sha256, "reference_sha256": reference.sha256}
+    wanted = [json.loads(json.dumps(point.settings | judged)) for point in points]
+    directory = parts_directory(out)
+    with one_writer(directory, str(out)) if hosts.is_first() else contextlib.nullcontext():
+        results = _earlier(out, wanted[0])
+        missing = [(p, own) for p, own in zip(points, wanted, strict=True) if _find(results, own) is None]
+        hosts.wait_for_all("earlier results are read")
+        if missing:
+            compared = open_reference(reference, directory / REFERENCE, extractor, part)
+        for point, settings in missing:
+            figures = _score(point, compared, extractor, out, directory / point.name, part, keep_pictures)
+            if hosts.is_first():
+                results.append(_record(figures, settings, extractor, reference, compared))
+                write_atomically(out, (json.dumps({"results": results}, indent=2) + "\n").encode())
+        if hosts.is_first():
+            _remove(directory, [point.name for point in points])
+        hosts.wait_for_all("the results are written")
+    return [found for settings in wanted if (found := _find(results, settings)) is not None]
+
+
+def _score(
+    point: Point,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    out: epath.Path,
+    directory: epath.Path,
+    part: int,
+    keep_pictures: bool,
+) -> dict[str, float]:
+    """Makes the set, and returns its figures on the first process."""
+    settings = point.settings | {"inception_sha256": extractor.weights.sha256}
+    kept = np.full(point.shape[0], keep_pictures)
+    parts = Parts.open(directory, settings, part=part, kept=kept, picture=point.shape[1:])
+    parts.fill(point.open(), extractor, point.name)
+    if not hosts.is_first():
+        return {}
+    if keep_pictures:
+        write_samples(out.with_name(f"{out.stem}_{point.name}.npz"), point.shape, parts.pictures())
+    return score_pictures(parts.features(), point.shape[0], parts.pool, reference)
+
+
+def _record(
+    figures: dict[str, float],
+    settings: dict[str, Any],
+    extractor: FeatureExtractor,
+    file: ReferenceFile,
+    reference: Reference,
+) -> dict[str, Any]:
+    """A result: figures, what determined them, and where they were computed."""
+    monitor = []
+    if settings["num"] != PUBLISHED:
+        monitor.append(f"{settings['num']:,} pictures, not {PUBLISHED:,}")
+    if not extractor.weights.are_published:
+        monitor.append("the Inception weights are not the published ones")
+    device = jax.devices()[0]
+    return {
+        "figures": figures,
+        "only_a_monitor_because": monitor,
+        "left_out": reference.left_out,
+        "settings": settings,
+        "reference": {
+            "file": str(file.path),
+            "description": file.description or "the file does not say how it was made",
+        },
+        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
+        "inception_precision": PRECISION,
+        "lattejax_version": lattejax.__version__,
+        "jax_version": jax.__version__,
+    }
+
+
+def _earlier(out: epath.Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results that a file has already; raises `UserError` if they differ in more than guidance and steps."""
+    if not out.exists():
+        return []
+    with parsing(f"{out}, which may be removed,"):
+        results = read_json(out)["results"]
+        for result in results:
+            found = result["settings"]
+            keys = [key for key in {**wanted, **found} if key not in OF_POINTS and found.get(key) != wanted.get(key)]
+            if keys:
+                changes = "; ".join(f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}" for key in sorted(keys))
+                raise UserError(f"{out} has results of other settings ({changes:.250}); choose another --out")
+    return results
+
+
+def _find(results: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any] | None:
+    return next((result for result in results if result["settings"] == settings), None)
+
+
+def _remove(directory: epath.Path, names: Sequence[str]) -> None:
+    """Removes the parts of these sets, and those of the reference unless another set is unfinished."""
+    for name in names:
+        if (directory / name).exists():
+            (directory / name).rmtree()
+    if directory.exists() and not any(each.name != REFERENCE for each in directory.iterdir()):
+        directory.rmtree()

@@ -1,0 +1,331 @@
+"""Published scores: sets that resume, files that ADM's evaluator shares, results that say what they are."""
+
+import itertools
+import json
+import random
+import types
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lattejax.data.examples import Drawing, Prompt
+from lattejax.data.images import square
+from lattejax.errors import UserError
+from lattejax.evaluation.adm import ReferenceFile, SampleFile, write_reference, write_samples
+from lattejax.evaluation.frechet import Gaussian, frechet_distance
+from lattejax.evaluation.sample_sets import Asked, SetDrawer
+from lattejax.files import resolve_path
+from lattejax.flow.schedule import Sampling
+from lattejax.models import latte_flow, qwen2_vl
+from lattejax.models.autoencoders import Autoencoder
+from lattejax.models.inception import POOL, SPATIAL
+from lattejax.models.pixels import PixelConfig
+from lattejax.sampling.images import ImageSampler
+from lattejax.scoring.points import Point, score_points
+from lattejax.scoring.reference import make_reference
+from lattejax.scoring.sources import open_folder, open_reference_source, open_samples
+from lattejax.scoring.table import write_table
+from tests.helpers import encoder_for, randomize, tiny_config
+from tests.pixel_features import PixelFeatures, random_pictures
+
+CONFIG = tiny_config()
+ENCODER = encoder_for(CONFIG)
+PROMPTS = [f"a handwritten {digit}" for digit in ("seven", "two", "four")]
+
+
+@pytest.fixture(scope="module")
+def sampler() -> ImageSampler:
+    model = CONFIG.model_config
+    params = latte_flow.init(model, qwen2_vl.init(model.vlm, jax.random.key(0)), jax.random.key(1))
+    return ImageSampler(model, Autoencoder(PixelConfig()), ENCODER, latte_flow.unstack(randomize(params, 2, 0.1)), {})
+
+
+def drawer(sampler: ImageSampler, batch_size: int = 16, guidance: float = 2.0) -> SetDrawer:
+    asked = Asked.texts(ENCODER, PROMPTS, "a test")
+    return SetDrawer(sampler, asked, Sampling(3, guidance), batch_size=batch_size, seed=5)
+
+
+def point(read, total: int, guidance: float = 2.0, **settings) -> Point:
+    settings = {"num": total, "guidance": guidance, "num_steps": 3} | settings
+    return Point(f"guidance_{guidance:g}", settings, (total, 8, 8, 3), lambda: read)
+
+
+REFERENCE_PICTURES = random_pictures(60)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> ReferenceFile:
+    directory = tmp_path_factory.mktemp("reference")
+    np.savez(directory / "pictures.npz", arr_0=REFERENCE_PICTURES)
+    out = directory / "reference.npz"
+    source = open_samples(str(directory / "pictures.npz"), 25, None)
+    make_reference(source, resolve_path(out), PixelFeatures(), pictures=20, part=25)
+    return ReferenceFile.open(str(out))
+
+
+def score(points, reference, out, part=16, keep_pictures=True):
+    return score_points(points, reference, PixelFeatures(), resolve_path(out), part=part, keep_pictures=keep_pictures)
+
+
+# ---- Sets
+
+
+def test_a_set_that_is_interrupted_is_the_set_that_was_not(sampler, reference, tmp_path):
+    """200 drawings, stopped six times while they are drawn or judged; each time the finished parts stay."""
+    total, draw = 200, drawer(sampler)
+    [expected] = score([point(draw, total)], reference, tmp_path / "whole.json")
+    drawn, stops = [], [0, 48, 48, 96, 160, 192]
+
+    class Stopped(Exception):
+        pass
+
+    def interrupted(samples: np.ndarray) -> np.ndarray:
+        drawn.extend(samples.tolist())
+        if stops and samples[0] == stops[0]:
+            del stops[0]
+            raise Stopped
+        return draw(samples)
+
+    for _ in itertools.count():
+        try:
+            [result] = score([point(interrupted, total)], reference, tmp_path / "parts.json")
+            break
+        except Stopped:
+            assert (tmp_path / "parts.json.parts").is_dir() and not (tmp_path / "parts.json").exists()
+    assert not stops and len(drawn) == total + 5 * 16 + 8, "each stopped part again, and nothing else"
+    assert result == expected
+    assert (tmp_path / "parts_guidance_2.npz").read_bytes() == (tmp_path / "whole_guidance_2.npz").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir() if "parts" in path.name) == [
+        "parts.json",
+        "parts_guidance_2.npz",
+    ]
+
+
+def test_a_set_does_not_depend_on_its_batches(sampler):
+    samples = np.arange(3, 12)
+    expected = drawer(sampler)(samples).astype(int)
+    assert np.abs(drawer(sampler, 4)(samples) - expected).max() <= 1
+    assert np.abs(drawer(sampler)(samples[5:]) - expected[5:]).max() <= 1
+
+
+def test_sample_i_has_prompt_i_and_noise_i(sampler):
+    """Equal to the sampler's own set of the same prompt: sample i of it has noise i too."""
+    samples = np.arange(9)
+    drawn = drawer(sampler)(samples).astype(int)
+    for which, text in enumerate(PROMPTS[:2]):
+        own = sampler([ENCODER.drawing(text)], Sampling(3, 2.0), images_per_prompt=9, batch_size=9, seed=5)
+        assert np.abs(own[which::3] - drawn[which::3]).max() <= 1
+
+
+def test_the_prompts_of_data_are_all_its_captions_or_those_of_held_out_pictures():
+    class Drawings:
+        def __len__(self):
+            return 4
+
+        def __getitems__(self, rows):
+            return [Drawing(np.zeros(1), (Prompt(f"a {row}"), Prompt("another"))) for row in rows]
+
+    source = types.SimpleNamespace(captions=tuple(PROMPTS), identities=("x",), drawings=lambda *_: Drawings())
+    listed = Asked.of_data(CONFIG, source, ENCODER)
+    assert listed.count == 3
+    assert listed.encode([2])[0].input_ids.tolist() == ENCODER.drawing(PROMPTS[2]).input_ids.tolist()
+    source.captions = ()
+    held_out = Asked.of_data(CONFIG, source, ENCODER)
+    assert (held_out.count, held_out.what) == (4, "the captions of held-out pictures")
+    assert held_out.encode([3])[0].input_ids.tolist() == ENCODER.drawing("a 3").input_ids.tolist()
+
+
+# ---- Results
+
+
+def test_a_sweep_has_a_table_and_two_plots_and_adds_what_is_missing(sampler, reference, tmp_path):
+    out, drawn = tmp_path / "scores.json", []
+
+    def counted(guidance):
+        draw = drawer(sampler, guidance=guidance)
+        return lambda samples: [drawn.append(guidance), draw(samples)][1]
+
+    def points(*scales):
+        return [point(counted(scale), 12, scale) for scale in scales]
+
+    score(points(1.0), reference, out, keep_pictures=False)
+    results = score(points(2.0, 1.0, 4.0), reference, out, keep_pictures=False)
+    assert drawn == [1.0, 2.0, 4.0], "that of guidance 1 is there already"
+    assert [result["settings"]["guidance"] for result in results] == [2.0, 1.0, 4.0]
+    assert len(json.loads(out.read_text())["results"]) == 3 and not list(tmp_path.glob("*.npz"))
+    table = write_table(resolve_path(out), results)
+    assert table == (tmp_path / "scores.md").read_text()
+    assert table.startswith("| guidance | steps | fid | sfid | inception score | precision | recall |")
+    assert f"| 2 | 3 | {results[0]['figures']['fid']:.4g} |" in table
+    assert "Only a monitor: 12 pictures, not 50,000; the Inception weights are not the published ones." in table
+    for name in ("guidance", "steps"):
+        assert Image.open(tmp_path / f"scores_by_{name}.png").width > 1000
+    with pytest.raises(UserError, match=r"results of other settings \(seed: None -> 1\); choose another --out"):
+        score([point(counted(1.0), 12, 1.0, seed=1)], reference, out)
+
+
+def test_a_result_is_what_its_pictures_give_and_names_what_determined_it(reference, tmp_path):
+    pictures = random_pictures(30, 1)
+    [result] = score([point(lambda rows: pictures[rows], 30)], reference, tmp_path / "a.json")
+    features = [PixelFeatures()(images).pool for images in (pictures, REFERENCE_PICTURES)]
+    assert result["figures"]["fid"] == pytest.approx(frechet_distance(*features), rel=1e-9)
+    assert set(result["figures"]) == {"fid", "sfid", "inception_score", "precision", "recall"}
+    assert result["settings"]["reference_sha256"] == reference.sha256
+    assert result["settings"]["inception_sha256"] == "of pixels"
+    assert result["reference"]["description"]["num"] == 60
+    assert "cpu" in result["device"] and "highest" in result["inception_precision"]
+    assert np.load(tmp_path / "a_guidance_2.npz")["arr_0"].tobytes() == pictures.tobytes()
+    [same] = score([point(lambda rows: REFERENCE_PICTURES[rows], 60)], reference, tmp_path / "same.json")
+    assert result["figures"]["fid"] > 100 * abs(same["figures"]["fid"])
+
+
+def test_too_few_pictures_and_other_parts_are_refused(reference, tmp_path):
+    pictures = random_pictures(30)
+    with pytest.raises(UserError, match="9 pictures are too few to score; at least 10"):
+        score([point(lambda rows: pictures[rows], 9)], reference, tmp_path / "a.json")
+
+    def stopped(rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score([point(stopped, 30)], reference, tmp_path / "a.json")
+    with pytest.raises(UserError, match="parts of another set, with another num, total, kept; remove it"):
+        score([point(stopped, 20)], reference, tmp_path / "a.json", part=16)
+
+
+# ---- Files of ADM's evaluator
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed], ids=["stored", "compressed"])
+def test_sample_files_are_read_in_blocks(save, tmp_path):
+    pictures = random_pictures(11)
+    save(tmp_path / "samples.npz", other=np.ones(3), arr_0=pictures)
+    file = SampleFile.open(str(tmp_path / "samples.npz"))
+    assert file.shape == (11, 8, 8, 3)
+    for size in (4, 11, 100):
+        assert np.array_equal(np.concatenate(list(file.blocks(size))), pictures)
+    source = open_samples(str(tmp_path / "samples.npz"), 4, 9)
+    assert np.array_equal(source.read(np.arange(4, 8)), pictures[4:8]), "the first part was there already"
+    assert np.array_equal(source.read(np.arange(8, 9)), pictures[8:9])
+    with pytest.raises(UserError, match=r"--num=12, but .* has 11 pictures"):
+        open_samples(str(tmp_path / "samples.npz"), 4, 12)
+
+
+def test_files_are_written_as_numpy_reads_them_and_always_the_same(tmp_path):
+    pictures, paths = random_pictures(7), [resolve_path(tmp_path / name) for name in ("a.npz", "b.npz")]
+    for path, blocks in zip(paths, ([pictures], [pictures[:3], pictures[3:]]), strict=True):
+        write_samples(path, pictures.shape, blocks)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert np.array_equal(np.load(paths[0])["arr_0"], pictures)
+    with pytest.raises(ValueError, match="3 pictures were written, not 7"):
+        write_samples(resolve_path(tmp_path / "c.npz"), pictures.shape, [pictures[:3]])
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_a_reference_file_has_the_layout_of_adms(reference):
+    with np.load(reference.path) as arrays:
+        assert set(arrays.files) == {"mu", "sigma", "mu_s", "sigma_s", "arr_0", "description"}
+        pool, pictures = PixelFeatures()(REFERENCE_PICTURES).pool, arrays["arr_0"]
+        np.testing.assert_allclose(arrays["mu"], pool.mean(axis=0), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(arrays["sigma"], np.cov(pool, rowvar=False), rtol=1e-4, atol=1e-7)
+    kept = sorted(np.random.default_rng(0).permutation(60)[:20])
+    assert np.array_equal(pictures, REFERENCE_PICTURES[kept]), "a fixed choice, in its order"
+
+
+def test_a_reference_without_some_parts_leaves_out_their_scores(reference, tmp_path):
+    """pytorch-fid's files have mu and sigma alone; a sample file has pictures alone, and gives all."""
+    pictures = random_pictures(30, 1)
+    points = [point(lambda rows: pictures[rows], 30)]
+    with np.load(reference.path) as arrays:
+        np.savez(tmp_path / "pytorch_fid.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+    [result] = score(points, ReferenceFile.open(str(tmp_path / "pytorch_fid.npz")), tmp_path / "a.json")
+    assert set(result["figures"]) == {"fid", "inception_score"}
+    assert set(result["left_out"]) == {"sfid", "precision", "recall"}
+    np.savez(tmp_path / "samples.npz", arr_0=REFERENCE_PICTURES)
+    [of_samples] = score(points, ReferenceFile.open(str(tmp_path / "samples.npz")), tmp_path / "b.json")
+    assert of_samples["figures"]["fid"] == pytest.approx(result["figures"]["fid"], rel=1e-9)
+    assert len(of_samples["figures"]) == 5 and not of_samples["left_out"]
+
+
+BAD_REFERENCES = {
+    "nothing": ({"other": np.ones(3)}, "neither mu and sigma nor arr_0; it has other"),
+    "floats": ({"arr_0": np.ones((2, 8, 8, 3))}, r"arr_0 of float64 \[2, 8, 8, 3\]; expected uint8"),
+    "another network": ({"mu": np.ones(3), "sigma": np.ones((3, 3))}, r"shapes \(3,\) and \(3, 3\), not \(2048,\)"),
+    "not finite": ({"mu": np.full(POOL, np.nan), "sigma": np.ones((POOL, POOL))}, "not finite"),
+    "objects": ({"mu": np.array([{}]), "sigma": np.ones(3)}, "cannot be read: ValueError: Object arrays"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_REFERENCES)
+def test_a_reference_that_does_not_fit_is_refused(what, tmp_path):
+    arrays, named = BAD_REFERENCES[what]
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=named):
+        ReferenceFile.open(str(tmp_path / "a.npz"))
+
+
+def test_damaged_files_are_read_or_refused(tmp_path):
+    gaussian = Gaussian(np.zeros(POOL), np.eye(POOL))
+    spatial = Gaussian(np.zeros(SPATIAL), np.eye(SPATIAL))
+    write_reference(resolve_path(tmp_path / "a.npz"), gaussian, spatial, (2, 8, 8, 3), [random_pictures(2)], {})
+    whole, chance = (tmp_path / "a.npz").read_bytes(), random.Random(0)
+    for damaged in [b"", b"PK", whole[:1000], whole[:-30]]:
+        (tmp_path / "b.npz").write_bytes(damaged)
+        with pytest.raises(UserError):
+            ReferenceFile.open(str(tmp_path / "b.npz"))
+    small = tmp_path / "small.npz"
+    write_samples(resolve_path(small), (2, 8, 8, 3), [random_pictures(2)])
+    data = small.read_bytes()
+    assert zipfile.is_zipfile(small)
+    for _ in range(100):
+        flipped = bytearray(data)
+        flipped[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        small.write_bytes(flipped)
+        try:
+            assert sum(map(len, SampleFile.open(str(small)).blocks())) in (1, 2)
+        except UserError as error:
+            assert "small.npz" in str(error)
+
+
+# ---- Sources
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths_and_cropped(tmp_path):
+    (tmp_path / "b").mkdir()
+    sizes = {"b/1.jpg": (40, 30), "a.png": (20, 50), "c.webp": (16, 16)}
+    for i, (name, size) in enumerate(sizes.items()):
+        Image.fromarray(random_pictures(1, i, 64)[0]).resize(size).save(tmp_path / name)
+    (tmp_path / "text.txt").write_text("not a picture")
+    source = open_folder(str(tmp_path), 16)
+    assert source.shape == (3, 16, 16, 3) and source.preprocessing == "ADM centre crop to 16 pixels"
+    read = source.read(np.arange(3))
+    for index, name in enumerate(["a.png", "b/1.jpg", "c.webp"]):
+        assert np.array_equal(read[index], square(Image.open(tmp_path / name), 16))
+    assert open_folder(str(tmp_path), 8).identity != source.identity
+
+
+def test_latents_are_decoded(earlier):
+    settings = dict(workdir=None, split="test", autoencoder="pixels", size=None, part=10)
+    source = open_reference_source(str(earlier / "latents"), **settings)
+    kept = np.load(earlier / "records.npz")["latents"][-source.shape[0] :]
+    expected = np.clip(127.5 * kept.repeat(3, axis=-1) + 128, 0, 255).astype(np.uint8)
+    assert np.array_equal(source.read(np.arange(source.shape[0])), expected)
+    of_run = open_reference_source("data", **settings | {"workdir": str(earlier / "run"), "autoencoder": None})
+    assert of_run.shape[1:] == (8, 8, 3) and "decoded from latents of pixels" in of_run.preprocessing
+
+
+def test_a_source_that_is_none_is_refused(tmp_path, earlier):
+    settings = dict(workdir=None, split="train", autoencoder=None, size=None, part=10)
+    (tmp_path / "empty").mkdir()
+    for path, changes, named in (
+        ("data", {}, "add its --workdir"),
+        (str(tmp_path / "nothing"), {}, "is no folder of pictures, no latents and no .npz"),
+        (str(tmp_path / "empty"), {}, "add --image_size"),
+        (str(tmp_path / "empty"), {"size": 8}, "has no pictures"),
+        (str(earlier / "latents"), {}, "add --autoencoder"),
+    ):
+        with pytest.raises(UserError, match=named):
+            open_reference_source(path, **settings | changes)
