@@ -7,9 +7,10 @@ an autoencoder, DC-AE or TAESD, with the scale of its latents where the checkpoi
 
 python -m lattejax.convert --source=mit-han-lab/dc-ae-f32c32-in-1.0-diffusers --scale=0.3189 --out=weights/dc_ae_in
 
-and a run's average weights to safetensors, in a directory that `sample` and `chat` read like a run's:
+and a run's average weights to safetensors, with a model card: a directory that is ready for the hub, and that `sample`
+and `chat` read like a run's:
 
-python -m lattejax.convert --source=runs/digits --to=safetensors --out=exported/digits
+python -m lattejax.convert --source=runs/digits --to=safetensors --license=apache-2.0 --out=exported/digits
 """
 
 from absl import flags
@@ -17,6 +18,8 @@ from absl import flags
 from lattejax import cli
 from lattejax.errors import UserError
 from lattejax.models.autoencoders import Scale, Shift
+from lattejax.runs.licences import PAGE, UNKNOWN
+from lattejax.runs.publishing import export
 from lattejax.runs.run import Run
 from lattejax.weights import autoencoders, diffusers, hugging_face, pretrained
 from lattejax.weights.pretrained import Pretrained
@@ -32,6 +35,10 @@ TO = flags.DEFINE_enum(
 SCALE = cli.define_number("scale", None, "Scale of an autoencoder's latents; default: as its checkpoint states.", Scale)
 SHIFT = cli.define_number("shift", None, "Shift of an autoencoder's latents, before they are scaled.", Shift)
 CHECKPOINT = cli.define_checkpoint()
+LICENSE = flags.DEFINE_string(
+    "license", UNKNOWN, f"The licence of an exported run's weights, as the hub names it: {PAGE}."
+)
+SCORES = cli.define_paths("scores", "A file of `evaluate --reference --out` for the model card; repeatable.")
 flags.mark_flags_as_required(["source", "out"])
 
 
@@ -39,8 +46,9 @@ def main() -> None:
     of_autoencoder = TO.value == "lattejax" and diffusers.is_autoencoder(hugging_face.find(SOURCE.value))
     if not of_autoencoder and (SCALE.value, SHIFT.value) != (None, None):
         raise UserError("--scale and --shift are only for the conversion of an autoencoder; leave them out")
-    if CHECKPOINT.value and TO.value != "safetensors":
-        raise UserError("--checkpoint is only for the export of a run, --to=safetensors; leave it out")
+    for name in ("checkpoint", "license", "scores"):
+        if flags.FLAGS[name].present and TO.value != "safetensors":
+            raise UserError(f"--{name} is only for the export of a run, --to=safetensors; leave it out")
     if of_autoencoder:
         autoencoders.convert(SOURCE.value, OUT.value, SCALE.value, SHIFT.value)
     elif TO.value == "lattejax":
@@ -48,7 +56,7 @@ def main() -> None:
     elif TO.value == "hf":
         Pretrained.open(SOURCE.value).write_hugging_face(OUT.value)
     else:
-        Run.open(SOURCE.value, checkpoint=CHECKPOINT.value).export(OUT.value)
+        export(Run.open(SOURCE.value, checkpoint=CHECKPOINT.value), OUT.value, LICENSE.value, SCORES.value)
     print(f"{OUT.value} is complete")
 
 

@@ -17,6 +17,7 @@ from lattejax.errors import UserError
 from lattejax.flow.schedule import Sampling
 from lattejax.runs.data import open_data
 from lattejax.runs.inference import inference_weights
+from lattejax.runs.publishing import export
 from lattejax.runs.run import Run
 from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.sampling.images import ImageSampler
@@ -54,7 +55,7 @@ def test_a_run_gives_the_same_answer(earlier):
 
 
 def test_a_run_is_exported(earlier, tmp_path):
-    Run.open(earlier / "run").export(tmp_path / "export")
+    export(Run.open(earlier / "run"), tmp_path / "export")
     assert_draws(tmp_path / "export", earlier, "run")
 
 

@@ -13,7 +13,7 @@ from lattejax.data import tokenizer as tokenizers
 from lattejax.data.identity import Identity
 from lattejax.data.prompts import PromptEncoder, prompt_encoder
 from lattejax.errors import UserError
-from lattejax.files import new_directory, read_json, resolve_path, write_atomically
+from lattejax.files import read_json, resolve_path, write_atomically
 from lattejax.models import functional, latte_flow
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
@@ -24,7 +24,7 @@ from lattejax.runs.checkpoints import Checkpoints
 from lattejax.runs.records import best_step, read_records
 from lattejax.runs.shapes import abstract_params, abstract_trained
 from lattejax.runs.workdir import Workdir
-from lattejax.weights import shards, trees
+from lattejax.weights import hugging_face, shards, trees
 from lattejax.weights.autoencoders import StoredAutoencoder
 from lattejax.weights.pretrained import Pretrained, is_converted
 
@@ -40,9 +40,9 @@ class Run:
 
     @classmethod
     def open(cls, path: epath.PathLike, mesh: Mesh | None = None, checkpoint: str = "") -> "Run":
-        """Opens a run, for one device if no mesh is given. Raises `UserError` if there is none, or
-        it lacks the checkpoint that is asked for."""
-        workdir = Workdir.at(path)
+        """Opens a run or an export, also hf://owner/name of the hub, for one device if no mesh is given. Raises
+        `UserError` if there is none, or it lacks the checkpoint that is asked for."""
+        workdir = Workdir.at(hugging_face.on_disk(path))
         if not workdir.config.exists():
             raise UserError(f"{path} is not the workdir of a run: it has no config.json")
         run = cls(workdir, configuration.load(workdir.config), one_device() if mesh is None else mesh, checkpoint)
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def is_export(self) -> bool:
-        """Whether this was written by `export`: it has weights, but cannot resume training."""
+        """Whether this is an export, see `runs.publishing`: it has weights, but cannot resume training."""
         return shards.are_stored(self.workdir.path)
 
     @property
@@ -171,22 +171,10 @@ class Run:
             return self.params()["vlm"]
         return self.pretrained_vlm()
 
-    def export(self, out: epath.PathLike) -> None:
-        """Writes the run's average weights as safetensors, in a directory that can be opened like a run's.
-
-        Raises:
-          UserError: `out` exists or is remote, or the run has no checkpoint of the pathway.
-        """
-        shards.check_local(resolve_path(out))
-        with new_directory(out) as directory:
-            exports.write(directory, self.params())
-            tokenizers.save(self.encoder.tokenizer, Workdir(directory).tokenizer)
-            Identity.load(self.workdir.autoencoder).save(Workdir(directory).autoencoder)
-            configuration.save(self.config, Workdir(directory).config)
-
 
 def open_vlm(path: epath.PathLike, mesh: Mesh | None = None) -> Run | Pretrained:
-    """Opens a VLM to start from: converted weights, or a run (for `mesh`, see `Run.open`)."""
+    """Opens a VLM to start from: converted weights, or a run or an export (see `Run.open`)."""
+    path = hugging_face.on_disk(path)
     return Pretrained.open(path) if is_converted(resolve_path(path)) else Run.open(path, mesh)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lattejax.files import read_json
+from lattejax.runs.results import final_scores
 from lattejax.runs.run import Run
 from lattejax.serving.limits import Limits
 
@@ -32,7 +32,7 @@ def make_card(run: Run, name: str, workdir: str, limits: Limits) -> dict[str, An
         "dtype": config.dtype,
         "step": run.trained_step if not run.is_export else None,
         "groups": groups,
-        "scores": read_scores(run),
+        "scores": final_scores(run.workdir.results),
         "prompts": list(config.eval.prompts[:10]),
         "limits": {
             "n": limits.images_per_request,
@@ -40,15 +40,4 @@ def make_card(run: Run, name: str, workdir: str, limits: Limits) -> dict[str, An
             "prompt_tokens": limits.prompt_tokens,
             "context_tokens": limits.context_tokens,
         },
-    }
-
-
-def read_scores(run: Run) -> dict[str, float]:
-    """The figures of the run's final scores, by their names in results.json; none before it has ended."""
-    if not run.workdir.results.exists():
-        return {}
-    return {
-        name: value
-        for name, value in read_json(run.workdir.results).items()
-        if type(value) in (int, float) and name != "seconds"
     }

@@ -116,5 +116,6 @@ def convert(source: str, out: epath.PathLike, scale: float | None = None, shift:
         for part in ("encoder", "decoder"):
             trees.save_weights(directory / part, params[part])
         diffusers.write_geometry(checkpoint, network, directory)
-        record = {"source": source, "scale": autoencoder.scale, "shift": autoencoder.shift, "sha256": hashes}
+        record = {"source": source, "directory": str(checkpoint), "sha256": hashes}
+        record |= {"scale": autoencoder.scale, "shift": autoencoder.shift}
         (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n")

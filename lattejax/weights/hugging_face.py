@@ -5,7 +5,9 @@ shapes of tensors match it exactly. Tensors are then read one at a time, which b
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -25,6 +27,7 @@ with epy.lazy_imports():
     import transformers
 
 CONFIG = "config.json"
+HUB = "hf://"  # before the name of a repository
 # The files copied along with the weights: geometry, tokenizer, chat template, image processor, licence.
 SIDE_FILES = ("*.json", "*.txt", "*.jinja", "LICENSE*")
 
@@ -102,16 +105,37 @@ def find(source: str) -> epath.Path:
     directory = resolve_path(source)
     if is_remote(directory):
         raise UserError(f"--source={source} is remote; safetensors are read from a local disk: copy them there first")
-    if directory.is_dir():
-        return directory
+    return directory if directory.is_dir() else _download(source, None, f"--source={source}")
+
+
+def on_disk(path: epath.PathLike) -> epath.PathLike:
+    """Returns where the files of hf://owner/name or hf://owner/name@revision are, which are downloaded unless cached;
+    any other path unchanged."""
+    text = os.fspath(path)
+    if not text.startswith(HUB):
+        return path
+    name, _, revision = text.removeprefix(HUB).partition("@")
+    return _download(name, revision or None, text)
+
+
+def _download(name: str, revision: str | None, asked: str) -> epath.Path:
     try:
-        return epath.Path(huggingface_hub.snapshot_download(source, allow_patterns=["*.safetensors", *SIDE_FILES]))
+        patterns = ["*.safetensors", *SIDE_FILES]
+        return epath.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
-        raise UserError(f"--source={source} is neither a directory nor a hub id") from error
+        raise UserError(f"{asked} is neither a directory nor a hub id") from error
     except (HfHubHTTPError, OSError) as error:  # no such repository, no network, nothing cached
         raise UserError(
-            f"--source={source} is no directory, and cannot be downloaded from the hub: {type(error).__name__}: {error}"
+            f"{asked} is no directory, and cannot be downloaded from the hub: {type(error).__name__}: {error}"
         ) from error
+
+
+def hub_id(record: dict[str, Any]) -> str:
+    """The hub id that weights were converted from, by the record of the conversion; empty if it was a directory."""
+    source, directory = record.get("source"), record.get("directory")
+    if not isinstance(source, str) or not isinstance(directory, str):
+        return ""
+    return source if f"models--{source.replace('/', '--')}" in epath.Path(directory).parts else ""
 
 
 @dataclasses.dataclass(frozen=True)

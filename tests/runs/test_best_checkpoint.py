@@ -12,6 +12,7 @@ from lattejax.errors import UserError
 from lattejax.evaluation import registry
 from lattejax.evaluation.protocol import Report
 from lattejax.interrupts import Interrupted
+from lattejax.runs.publishing import export
 from lattejax.runs.records import best_step
 from lattejax.runs.run import Run
 from lattejax.training import stages
@@ -70,7 +71,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_chosen(given, tmp_path, monkeypa
     assert_same_bits(best.trained(), fourth.trained())
     with pytest.raises(AssertionError):
         assert_same_bits(best.trained(), last.trained())
-    best.export(tmp_path / "export")
+    export(best, tmp_path / "export")
     assert_same_bits(Run.open(tmp_path / "export").trained(), best.trained())
     for which in ("6", "first"):
         with pytest.raises(UserError, match=rf"no checkpoint '{which}'; it has those of the steps 4, 11, 12"):

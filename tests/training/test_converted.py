@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lattejax.errors import UserError
+from lattejax.runs.publishing import export
 from lattejax.runs.run import Run
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
@@ -58,35 +59,35 @@ def test_weights_of_another_vlm_are_refused_before_anything_is_written(change, n
 
 def test_an_export_holds_the_average_and_opens_like_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
-    run.export(tmp_path / "export")
+    export(run, tmp_path / "export")
     files = sorted((tmp_path / "export").glob("*.safetensors"))
     assert len(files) > 2
     stored = {name: array for file in files for name, array in load_file(file).items()}
     np.testing.assert_array_equal(stored["head.proj.weight"], run.trained()["head"]["proj"]["weight"])
 
-    export = Run.open(tmp_path / "export")
-    assert_same_bits(export.params(), run.params())
-    assert_same_bits(export.trained(), run.trained())
-    assert_same_bits(export.vlm(), run.vlm())
-    assert export.config == run.config
-    np.testing.assert_array_equal(export.encoder.drawing("a nine").input_ids, run.encoder.drawing("a nine").input_ids)
+    opened = Run.open(tmp_path / "export")
+    assert_same_bits(opened.params(), run.params())
+    assert_same_bits(opened.trained(), run.trained())
+    assert_same_bits(opened.vlm(), run.vlm())
+    assert opened.config == run.config
+    np.testing.assert_array_equal(opened.encoder.drawing("a nine").input_ids, run.encoder.drawing("a nine").input_ids)
 
     with pytest.raises(UserError, match="holds exported weights"):
         stages.train(run.config, tmp_path / "export", InterruptGuard())
     os.truncate(files[1], 500)
     with pytest.raises(UserError, match=f"{files[1].name} cannot be read"):
-        export.params()
+        opened.params()
 
 
 def test_a_run_starts_from_an_export(run, tmp_path):
-    run.export(tmp_path / "export")
+    export(run, tmp_path / "export")
     again = config(tmp_path / "export", train__init_from=str(tmp_path / "export"), train__steps=0)
     stages.train(again, tmp_path / "run", InterruptGuard())
     assert_same_bits(Run.open(tmp_path / "run").params(), run.params())
 
 
 def test_an_export_that_lacks_a_tensor_is_refused(run, tmp_path):
-    run.export(tmp_path / "export")
+    export(run, tmp_path / "export")
     file = tmp_path / "export" / "model.safetensors"
     stored = load_file(file)
     del stored["head.proj.weight"]
@@ -101,5 +102,5 @@ def test_an_untrained_run_is_not_exported(run, tmp_path):
         untrained.mkdir()
         for part in ("config.json", "tokenizer", "vlm"):
             os.symlink(run.workdir.path / part, untrained / part)
-        Run.open(untrained).export(tmp_path / "export")
+        export(Run.open(untrained), tmp_path / "export")
     assert not (tmp_path / "export").exists()
