@@ -87,7 +87,7 @@ def _model(run: Run, base: str, size: int) -> str:
         ("", ""),
         [
             ("variant", "Blend: image and text share the VLM's layers" if shared else "Couple: the VLM is frozen"),
-            ("VLM", f"{_count(weights['vlm']):,} parameters, Qwen2-VL's architecture{f', from {base}' if base else ''}"),
+            ("VLM", f"{_count(weights['vlm']):,} parameters, as in Qwen2-VL{f'; from {base}' if base else ''}"),
             ("trained to draw", f"{_count(abstract_trained(config)):,} parameters; {average}"),
             ("steps of that training", "not known here" if run.is_export else f"{run.trained_step:,}"),
             ("layers", f"{generation.text.num_layers}, in {generation.num_groups} timestep-expert groups of "
