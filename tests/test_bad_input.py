@@ -29,11 +29,13 @@ from lattejax.errors import LONGEST_LINE, UserError
 from lattejax.ranges import Range, range_of
 from lattejax.runs.data import open_data
 from lattejax.runs.records import read_records
+from lattejax.runs.results import read_results
 from lattejax.runs.run import Run
 from lattejax.training.checks import refuse_other_data
 from lattejax.weights.autoencoders import StoredAutoencoder
 from lattejax.weights.pretrained import Pretrained
 from tests import checkpoints
+from tests.pixel_features import result
 
 # ---- Numbers in a config
 
@@ -210,10 +212,16 @@ def open_latents(directory: Path) -> None:
         list(every(source.drawings(split)))
 
 
+def open_scores(directory: Path) -> None:
+    read_results([str(directory / "scores.json")])
+
+
 @pytest.fixture(scope="module")
 def stored(earlier, tmp_path_factory) -> dict[str, tuple[Path, Callable[[Path], None]]]:
     """A directory of each kind that we read, and what reads it."""
     shutil.copy(earlier / "latents" / "manifest.json", tmp_path_factory.getbasetemp() / "manifest.json")
+    scores = tmp_path_factory.mktemp("scores")
+    (scores / "scores.json").write_text(json.dumps({"results": [result()]}))
     return {
         "run": (earlier / "run", open_run),
         "checkpoints": (earlier / "run", open_weights),
@@ -221,6 +229,7 @@ def stored(earlier, tmp_path_factory) -> dict[str, tuple[Path, Callable[[Path], 
         "latents": (earlier / "latents", open_latents),
         "converted": (checkpoints.convert(checkpoints.random_model(checkpoints.tiny_config())), open_converted),
         "autoencoder": (checkpoints.convert_autoencoder(), open_autoencoder),
+        "scores": (scores, open_scores),
     }
 
 
@@ -270,7 +279,7 @@ def assert_reads_or_refuses(read: Callable[[Path], None], directory: Path, file:
         raise AssertionError(f"{file} {what}: {type(error).__name__}: {error}") from error
 
 
-KINDS = ("run", "checkpoints", "export", "latents", "converted", "autoencoder")
+KINDS = ("run", "checkpoints", "export", "latents", "converted", "autoencoder", "scores")
 IN_CI = 30  # damages of each kind, chosen at random; all of them are slow
 
 

@@ -96,8 +96,10 @@ def test_chat_answers_for_a_run(workdir, digit, forked_command):
 
 
 def test_an_exported_run_draws_what_the_run_draws(workdir, tmp_path, forked_command):
-    done = forked_command("convert", f"--source={workdir}", "--to=safetensors", f"--out={tmp_path / 'export'}")
+    flags = [f"--source={workdir}", "--to=safetensors", "--license=mit", f"--out={tmp_path / 'export'}"]
+    done = forked_command("convert", *flags)
     assert done.returncode == 0 and "is complete" in done.stdout, done.stderr
+    assert "\nlicense: mit\n" in (tmp_path / "export" / "README.md").read_text()
     drawn = []
     for directory in (workdir, tmp_path / "export"):
         out = tmp_path / f"{directory.name}.png"
@@ -349,6 +351,22 @@ BAD_INPUT = {
         ["convert", "--source={workdir}", "--scale=1", "--out={tmp}/o"],
         "--scale",
     ),
+    "licence of what is no run": (
+        ["convert", "--source={tmp}", "--license=mit", "--out={tmp}/out"],
+        "--license is only for the export of a run",
+    ),
+    "licence that the hub does not know": (
+        ["convert", "--source={workdir}", "--to=safetensors", "--license=apache", "--out={tmp}/out"],
+        "the nearest are apache-2.0",
+    ),
+    "scores that are missing": (
+        ["convert", "--source={workdir}", "--to=safetensors", "--scores={tmp}/none.json", "--out={tmp}/out"],
+        "there is no {tmp}/none.json",
+    ),
+    "a repository that is not in the hub's cache": (
+        ["sample", "--workdir=hf://somebody/model", "--prompt=a"],
+        "hf://somebody/model",
+    ),
     "source that is no checkpoint": (["convert", "--source={tmp}", "--out={tmp}/out"], "no config.json"),
     "source that is no conversion": (["convert", "--to=hf", "--source={tmp}", "--out={tmp}/out"], "lattejax.convert"),
 }
@@ -367,7 +385,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, di
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert named in lines[0]
+    assert named.format(tmp=tmp_path) in lines[0]
 
 
 def test_a_workdir_without_a_checkpoint_is_refused(tmp_path, forked_command):

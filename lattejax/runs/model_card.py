@@ -87,7 +87,7 @@ def _model(run: Run, base: str, size: int) -> str:
         ("", ""),
         [
             ("variant", "Blend: image and text share the VLM's layers" if shared else "Couple: the VLM is frozen"),
-            ("VLM", f"{_count(weights['vlm']):,} parameters, as in Qwen2-VL{f'; from {base}' if base else ''}"),
+            ("VLM", f"{_count(weights['vlm']):,} parameters, {base or 'of the architecture of Qwen2-VL'}"),
             ("trained to draw", f"{_count(abstract_trained(config)):,} parameters; {average}"),
             ("steps of that training", "not known here" if run.is_export else f"{run.trained_step:,}"),
             ("layers", f"{generation.text.num_layers}, in {generation.num_groups} timestep-expert groups of "
@@ -212,9 +212,7 @@ def _licence(licence: str, base: str) -> str:
         text = "See the file `LICENSE` of this repository."
     else:
         text = f"`{licence}`, [as the hub names it]({PAGE})."
-    return (
-        f"{text} The weights of the VLM are in this repository: the licence of {base} holds for them." if base else text
-    )
+    return f"{text} The weights of {base} are in this repository, under their own licence." if base else text
 
 
 # ---- Facts

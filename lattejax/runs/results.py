@@ -62,7 +62,9 @@ class Result:
         if not isinstance(monitor, list) or not all(_is(reason, str) for reason in monitor):
             wrong.append("only_a_monitor_because")
         reference = reference if isinstance(reference, dict) else {}
-        wrong += [f"reference.{key}" for key in ("file", "description") if not _is(reference.get(key), str)]
+        description = reference.get("description")
+        wrong += ["reference.file"] * (not _is(reference.get("file"), str))
+        wrong += ["reference.description"] * (not isinstance(description, str | dict))
         if wrong:
             raise UserError(
                 f"{where} has no scores of `evaluate --workdir --reference --out`: {', '.join(wrong):.150} "
@@ -74,9 +76,14 @@ class Result:
             tuple(monitor),
             settings,
             epath.Path(reference["file"]).name,
-            reference["description"],
+            description if isinstance(description, str) else _described(description),
             {key: values[key] for key in DESCRIPTIONS},
         )
+
+
+def _described(description: dict[str, Any]) -> str:
+    """How one of our own references was made; its source may be a path, which is left out."""
+    return f"{description.get('num', '?')} pictures, {description.get('preprocessing', 'nobody knows how prepared')}"
 
 
 def _is(value: Any, kind: type) -> bool:
