@@ -27,7 +27,7 @@ from lattejax.sampling.conversations import Conversations
 from lattejax.sampling.streams import TextStream
 
 WEIGHTS = cli.define_path("weights", None, "Converted weights: a directory written by lattejax.convert.")
-WORKDIR = cli.define_path("workdir", None, "A run's directory.")
+WORKDIR = cli.define_path("workdir", None, "A run's directory, an export, or hf://owner/name.")
 IMAGE = cli.define_paths("image", "An image file to ask about; repeatable and optional.")
 QUESTION = flags.DEFINE_string("question", None, "The question.")
 SYSTEM = flags.DEFINE_string("system", None, "The system prompt; default: the chat template's.")

@@ -35,7 +35,7 @@ from lattejax.scoring.table import write_table
 from lattejax.training.scores import as_json, scores_on_demand
 from lattejax.weights import inception
 
-WORKDIR = cli.define_path("workdir", None, "A run's directory, or an export.")
+WORKDIR = cli.define_path("workdir", None, "A run's directory, an export, or hf://owner/name.")
 SCORES = flags.DEFINE_list("scores", [], "Scores: names in the run's config.eval.evaluators, or kinds of score.")
 OUT = cli.define_path("out", None, "The .json file to write the figures to; pictures are written beside it.")
 MESH = flags.DEFINE_list("mesh", ["data=-1"], "The device mesh, e.g. data=2,fsdp=-1.")

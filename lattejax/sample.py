@@ -18,7 +18,7 @@ from lattejax.runs.run import Run
 from lattejax.sampling.grid import labelled_grid
 from lattejax.sampling.images import ImageSampler
 
-WORKDIR = cli.define_path("workdir", None, "A run's directory.")
+WORKDIR = cli.define_path("workdir", None, "A run's directory, an export, or hf://owner/name.")
 AUTOENCODER = cli.define_path("autoencoder", None, "The run's autoencoder, if it has moved.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; repeatable.")
 IMAGE = cli.define_paths("image", "An image file that every prompt is conditioned on; repeatable.")

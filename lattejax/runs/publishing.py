@@ -5,6 +5,7 @@ model.safetensors, or several files with an index: all weights, the VLM's too; s
 config.json      the run's config
 tokenizer/       the tokenizer
 autoencoder.json the identity of the latents' autoencoder, whose weights are not copied
+generation_config.json, of a converted VLM: how it decodes
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ from lattejax.runs.results import Result, read_results
 from lattejax.runs.run import Run
 from lattejax.runs.shapes import abstract_trained
 from lattejax.runs.workdir import Workdir
-from lattejax.weights import shards
+from lattejax.weights import hugging_face, shards
+from lattejax.weights.pretrained import GENERATION
 from lattejax.weights.trees import byte_count
 
 
@@ -60,6 +62,7 @@ def export(run: Run, out: epath.PathLike, licence: str = UNKNOWN, scores: Sequen
         tokenizers.save(run.encoder.tokenizer, Workdir(directory).tokenizer)
         Identity.load(run.workdir.autoencoder).save(Workdir(directory).autoencoder)
         configuration.save(run.config, Workdir(directory).config)
+        _copy_generation(run, directory)
         card = model_card.write(run, resolve_path(out).name, licence, results, byte_count(params))
         write_atomically(directory / model_card.FILE, card.encode())
 
@@ -91,3 +94,10 @@ def _frozen_as_converted(run: Run, params: Params) -> Params:
 
     flat = traverse_util.flatten_dict(params, sep="/")
     return traverse_util.unflatten_dict({path: cast(path, x) for path, x in flat.items()}, sep="/")
+
+
+def _copy_generation(run: Run, directory: epath.Path) -> None:
+    converted = run.converted_vlm()
+    file = (run.workdir.path if converted is None else converted.directory) / GENERATION
+    if file.exists():
+        hugging_face.copy_files([file], directory)

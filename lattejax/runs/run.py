@@ -26,7 +26,7 @@ from lattejax.runs.shapes import abstract_params, abstract_trained
 from lattejax.runs.workdir import Workdir
 from lattejax.weights import hugging_face, shards, trees
 from lattejax.weights.autoencoders import StoredAutoencoder
-from lattejax.weights.pretrained import Pretrained, is_converted
+from lattejax.weights.pretrained import Generation, Pretrained, is_converted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,9 @@ class Run:
 
     @property
     def repetition_penalty(self) -> float:
-        """That of the converted weights which the run uses, if it does; else 1: none."""
+        """That of the converted weights which the run uses, or the exported run used, if it does; else 1: none."""
+        if self.is_export:
+            return Generation.read(self.workdir.path).repetition_penalty
         converted = self.converted_vlm()
         return 1.0 if converted is None else converted.generation.repetition_penalty
 

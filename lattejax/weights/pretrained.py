@@ -41,6 +41,7 @@ with epy.lazy_imports():
     import transformers
 
 RECORD = "conversion.json"
+GENERATION = "generation_config.json"
 CHUNK_BYTES = 16 << 20  # of an array on disk: a device reads the chunks that overlap its shard
 
 
@@ -226,7 +227,7 @@ class Generation:
     @classmethod
     def read(cls, directory: epath.Path) -> "Generation":
         """Warns of unsupported settings; raises `UserError` for an invalid penalty."""
-        file = directory / "generation_config.json"
+        file = directory / GENERATION
         values = read_json(file) if file.exists() else {}
         ends, penalty = values.get("eos_token_id"), values.get("repetition_penalty")
         penalty = 1.0 if penalty is None else penalty

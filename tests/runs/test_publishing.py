@@ -29,7 +29,7 @@ from tests.helpers import NO_SCORES, assert_same_bits, tiny_config
 from tests.pixel_features import PixelFeatures, random_pictures, result
 
 SETTINGS = dict(pretrain__steps=0, train__steps=2, train__learning_rate=0.05, eval__every=0) | NO_SCORES
-FILES = {"README.md", "autoencoder.json", "config.json", "model.safetensors", "tokenizer"}
+FILES = {"README.md", "autoencoder.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def vlm(tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("vlm")
     model = checkpoints.random_model(checkpoints.tiny_config(**checkpoints.OF_DIGITS)).bfloat16()
     with pytest.MonkeyPatch.context() as patch:
-        checkpoints.save(model, in_hub_cache(patch, directory / "hub", "somebody/vlm"))
+        checkpoints.save(model, in_hub_cache(patch, directory / "hub", "somebody/vlm"), {"repetition_penalty": 1.25})
         pretrained.convert("somebody/vlm", directory / "vlm")
     return str(directory / "vlm")
 
@@ -116,6 +116,7 @@ def test_a_card_says_what_is_known(run, tmp_path):
     assert "not known: an export does not record its data" in again.text
     assert "None were taken of these weights" in again.text
     assert_same_bits(Run.open(tmp_path / "again").params(), run.params())
+    assert Run.open(tmp_path / "again").repetition_penalty == run.repetition_penalty == 1.25
 
 
 def test_scores_in_a_card_are_those_of_the_files(run, scores, tmp_path):
