@@ -19,7 +19,7 @@ from lattejax.runs.run import Run
 from lattejax.serving.limits import Limits, Seconds
 from lattejax.weights.autoencoders import StoredAutoencoder
 
-WORKDIR = cli.define_path("workdir", None, "A run's directory, or an export.")
+WORKDIR = cli.define_path("workdir", None, "A run's directory, an export, or hf://owner/name.")
 AUTOENCODER = cli.define_path("autoencoder", None, "The run's autoencoder, if it has moved.")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at.")
 PORT = cli.define_number("port", 8000, "The port; 0: any that is free.", Annotated[int, Range(0, 65_535)])

@@ -35,7 +35,7 @@ def data_facts(run: Run) -> DataFacts:
             return DataFacts(unknown, problem="it has changed since the training")
         pictures = len(source.drawings("train", run.encoder))
     except UserError:
-        return DataFacts(unknown, problem="it was not there when this card was written")
+        return DataFacts(unknown, problem="it could not be opened when this card was written")
     if data.source == "digits":
         return DataFacts(unknown, pictures)
     encoding = read_json(resolve_path(data.latents) / MANIFEST)["encoding"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -13,9 +14,10 @@ from lattejax.errors import UserError
 from lattejax.evaluation.adm import ReferenceFile
 from lattejax.files import resolve_path
 from lattejax.flow.schedule import Sampling
+from lattejax.runs.data import open_data
 from lattejax.runs.licences import IDENTIFIERS
 from lattejax.runs.publishing import export
-from lattejax.runs.run import Run
+from lattejax.runs.run import Run, open_vlm
 from lattejax.sampling.images import ImageSampler
 from lattejax.scoring.drawn import drawn_points, read_prompts
 from lattejax.scoring.points import score_points
@@ -23,7 +25,7 @@ from lattejax.scoring.reference import make_reference
 from lattejax.scoring.sources import open_samples
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
-from lattejax.weights import pretrained
+from lattejax.weights import autoencoders, pretrained
 from tests import checkpoints
 from tests.helpers import NO_SCORES, assert_same_bits, tiny_config
 from tests.pixel_features import PixelFeatures, random_pictures, result
@@ -77,6 +79,15 @@ def in_hub_cache(monkeypatch, cache, name: str):
     return repository / "snapshots" / "0123abc"
 
 
+def changed(run: Run, path, **data: Any) -> Run:
+    """A copy of a run, with other keys of config.data."""
+    shutil.copytree(run.workdir.path, path)
+    values = json.loads((path / "config.json").read_text())
+    values["data"] |= data
+    (path / "config.json").write_text(json.dumps(values))
+    return Run.open(path)
+
+
 def drawn(workdir) -> np.ndarray:
     sampler = ImageSampler.load(workdir)
     prompts = [sampler.encoder.drawing("a handwritten two")]
@@ -90,6 +101,7 @@ def test_an_export_draws_what_the_run_draws_also_from_the_hub(run, tmp_path, mon
     expected = drawn(run.workdir.path)
     for place in (tmp_path / "mine", "hf://somebody/mine", "hf://somebody/mine@main"):
         np.testing.assert_array_equal(drawn(place), expected)
+    assert open_vlm("hf://somebody/mine").vlm_config == run.vlm_config
     for place, problem in {
         "hf://somebody/other": "cannot be downloaded from the hub",
         "hf://": "neither a directory nor a hub id",
@@ -117,6 +129,50 @@ def test_a_card_says_what_is_known(run, tmp_path):
     assert "None were taken of these weights" in again.text
     assert_same_bits(Run.open(tmp_path / "again").params(), run.params())
     assert Run.open(tmp_path / "again").repetition_penalty == run.repetition_penalty == 1.25
+
+
+@pytest.mark.parametrize(
+    "source, said, hub_ids",
+    [
+        (
+            "the data set somebody/pictures:small",
+            "Trained on the data set somebody/pictures:small",
+            ["somebody/pictures"],
+        ),
+        ("the data set /home/me/pictures.parquet", "Trained on the data set pictures.parquet", None),
+        ("the folder pictures", "Trained on the folder pictures", None),
+    ],
+)
+def test_a_card_names_the_data_but_not_where_it_was(source, said, hub_ids, run, earlier, tmp_path):
+    latents = shutil.copytree(earlier / "latents", tmp_path / "latents")
+    manifest = json.loads((latents / "manifest.json").read_text())
+    manifest["encoding"]["source"] = source
+    (latents / "manifest.json").write_text(json.dumps(manifest))
+    own = changed(run, tmp_path / "run", source="latents", latents=str(latents))
+    own.workdir.data.write_text(json.dumps({"identity": open_data(own.config).identities[0]}))
+    export(own, tmp_path / "mine")
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert f"{said}: 12 pictures to draw." in card.text and card.data.datasets == hub_ids
+    own.workdir.data.write_text('{"identity": "another"}')
+    export(own, tmp_path / "other")
+    assert "it has changed since the training" in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_a_card_has_the_command_that_converts_the_autoencoder(run, tmp_path, monkeypatch):
+    model = checkpoints.random_autoencoder("sana-1.0")
+    model.register_to_config(scaling_factor=0.41407)
+    model.save_pretrained(in_hub_cache(monkeypatch, tmp_path / "hub", "somebody/dc-ae"))
+    autoencoders.convert("somebody/dc-ae", tmp_path / "dc_ae")
+    own = changed(run, tmp_path / "run", autoencoder=str(tmp_path / "dc_ae"))
+    autoencoders.StoredAutoencoder.open(str(tmp_path / "dc_ae")).identity.save(own.workdir.autoencoder)
+    export(own, tmp_path / "mine")
+    text = (tmp_path / "mine" / "README.md").read_text()
+    assert "\npython -m lattejax.convert --source=somebody/dc-ae --scale=0.41407 --out=autoencoder\n" in text
+    assert " --autoencoder=autoencoder " in text and "of somebody/dc-ae" in text
+    (tmp_path / "dc_ae").rename(tmp_path / "moved")
+    export(own, tmp_path / "without")
+    text = (tmp_path / "without" / "README.md").read_text()
+    assert "lattejax.convert" not in text and "Drawing needs the latents' autoencoder" in text
 
 
 def test_scores_in_a_card_are_those_of_the_files(run, scores, tmp_path):
