@@ -141,7 +141,7 @@ class LatteJax(lmms):
             if not of_document:
                 return self._complete([*self._requests.opening, user_turn(self._encoder, context, None)], answer)
             if callable(answer):
-                doc_to_visual, doc_id, task, split = of_document
+                _, doc_id, task, split = of_document
                 answer = answer(self._document(task, split, doc_id))
             return self._complete(question(context, *of_document), str(answer))
 
@@ -182,9 +182,15 @@ class LatteJax(lmms):
         penalty = self._answerer.repetition_penalty
         options = [read_options(one.options, self._decoding, penalty) for one in asked]  # raises before any work
         answers = [""] * len(asked)
+
+        def encode(place: int) -> EncodedPrompt:
+            return self._encoder.chat(asked[place].turns())
+
         for alike in dict.fromkeys(options):
             places = [i for i, own in enumerate(options) if own == alike]
-            for own, rows, prompts in self._batches(places, lambda i: self._encoder.chat(asked[i].turns()), "answering"):
+            for own, rows, prompts in self._batches(
+                places, lambda i: self._encoder.chat(asked[i].turns()), "answering"
+            ):
                 for i, text in zip(own, self._decode(prompts, alike, rows), strict=False):  # padding follows
                     answers[i] = text
         return answers
