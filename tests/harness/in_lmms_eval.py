@@ -1,5 +1,5 @@
-"""lattejax in lmms-eval 0.7.3 itself, beside a small model over transformers with the same checkpoint: the same answers,
-the same likelihoods. `run_in_lmms_eval.sh` makes the environment, and runs this there.
+"""lattejax in lmms-eval 0.7.3 itself, beside a small model over transformers with the same checkpoint: the answers and
+the likelihoods are the same. `run_in_lmms_eval.sh` makes the environment, and runs this there.
 
 lattejax runs as users run it, by the command line; the reference is given to lmms-eval as an object.
 """
@@ -100,7 +100,7 @@ dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: !function functions.question
-doc_to_choice: [yes, no, "a handwritten seven"]
+doc_to_choice: ["yes", "no", "a handwritten seven"]
 doc_to_target: !function functions.number
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
@@ -152,7 +152,7 @@ def tasks(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    model = checkpoints.random_model(checkpoints.tiny_config())
+    model = checkpoints.random_model(checkpoints.tiny_config(tied=False))
     return checkpoints.save(model, tmp_path_factory.mktemp("weights") / "checkpoint")
 
 
@@ -244,6 +244,13 @@ class Reference(lmms):
         return GenerationResult((sign * each.sum().item(), bool((logits.argmax(-1) == own).all())))
 
 
+def as_logged(responses):
+    """Responses as the command writes them: one alone is in no list, and all are texts."""
+    if not isinstance(responses, list | tuple):
+        return str(responses)
+    return as_logged(responses[0]) if len(responses) == 1 else list(map(as_logged, responses))
+
+
 def command_line(
     out: Path, tasks: Path, names: tuple[str, ...], model_args: str, *flags: str, model="lattejax"
 ) -> dict:
@@ -263,7 +270,7 @@ def command_line(
     for name in names:
         (file,) = out.rglob(f"*samples_{name}.jsonl")
         lines = sorted(map(json.loads, file.read_text().splitlines()), key=lambda line: line["doc_id"])
-        responses[name] = [line["filtered_resps"] for line in lines]
+        responses[name] = [as_logged(line["filtered_resps"]) for line in lines]
     return {"results": json.loads(results.read_text())["results"], "responses": responses}
 
 
@@ -271,8 +278,8 @@ def reference(path: Path, tasks: Path, names: tuple[str, ...], is_simple: bool =
     manager = TaskManager("ERROR", include_path=str(tasks))
     done = simple_evaluate(Reference(path, is_simple), tasks=list(names), task_manager=manager, log_samples=True)
     order = {name: sorted(done["samples"][name], key=lambda line: line["doc_id"]) for name in names}
-    responses = {name: [line["filtered_resps"] for line in lines] for name, lines in order.items()}
-    return {"results": done["results"], "responses": json.loads(json.dumps(responses))}
+    responses = {name: [as_logged(line["filtered_resps"]) for line in lines] for name, lines in order.items()}
+    return {"results": done["results"], "responses": responses}
 
 
 @pytest.fixture(scope="module")
@@ -289,11 +296,14 @@ def theirs(checkpoint, tasks) -> dict:
 @pytest.mark.parametrize("name", [name for name in TASKS if "choices" not in name])
 def test_answers_are_those_of_transformers(name, ours, theirs):
     assert ours["responses"][name] == theirs["responses"][name]
-    assert len({str(answer) for answer in ours["responses"][name]}) > 4, "not all alike"
+    if name == "until":
+        assert max(map(len, ours["responses"][name])) < min(map(len, ours["responses"]["one_image"])), "cut"
+    else:
+        assert len({str(answer) for answer in ours["responses"][name]}) > 4, "not all alike"
 
 
 def test_rounds_are_as_many_as_the_task_wants(ours):
-    assert [len(rounds[0]) for rounds in ours["responses"]["rounds"]] == [2, 3] * 4
+    assert [len(rounds) for rounds in ours["responses"]["rounds"]] == [2, 3] * 4
 
 
 @pytest.mark.parametrize("name", ["choices", "choices_in_text"])
@@ -327,11 +337,9 @@ def test_likelihoods_with_a_cache_of_responses(converted, tasks, ours, tmp_path)
 def test_a_task_of_likelihoods_has_log_probabilities(checkpoint, converted, tasks, tmp_path):
     args = f"workdir={converted},dtype=float32,min_pixels=64,max_pixels={MAX_PIXELS}"
     ours = command_line(tmp_path, tasks, ("likelihood",), args)
-    pairs = [
-        np.array([one[0] for one in each["responses"]["likelihood"]], float)
-        for each in (ours, reference(checkpoint, tasks, ("likelihood",)))
-    ]
-    assert pairs[0][:, 0].max() < 0
+    theirs = reference(checkpoint, tasks, ("likelihood",))
+    pairs = [np.array([float(pair[0]) for pair in each["responses"]["likelihood"]]) for each in (ours, theirs)]
+    assert pairs[0].max() < 0
     np.testing.assert_allclose(*pairs, atol=TOLERANCE)
 
 
@@ -340,7 +348,7 @@ def test_drawings_are_files_that_the_task_finds(tasks, tmp_path):
     stages.train(config, tmp_path / "run", InterruptGuard())
     args = f"workdir={tmp_path / 'run'},mode=generation,steps=3,output_image_dir={tmp_path / 'pictures'}"
     done = command_line(tmp_path / "out", tasks, ("drawings",), args, "--batch_size=3")
-    drawn = [json.loads(response[0])["images"][0] for response in done["responses"]["drawings"]]
+    drawn = [json.loads(response)["images"][0] for response in done["responses"]["drawings"]]
     assert [Path(path).name for path in drawn] == [f"drawings_{i}_0.png" for i in range(8)]
     pictures = [np.asarray(Image.open(path)) for path in drawn]
     assert {picture.shape for picture in pictures} == {(8, 8, 3)} and len({p.tobytes() for p in pictures}) == 8
