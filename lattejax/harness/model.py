@@ -88,7 +88,7 @@ class LatteJax(lmms):
             raise UserError(f"mode={mode!r} must be one of {', '.join(MODES)}")
         draws = mode == "generation"
         try:
-            self._sampling, self._decoding = Sampling(steps, guidance), Decoding(max_new_tokens, seed=seed)
+            self._sampling, self._decoding = Sampling(steps, float(guidance)), Decoding(max_new_tokens, seed=seed)
         except ValueError as error:
             raise UserError(f"model_args: {error}") from error
         self._pictures = picture_directory(output_image_dir) if draws else None

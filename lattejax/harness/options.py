@@ -49,8 +49,8 @@ def read_options(options: dict[str, Any], default: Decoding, penalty: float) -> 
     try:
         decoding = Decoding(
             given.get("max_new_tokens", default.max_tokens),
-            given.get("temperature", 1.0),
-            given.get("top_p", 1.0),
+            float(given.get("temperature", 1.0)),
+            float(given.get("top_p", 1.0)),
             given.get("seed", default.seed),
         )
     except ValueError as error:
