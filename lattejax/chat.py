@@ -20,7 +20,6 @@ from lattejax.data.images import open_image
 from lattejax.data.prompts import ReadableImage, Turn
 from lattejax.errors import UserError
 from lattejax.ranges import Seed
-from lattejax.runs.inference import inference_weights
 from lattejax.runs.run import Run
 from lattejax.sampling.answers import Answerer, Decoding, MaxTokens, Temperature, TopP
 from lattejax.sampling.conversations import Conversations
@@ -81,10 +80,7 @@ def load_answerer() -> Answerer:
         return Answerer.load(WEIGHTS.value, DTYPE.value, cli.read_mesh(MESH.value) if MESH.value else None)
     if MESH.value:
         raise UserError("--mesh is for --weights; a run is read on one device")
-    run = Run.open(WORKDIR.value)
-    encoder = run.encoder  # raises before the weights are read
-    vlm = inference_weights(run.config, {"vlm": run.vlm()}, run.mesh)["vlm"]
-    return Answerer(run.config.model_config.vlm, vlm, encoder, run.repetition_penalty)
+    return Answerer.of(Run.open(WORKDIR.value))
 
 
 def opening() -> list[Turn]:

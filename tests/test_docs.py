@@ -33,6 +33,7 @@ NOT_RUN = {
     "the tests themselves",
     "needs the data set",
     "needs the Inception weights",
+    "needs lmms-eval",
     "needs the TPU's compiler",
     "needs a TPU pod",
     "needs a cluster",

@@ -13,7 +13,7 @@ from tests.helpers import ROOT
 
 # From the top. Packages in one line do not import each other.
 LAYERS = """
-    __main__ train sample chat evaluate convert encode serve plan sweep benchmark
+    __main__ train sample chat evaluate convert encode serve plan sweep benchmark harness
     cli
     sweeps benchmarks pods serving encoding scoring
     training

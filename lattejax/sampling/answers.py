@@ -26,6 +26,8 @@ from lattejax.models.qwen2_vl import DecodeState, Prompts, VLMConfig
 from lattejax.models.text import MOST_POSITIONS
 from lattejax.parallel import hosts
 from lattejax.ranges import Range, Seed, check_ranges
+from lattejax.runs.inference import inference_weights
+from lattejax.runs.run import Run
 from lattejax.sampling.padding import bucket, padded
 from lattejax.sampling.streams import TextStream
 from lattejax.weights.pretrained import Pretrained
@@ -171,6 +173,13 @@ class Answerer:
         penalty = pretrained.generation.repetition_penalty
         params = qwen2_vl.unstack(pretrained.params(dtype, mesh), release=True)
         return cls(pretrained.vlm_config, params, encoder, penalty)
+
+    @classmethod
+    def of(cls, run: Run) -> "Answerer":
+        """Reads the VLM of a run or an export, in its config's dtype, onto the run's mesh; see `Run.vlm`."""
+        encoder = run.encoder  # raises before the weights are read
+        vlm = inference_weights(run.config, {"vlm": run.vlm()}, run.mesh)["vlm"]
+        return cls(run.vlm_config, vlm, encoder, run.repetition_penalty)
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], decoding: Decoding = Decoding(), batch_size: int = 8
