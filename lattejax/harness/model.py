@@ -188,9 +188,7 @@ class LatteJax(lmms):
 
         for alike in dict.fromkeys(options):
             places = [i for i, own in enumerate(options) if own == alike]
-            for own, rows, prompts in self._batches(
-                places, lambda i: self._encoder.chat(asked[i].turns()), "answering"
-            ):
+            for own, rows, prompts in self._batches(places, encode, "answering"):
                 for i, text in zip(own, self._decode(prompts, alike, rows), strict=False):  # padding follows
                     answers[i] = text
         return answers

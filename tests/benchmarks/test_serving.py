@@ -28,7 +28,7 @@ def test_arrivals_are_a_seeded_poisson_process():
 
 
 def test_latencies_and_rates_of_a_server():
-    service = make_service(dataclasses.replace(LIMITS, queue=100))
+    service = make_service(dataclasses.replace(LIMITS, queue=100, queue_seconds=600))
     service.model.card["prompts"] = ["a two", "a seven"]
     with serving(service, api_key="a key") as url:
         with pytest.raises(UserError, match="answers 401"):

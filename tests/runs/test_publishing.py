@@ -249,7 +249,7 @@ def test_licences_are_the_hubs():
     assert len(IDENTIFIERS) == len(set(IDENTIFIERS)) and {"mit", "unknown", "other", "apache-2.0"} < set(IDENTIFIERS)
 
 
-@pytest.mark.parametrize("variant", ["couple", "blend"])
+@pytest.mark.parametrize("variant", ["couple", pytest.param("blend", marks=pytest.mark.slow)])
 def test_the_vlm_is_in_the_export_in_its_own_precision(variant, vlm, run, tmp_path):
     """What was not trained takes no more space than in the checkpoint, and is read back as the run reads it."""
     run = run if variant == "couple" else trained(vlm, tmp_path / "run", "blend")

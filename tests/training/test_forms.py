@@ -75,6 +75,7 @@ def check(results, workdir, variant):
     assert any("answer_loss" in line for line in lines if line["stage"] == "train") == (variant == "blend")
 
 
+@pytest.mark.slow
 def test_a_stopped_blend_resumes_its_two_streams_exactly(config_for, tmp_path):
     config = config_for("folder")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, variant="blend"))
