@@ -2,8 +2,8 @@
 
 4,000 pictures of one coloured shape each, 64×64, with questions. Captions say what the answers tell of shape and
 colour, and what the pixels tell of size and place: "a small red circle at the top left". A picture whose answers do not
-tell has questions only. A conversation has two of the questions, and then one that asks for the caption, since a yes or
-a no teaches little.
+tell has questions only. A conversation has four of a picture's questions; the last of a picture asks for its caption,
+since a yes or a no teaches little.
 """
 
 import itertools
@@ -21,7 +21,7 @@ PLACES = (
     ("at the left", "in the middle", "at the right"),
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
-ASKED = 2  # questions in a conversation
+ASKED = 4  # questions in a conversation
 DESCRIBE = "What is in the image?"
 SMALL = 20  # pixels, of the longer side: about as many shapes are smaller as are larger
 
@@ -59,16 +59,17 @@ for question, answer, number in zip(*easy_vqa.get_train_questions(), strict=True
 with (folder / "metadata.jsonl").open("w") as lines:
     for number, path in easy_vqa.get_train_image_paths().items():
         (folder / f"{number}.png").write_bytes(Path(path).read_bytes())
-        record, described = {"file_name": f"{number}.png"}, ()
+        record = {"file_name": f"{number}.png"}
         shapes, colours = named(pairs[number], SHAPES), named(pairs[number], COLOURS)
         if len(shapes) == len(colours) == 1:
             size, place = size_and_place(path)
             record["text"] = f"a {size} {colours.pop()} {shapes.pop()} {place}"
-            described = (DESCRIBE, record["text"])
+            pairs[number].append((DESCRIBE, record["text"]))
             captions += 1
         record["questions"] = [
-            conversation(*itertools.chain(*pairs[number][first : first + ASKED]), *described)
+            conversation(*itertools.chain(*pairs[number][first : first + ASKED]))
             for first in range(0, len(pairs[number]), ASKED)
         ]
         lines.write(json.dumps(record) + "\n")
-print(f"{len(pairs):,} pictures, {captions:,} of them with a caption, {sum(map(len, pairs.values())):,} questions")
+asked = sum(map(len, pairs.values())) - captions
+print(f"{len(pairs):,} pictures, {captions:,} of them with a caption, {asked:,} questions")

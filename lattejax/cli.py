@@ -62,6 +62,8 @@ def run(
             fail(error)
         except Exception as error:  # a config file is a user's program; and an override may not fit what it returns
             where = traceback.extract_tb(error.__traceback__)[-1]
+            if isinstance(error, AttributeError | KeyError) and (flag := unmatched_override(argv, error)):
+                fail(UserError(f"{flag}: the experiment states no such key; add it there to override it"))
             fail(UserError(f"--config: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"))
         return rest
 
@@ -218,6 +220,14 @@ def fail(error: Exception) -> None:
     sys.stderr.flush()
     hosts.end_all(hosts.FAILED, str(error))
     sys.exit(hosts.FAILED)
+
+
+def unmatched_override(arguments: list[str], error: Exception) -> str:
+    """Which override an error of ml_collections is about, such as one of a score's `at` where the experiment states
+    none; empty if it is about none."""
+    said = " ".join(map(str, error.args))
+    names = (argument.partition("=")[0] for argument in arguments if argument.startswith("--config."))
+    return next((name for name in names if any(f"'{part}'" in said for part in name.split("."))), "")
 
 
 def check_config_flags(arguments: list[str], section: str = "", others: tuple[str, ...] = ()) -> None:

@@ -271,7 +271,11 @@ BAD_INPUT = {
     "no such config file": ([*TRAIN, "--config=configs/nothing.py"], "configs/nothing.py"),
     "a score that the config does not have": (
         ["train", "--config=configs/captions256.py", "--config.eval.evaluators.digits.at=end"],
-        "KeyError: \"'digits'",
+        "config.eval.evaluators.digits.at: the experiment states no such key",
+    ),
+    "a setting that a score does not state": (
+        ["train", "--config=configs/captions256.py", "--config.eval.evaluators.held_out_loss.every=10"],
+        "config.eval.evaluators.held_out_loss.every: the experiment states no such key",
     ),
     "no workdir": (["train", *tiny_flags()], "--workdir"),
     "unknown flag": ([*SAMPLE, "--prompt=a", "--stepz=5"], "stepz"),
