@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.images.update(source="folder", name="shapes", train="train[400:]", test="train[:400]")
     config.images.update(batch_size=64, shard_pictures=1000, most_unreadable=0, threads=2)
     config.data.update(latents="latents/shapes", autoencoder="pixels", image_size=64, latent_shape=(64, 64, 3))
-    config.data.update(prompt_length=28, answer_length=112, answer_weights="answers")
+    config.data.update(prompt_length=28, answer_length=120, answer_weights="answers")
     config.data.update(min_pixels=64 * 64, max_pixels=64 * 64)
 
     config.pretrain.update(steps=1000, batch_size=48, remat="none", unroll=True)
