@@ -62,7 +62,7 @@ def run(
             fail(error)
         except Exception as error:  # a config file is a user's program; and an override may not fit what it returns
             where = traceback.extract_tb(error.__traceback__)[-1]
-            if isinstance(error, AttributeError | KeyError) and (flag := unmatched_override(argv, error)):
+            if flag := unmatched_override(argv, error):
                 fail(UserError(f"{flag}: the experiment states no such key; add it there to override it"))
             fail(UserError(f"--config: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"))
         return rest
@@ -224,7 +224,10 @@ def fail(error: Exception) -> None:
 
 def unmatched_override(arguments: list[str], error: Exception) -> str:
     """Which override an error of ml_collections is about, such as one of a score's `at` where the experiment states
-    none; empty if it is about none."""
+    none; empty if it is about none, or if the experiment's own program raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not isinstance(error, AttributeError | KeyError) or any(frame.name == "get_config" for frame in frames):
+        return ""
     said = " ".join(map(str, error.args))
     names = (argument.partition("=")[0] for argument in arguments if argument.startswith("--config."))
     return next((name for name in names if any(f"'{part}'" in said for part in name.split("."))), "")

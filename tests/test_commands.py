@@ -277,6 +277,10 @@ BAD_INPUT = {
         ["train", "--config=configs/captions256.py", "--config.eval.evaluators.held_out_loss.every=10"],
         "config.eval.evaluators.held_out_loss.every: the experiment states no such key",
     ),
+    "an error of the experiment's program, not of an override": (
+        ["train", "--config={tmp}/experiment.py", "--config.train.steps=5"],
+        "--config: AttributeError: ",
+    ),
     "no workdir": (["train", *tiny_flags()], "--workdir"),
     "unknown flag": ([*SAMPLE, "--prompt=a", "--stepz=5"], "stepz"),
     "stray argument": ([*SAMPLE, "--prompt=a", "five"], "five"),
@@ -379,6 +383,8 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, digit, forked_command):
     (tmp_path / "text.png").write_text("not an image")
+    program = "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict().train\n"
+    (tmp_path / "experiment.py").write_text(program)
     (tmp_path / "cut.png").write_bytes(digit.read_bytes()[:200])
     Image.new("RGB", (1, 1)).save(tmp_path / "bomb.bmp")
     with open(tmp_path / "bomb.bmp", "r+b") as file:

@@ -6,6 +6,7 @@ other models', has only scores that may be published as FID-50K; all others are 
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -183,7 +184,7 @@ def _use(run: Run) -> str:
     prompt = REQUEST if pictures else config.eval.prompts[0]
     draw = [
         "python -m lattejax.sample --workdir=.",
-        f"--prompt={_quoted(prompt)}",
+        f"--prompt={shlex.quote(prompt)}",
         *(["--image=picture.png"] if pictures else []),
         f"--guidance={sampling.guidance:g} --steps={sampling.num_steps}",
         *(["--autoencoder=autoencoder"] if config.data.autoencoder != PIXELS else []),
@@ -283,8 +284,3 @@ def _plain(text: str) -> str:
 
 def _figure(value: Any) -> str:
     return "–" if value is None else f"{value:.6g}"
-
-
-def _quoted(text: str) -> str:
-    """A text as one word for a shell."""
-    return "'" + text.replace("'", "'\\''") + "'"

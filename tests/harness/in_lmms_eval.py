@@ -81,12 +81,15 @@ def said(doc, results):
 def loglikelihood(doc, results):
     return {"length": results[0][0]}
 """
-TASK = """
+DATA = """
 task: {name}
 dataset_path: parquet
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
-output_type: generate_until
+"""
+TASK = (
+    DATA
+    + """output_type: generate_until
 doc_to_visual: !function functions.{visual}
 doc_to_text: !function functions.{text}
 doc_to_target: answer
@@ -94,17 +97,16 @@ process_results: !function functions.said
 generation_kwargs: {{max_new_tokens: 12, temperature: 0, do_sample: false, num_beams: 1, until: {until}}}
 metric_list: [{{metric: length, aggregation: mean, higher_is_better: true}}]
 """
-CHOICES = """
-task: {name}
-dataset_path: parquet
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
+)
+CHOICES = (
+    DATA
+    + """output_type: multiple_choice
 doc_to_text: !function functions.question
 doc_to_choice: ["yes", "no", "a handwritten seven"]
 doc_to_target: !function functions.number
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,16 @@ def converted(checkpoint) -> Path:
     return checkpoint.with_name("converted")
 
 
+def content_of(part):
+    """A part of a message, a text or an image, as the chat template takes it."""
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+
+
+def part_of(content):
+    """A message's content in lmms-eval's form as a text or an image."""
+    return content["text"] if content["type"] == "text" else content["url"]
+
+
 class Reference(lmms):
     """Qwen2-VL of transformers, one request at a time."""
 
@@ -179,8 +191,7 @@ class Reference(lmms):
 
     def inputs(self, messages, answer=""):
         """Messages of (role, parts); the token ids with the answer's, the images, and how many ids are the answer's."""
-        content = lambda part: {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}  # noqa: E731
-        chat = [{"role": role, "content": list(map(content, parts))} for role, parts in messages]
+        chat = [{"role": role, "content": list(map(content_of, parts))} for role, parts in messages]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         images = [part for _, parts in messages for part in parts if not isinstance(part, str)]
         shown = self.processor(images=images, return_tensors="pt") if images else {}
@@ -212,8 +223,7 @@ class Reference(lmms):
 
     def of_messages(self, context, doc_to_messages, options, doc_id, task, split):
         messages = doc_to_messages(self.document(task, split, doc_id))
-        part = lambda part: part["text"] if part["type"] == "text" else part["url"]  # noqa: E731
-        return self.answer([(each["role"], list(map(part, each["content"]))) for each in messages], options)
+        return self.answer([(each["role"], list(map(part_of, each["content"]))) for each in messages], options)
 
     def generate_until_multi_round(self, requests):
         return [self.of_rounds(*request.args) for request in requests]
