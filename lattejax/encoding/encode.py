@@ -31,7 +31,7 @@ from lattejax.encoding.order import ORDER, Order, divide, extended, first_order
 from lattejax.encoding.prepare import find_encoder, make_preparation
 from lattejax.encoding.shards import Encoder, ShardWriter, prepare_all
 from lattejax.encoding.sources import Records, open_records
-from lattejax.encoding.summary import SUMMARY, write_summary
+from lattejax.encoding.summary import is_summarized, write_summary
 from lattejax.encoding.written import (
     File,
     Written,
@@ -175,8 +175,8 @@ class Job:
         check_left_out(written, most)
         if len(written) < len(files):
             return False
-        if finish(out, encoding, self.config.data.latent_shape, written) or not (out / SUMMARY).exists():
-            write_summary(out, written, self.stored, self.prompt_encoder)
+        if finish(out, encoding, self.config.data.latent_shape, written) or not is_summarized(out, self.config):
+            write_summary(out, self.config, written, self.stored, self.prompt_encoder)
         return True
 
     def _items(self, file: File) -> Iterator[Item]:

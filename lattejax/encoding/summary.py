@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from lattejax.configuration import Config
 from lattejax.data import conversations
+from lattejax.data import tokenizer as tokenizers
 from lattejax.data.latents import LatentSource
 from lattejax.data.pipeline import every
-from lattejax.data.prompts import PromptEncoder
+from lattejax.data.prompts import PromptEncoder, prompt_encoder
 from lattejax.data.stored import CAPTIONS, LATENTS, QUESTIONS, SPLITS, StoredRecords
 from lattejax.encoding.written import File, Written
-from lattejax.files import write_atomically, write_with
+from lattejax.files import read_json, write_atomically, write_with
 from lattejax.sampling.grid import contact_sheet
 from lattejax.sampling.images import decode_images
 from lattejax.weights.autoencoders import StoredAutoencoder
@@ -23,18 +25,32 @@ SUMMARY, SHEET = "summary.json", "contact_sheet.png"
 ON_THE_SHEET = 48  # pictures
 
 
+def limits(config: Config) -> dict[str, int]:
+    """The most tokens of what training reads, by the config's keys."""
+    return {key: getattr(config.data, key) for key in ("prompt_length", "answer_length")}
+
+
+def is_summarized(out: epath.Path, config: Config) -> bool:
+    """Whether there is a summary, with the config's limits."""
+    return (out / SUMMARY).exists() and read_json(out / SUMMARY).get("limits") == limits(config)
+
+
 def write_summary(
     out: epath.Path,
+    config: Config,
     written: dict[File, Written],
     stored: StoredAutoencoder,
     encoder: PromptEncoder | None,
 ) -> None:
     """Writes and prints a summary, and writes a contact sheet, whose pictures are decoded from the latents.
 
-    Lengths are in tokens; without an encoder, in characters.
+    Lengths are in tokens. Without an encoder, a tokenizer is trained on the texts, the same that training will make.
     """
     source = LatentSource.at(out)
-    summary = {split: summarize(source, split, encoder) for split in SPLITS}
+    if encoder is None:
+        encoder = prompt_encoder(config, tokenizers.train(source.texts(), config.tokenizer.vocab_size))
+    summary = {split: summarize(source, split, encoder, config) for split in SPLITS}
+    summary["limits"] = limits(config)
     summary["left_out"] = [line for one in written.values() for line in one.shard.left_out]
     write_atomically(out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     print("\n".join(as_text(summary)))
@@ -44,8 +60,8 @@ def write_summary(
         print(f"{out / SHEET} shows pictures of it, decoded from their latents")
 
 
-def summarize(source: LatentSource, split: str, encoder: PromptEncoder | None) -> dict[str, Any]:
-    """Counts, lengths and duplicates of one split."""
+def summarize(source: LatentSource, split: str, encoder: PromptEncoder, config: Config) -> dict[str, Any]:
+    """Counts, lengths and duplicates of one split, and what training will refuse as too long."""
     prompts, questions, answers, digests = Lengths(encoder), Lengths(encoder), Lengths(encoder), []
     for record in records_of(source, split, CAPTIONS):
         digests.append(int(record["digest"], 16))
@@ -62,11 +78,24 @@ def summarize(source: LatentSource, split: str, encoder: PromptEncoder | None) -
         "latents": sum(shard.files[LATENTS].records for shard in source.shards[split]),
         "duplicate_pictures": int(len(digests) - len(counts)),
         "conversations": sum(shard.files[QUESTIONS].records for shard in source.shards[split]),
-        "lengths_in": "characters" if encoder is None else "tokens",
         "prompts": prompts.figures(),
         "questions": questions.figures(),
         "answers": answers.figures(),
+        "with_template": measure(source, split, encoder, config),
     }
+
+
+def measure(source: LatentSource, split: str, encoder: PromptEncoder, config: Config) -> dict[str, dict[str, int]]:
+    """The longest of what training reads, in tokens with the chat template's, and how many exceed the limit."""
+    drawings = source.drawings(split, encoder) if source.has_drawings else None
+    read = {"prompt_length": drawings, "answer_length": source.questions(split, encoder)}
+    figures = {}
+    for key, limit in limits(config).items():
+        prompts = read[key].without_pixels() if read[key] else ()
+        counts = collections.Counter(len(prompt.input_ids) for prompt in prompts)
+        too_long = sum(count for length, count in counts.items() if length > limit)
+        figures[key] = {"longest": max(counts, default=0), "too_long": too_long}
+    return figures
 
 
 def records_of(source: LatentSource, split: str, kind: str) -> Iterator[Any]:
@@ -77,12 +106,11 @@ def records_of(source: LatentSource, split: str, kind: str) -> Iterator[Any]:
 class Lengths:
     """The distribution of texts' lengths."""
 
-    def __init__(self, encoder: PromptEncoder | None):
+    def __init__(self, encoder: PromptEncoder):
         self._encoder, self._counts = encoder, collections.Counter()
 
     def see(self, text: str) -> None:
-        ids = text if self._encoder is None else self._encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
-        self._counts[len(ids)] += 1
+        self._counts[len(self._encoder.tokenizer(text, add_special_tokens=False)["input_ids"])] += 1
 
     def figures(self) -> dict[str, int]:
         """How many there are, the median, the 99th percentile and the maximum; only the number if there are none."""
@@ -102,9 +130,14 @@ def as_text(summary: dict[str, Any]) -> Iterable[str]:
             figures = one[name]
             if figures["count"]:
                 yield (
-                    f"  {figures['count']:,} {name} of {figures['median']} {one['lengths_in']} (median), "
+                    f"  {figures['count']:,} {name} of {figures['median']} tokens (median), "
                     f"{figures['p99']} (99 %), {figures['longest']} (longest)"
                 )
+        for key, figures in one["with_template"].items():
+            if figures["longest"]:
+                yield f"  data.{key}={summary['limits'][key]}; {figures['longest']} tokens are needed, with the template"
+            if figures["too_long"]:
+                yield f"  TRAINING WILL REFUSE {figures['too_long']:,} that are longer than data.{key}: set it higher"
     reasons = summary["left_out"]
     yield f"left out: {len(reasons):,}" + (f", for instance: {reasons[0]}" if reasons else "")
 

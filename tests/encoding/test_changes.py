@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lattejax.data import tokenizer as tokenizers
 from lattejax.data.pipeline import every
+from lattejax.data.prompts import prompt_encoder
 from lattejax.encoding import encode as encoding
 from lattejax.encoding.encode import encode
 from lattejax.errors import UserError
 from lattejax.runs.data import open_data
+from lattejax.training.checks import check_lengths
 from lattejax.weights.pretrained import Pretrained
 from tests import checkpoints, forms, pictures
 from tests.helpers import encoder_for, tiny_config
@@ -276,3 +279,23 @@ def test_the_summary_counts_what_is_there(config, capsys):
     assert "left out: 1, for instance: 001.jpg: an answer is empty" in printed
     sheet = np.asarray(Image.open(os.path.join(config.data.latents, "contact_sheet.png")))
     assert sheet.shape[2] == 3 and sheet.std() > 10
+
+
+def test_the_summary_counts_what_training_with_its_own_tokenizer_will_refuse(config, capsys):
+    def summarized(**limits):
+        limited = dataclasses.replace(config, data=dataclasses.replace(config.data, **limits))
+        assert encode(limited, config.data.latents)
+        with open(os.path.join(config.data.latents, "summary.json")) as file:
+            summary = json.load(file)
+        return limited, summary["train"]["with_template"], capsys.readouterr().out
+
+    *_, first, _ = summarized(prompt_length=200, answer_length=300)
+    longest = {key: figures["longest"] for key, figures in first.items()}
+    assert all(figures == {"longest": longest[key], "too_long": 0} for key, figures in first.items())
+    shorter, second, printed = summarized(prompt_length=200, answer_length=longest["answer_length"] - 1)
+    assert second["prompt_length"] == first["prompt_length"]
+    assert second["answer_length"]["too_long"] > 0 and "that are longer than data.answer_length" in printed
+    source = open_data(shorter)
+    encoder = prompt_encoder(shorter, tokenizers.train(source.texts(), shorter.tokenizer.vocab_size))
+    with pytest.raises(UserError, match=f"has {longest['answer_length']} tokens, more than the config's limit"):
+        check_lengths(shorter, encoder, source)
