@@ -7,6 +7,7 @@ errors that would take days or all memory.
 import dataclasses
 import functools
 import math
+import re
 import typing
 from typing import Annotated, Any
 
@@ -55,6 +56,14 @@ def ranges(cls: type) -> dict[str, tuple[type, Range]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     found = {field.name: range_of(hints[field.name]) for field in dataclasses.fields(cls)}
     return {name: allowed for name, allowed in found.items() if allowed}
+
+
+def check_pattern(name: str, value: str) -> None:
+    """Raises `ValueError` unless a setting is a regular expression."""
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name}={value!r} must be a regular expression: {error}") from None
 
 
 def check_ranges(settings: Any) -> None:

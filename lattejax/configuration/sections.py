@@ -17,7 +17,7 @@ from lattejax.models.layers import REMAT_POLICIES
 from lattejax.models.pixels import COLOURS, PixelConfig
 from lattejax.models.text import MOST_POSITIONS, TextConfig
 from lattejax.models.vision import VisionConfig
-from lattejax.ranges import Natural, Positive, Range, Share, Size, check_ranges
+from lattejax.ranges import Natural, Positive, Range, Share, Size, check_pattern, check_ranges
 
 DECAYS = ("none", "cosine", "linear")
 PROMPTS = ("captions", "pictures")
@@ -108,6 +108,8 @@ class Images:
     question_key: str = added("", before="")
     answer_key: str = added("", before="")
     conversations_key: str = added("", before="")  # a conversation, or several
+    # A regular expression: captions that match it are kept from training, to see whether they are drawn all the same.
+    unseen: str = added("", before="")
     flip: bool = False  # store each picture a second time, mirrored
     batch_size: Size = 256  # pictures encoded at a time by each process
     shard_pictures: Positive = 10_000  # pictures per file; encoding resumes at the start of a file
@@ -116,6 +118,7 @@ class Images:
 
     def __post_init__(self):
         check_ranges(self)
+        check_pattern("unseen", self.unseen)
 
     @property
     def keys(self) -> dict[str, str]:

@@ -135,7 +135,7 @@ def as_text(summary: dict[str, Any]) -> Iterable[str]:
                 )
         for key, figures in one["with_template"].items():
             if figures["longest"]:
-                yield f"  data.{key}={summary['limits'][key]}; {figures['longest']} tokens are needed, with the template"
+                yield f"  data.{key}={summary['limits'][key]}; {figures['longest']} tokens are used, with the template"
             if figures["too_long"]:
                 yield f"  TRAINING WILL REFUSE {figures['too_long']:,} that are longer than data.{key}: set it higher"
     reasons = summary["left_out"]

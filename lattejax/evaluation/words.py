@@ -27,7 +27,7 @@ from lattejax.flow.schedule import Guidance
 from lattejax.models import functional
 from lattejax.models.convolution import Chain, conv
 from lattejax.models.functional import Params
-from lattejax.ranges import Size, check_ranges
+from lattejax.ranges import Size, check_pattern, check_ranges
 from lattejax.sampling.images import decode_images
 from lattejax.weights.autoencoders import StoredAutoencoder
 
@@ -64,8 +64,8 @@ class Described(NamedTuple):
     labels: Int[np.ndarray, "N A"]
 
 
-def find_described(source: Source, split: str, words: Words) -> Described:
-    """A fixed choice of a split's drawings, those with one word of each attribute.
+def find_described(source: Source, split: str, words: Words, matching: str = "") -> Described:
+    """A fixed choice of a split's drawings: those whose captions have one word of each attribute, and match a pattern.
 
     Raises:
       UserError: there are none.
@@ -76,10 +76,12 @@ def find_described(source: Source, split: str, words: Words) -> Described:
     for start in range(0, len(order), BATCH):
         rows = sorted(order[start : start + BATCH].tolist())
         for index, drawing in zip(rows, drawings.__getitems__(rows), strict=True):
-            read = ((prompt.caption, read_caption(prompt.caption, words)) for prompt in drawing.prompts)
+            captions = (prompt.caption for prompt in drawing.prompts if re.search(matching, prompt.caption))
+            read = ((caption, read_caption(caption, words)) for caption in captions)
             found += [(index, caption, label) for caption, label in read if label is not None][:1]
     if not found:
-        raise UserError(f"no caption of the {split} split has one word of each of {', '.join(words)}")
+        matches = f" and matches {matching!r}" if matching else ""
+        raise UserError(f"no caption of the {split} split has one word of each of {', '.join(words)}{matches}")
     indices, captions, labels = zip(*found, strict=True)
     return Described(list(indices), list(captions), np.array(labels))
 
@@ -183,8 +185,9 @@ def fit(geometry: Geometry, images: UInt8[np.ndarray, "N H W 3"], labels: Int[np
 class WordScore:
     """The share of `images` drawings in which the reader finds the words of their prompts.
 
-    There are as many different prompts as `num_prompts`, a fixed choice of held-out captions. They are drawn as
-    config.eval defines, or at each of several guidance scales.
+    There are as many different prompts as `num_prompts`, a fixed choice of held-out captions, if there is a pattern of
+    those that match it. They are drawn as config.eval defines, or at each of several guidance scales. The figures'
+    names begin with the prefix.
     """
 
     config: Config
@@ -193,12 +196,15 @@ class WordScore:
     images: Size
     num_prompts: Size
     guidance: tuple[Guidance, ...] = ()
+    matching: str = ""
+    prefix: str = ""
     judges = "pathway"
 
     def __post_init__(self):
         check_ranges(self)
         if self.images % self.num_prompts:
             raise ValueError(f"images={self.images} must be a multiple of prompts={self.num_prompts}")
+        check_pattern("matching", self.matching)
         if not self.words:
             raise ValueError("words is empty; it has the words of each attribute")
         for attribute, of_attribute in self.words.items():
@@ -218,10 +224,13 @@ class WordScore:
         images: int,
         prompts: int,
         guidance: Sequence[float] = (),
+        matching: str = "",
+        prefix: str = "",
     ) -> "WordScore":
         if config.data.prompts != "captions":
             raise UserError(f"config.data.prompts={config.data.prompts!r} have no words to read")
-        return cls(config, source, {name: tuple(of) for name, of in words.items()}, images, prompts, tuple(guidance))
+        words = {name: tuple(of) for name, of in words.items()}
+        return cls(config, source, words, images, prompts, tuple(guidance), matching, prefix)
 
     @functools.cached_property
     def captions(self) -> list[str]:
@@ -231,7 +240,7 @@ class WordScore:
 
     @functools.cached_property
     def _held_out(self) -> Described:
-        return find_described(self.source, "test", self.words)
+        return find_described(self.source, "test", self.words, self.matching)
 
     @functools.cached_property
     def reader(self) -> WordReader:
@@ -240,7 +249,7 @@ class WordScore:
 
     @functools.cached_property
     def reader_accuracy(self) -> Float[np.ndarray, "A"]:
-        """The reader's own accuracy on held-out real pictures."""
+        """The reader's own accuracy on held-out real pictures, of captions such as those that are drawn."""
         return np.mean(self.reader(self._decode("test", self._held_out)) == self._held_out.labels, axis=0)
 
     def _decode(self, split: str, described: Described) -> UInt8[np.ndarray, "N H W 3"]:
@@ -256,7 +265,8 @@ class WordScore:
         right = self.reader(images) == np.repeat(asked, len(images) // len(asked), axis=0)
         shares = {f"drawn_{name}": float(share) for name, share in zip(self.words, right.mean(axis=0), strict=True)}
         own = {f"reader_{name}": float(share) for name, share in zip(self.words, self.reader_accuracy, strict=True)}
-        return shares | {"drawn_as_asked": float(np.mean(np.all(right, axis=1)))} | own
+        figures = shares | {"drawn_as_asked": float(np.mean(np.all(right, axis=1)))} | own
+        return {f"{self.prefix}{name}": value for name, value in figures.items()}
 
     def __call__(self, subject: Subject) -> Report:
         return Report(score_drawings(self, self.score, subject, self.config, self.guidance))

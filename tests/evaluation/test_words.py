@@ -1,5 +1,7 @@
 """The reader of words: what captions say, what it learns from real pictures, and which settings are refused."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -44,6 +46,17 @@ def test_it_reads_real_pictures_and_scores_each_attribute():
     assert score.score(half_wrong)["drawn_digit"] == pytest.approx(figures["drawn_digit"] / 2, abs=0.1)
 
 
+def test_it_may_draw_some_captions_alone():
+    config = tiny_config()
+    settings = SETTINGS | {"prompts": 2, "matching": "(two|nine)$", "prefix": "some_"}
+    score = open_evaluator("words", settings, config, open_data(config)).evaluator
+    assert sorted(score.captions) == sorted(caption for caption in digits.CAPTIONS if re.search("(two|nine)$", caption))
+    test, asked = digits.load("test"), [digits.CAPTIONS.index(caption) for caption in score.captions]
+    figures = score.score(np.concatenate([test.images[test.labels == label][:20] for label in asked]))
+    assert all(name.startswith("some_") for name in figures) and figures["some_drawn_digit"] > 0.9
+    assert len(score._held_out.indices) == np.isin(test.labels, asked).sum()
+
+
 @pytest.mark.parametrize(
     "change, named",
     [
@@ -55,6 +68,9 @@ def test_it_reads_real_pictures_and_scores_each_attribute():
         ({"words": {"colour": ["red", "blue"]}}, "no caption of the test split has one word of each of colour"),
         ({"guidance": [float("nan")]}, "guidance"),
         ({"word": 1}, "word"),
+        ({"matching": "(one"}, "matching='(one' must be a regular expression"),
+        ({"matching": "eleven"}, "has one word of each of digit, kind and matches 'eleven'"),
+        ({"matching": "one"}, "prompts=10, but 1 different captions are held out"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(change, named):
