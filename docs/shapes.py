@@ -2,11 +2,10 @@
 
 4,000 pictures of one coloured shape each, 64×64, with questions. Captions say what the answers tell of shape and
 colour, and what the pixels tell of size and place: "a small red circle at the top left". A picture whose answers do not
-tell has questions only. A conversation has four of a picture's questions; the last of a picture asks for its caption,
-since a yes or a no teaches little.
+tell has questions only. The others are also asked for their caption. Questions about shapes are in the folder twice:
+shapes are harder to see than colours, about which there are twice as many questions.
 """
 
-import itertools
 import json
 from pathlib import Path
 
@@ -21,7 +20,6 @@ PLACES = (
     ("at the left", "in the middle", "at the right"),
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
-ASKED = 4  # questions in a conversation
 DESCRIBE = "What is in the image?"
 SMALL = 20  # pixels, of the longer side: about as many shapes are smaller as are larger
 
@@ -47,9 +45,10 @@ def size_and_place(picture: Path) -> tuple[str, str]:
     return "small" if longest < SMALL else "large", PLACES[row][column]
 
 
-def conversation(*texts: str) -> list[dict[str, str]]:
-    """What the user and the assistant say in turn."""
-    return [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
+def times(question: str, answer: str) -> int:
+    """How often the folder has a question."""
+    about_shape = answer in SHAPES or (answer in ("yes", "no") and any(shape in question for shape in SHAPES))
+    return 2 if about_shape else 1
 
 
 folder, pairs, captions = Path("shapes"), {}, 0
@@ -67,8 +66,9 @@ with (folder / "metadata.jsonl").open("w") as lines:
             pairs[number].append((DESCRIBE, record["text"]))
             captions += 1
         record["questions"] = [
-            conversation(*itertools.chain(*pairs[number][first : first + ASKED]))
-            for first in range(0, len(pairs[number]), ASKED)
+            {"question": question, "answer": answer}
+            for question, answer in pairs[number]
+            for _ in range(times(question, answer))
         ]
         lines.write(json.dumps(record) + "\n")
 asked = sum(map(len, pairs.values())) - captions

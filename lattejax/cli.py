@@ -224,13 +224,13 @@ def fail(error: Exception) -> None:
 
 def unmatched_override(arguments: list[str], error: Exception) -> str:
     """Which override an error of ml_collections is about, such as one of a score's `at` where the experiment states
-    none; empty if it is about none, or if the experiment's own program raised it."""
+    none; several if it may be any of them; empty if it is about none, or if the experiment's own program raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     if not isinstance(error, AttributeError | KeyError) or any(frame.name == "get_config" for frame in frames):
         return ""
     said = " ".join(map(str, error.args))
     names = (argument.partition("=")[0] for argument in arguments if argument.startswith("--config."))
-    return next((name for name in names if any(f"'{part}'" in said for part in name.split("."))), "")
+    return " or ".join(name for name in names if any(f"'{part}'" in said for part in name.split(".")))
 
 
 def check_config_flags(arguments: list[str], section: str = "", others: tuple[str, ...] = ()) -> None:
