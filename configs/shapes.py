@@ -3,6 +3,7 @@ them from their captions. docs/data.md makes the folder `shapes`, and walks thro
 proportions: 64 image tokens, M-RoPE at theta 10⁶, 4 groups of 3 layers. Latents are pixels, 8×8 of them in a token.
 
 python -m lattejax.train --config=configs/shapes.py --workdir=runs/shapes
+python -m lattejax.train --config=configs/shapes.py:long --workdir=runs/shapes_long
 """
 
 from ml_collections import ConfigDict
@@ -26,9 +27,10 @@ WORDS = {
 }
 
 
-def get_config(length: str = "") -> ConfigDict:
+def get_config(length: str = "short") -> ConfigDict:
     config = configuration.defaults()
     config.update(dtype="float32", log_every=50)
+    config.pretrain.steps, config.train.steps = {"short": (800, 2000), "long": (1600, 12_000)}[length]
     # Shapes are decided near the noise: intervals are short there, and all groups train and draw equally often.
     config.model.update(patch_size=8, prediction="x", interval_edges=(0.0, 0.1, 0.25, 0.5, 1.0))
     config.model.text.update(vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=12)
@@ -36,19 +38,18 @@ def get_config(length: str = "") -> ConfigDict:
     config.model.vision.update(depth=4, embed_dim=128, num_heads=4, patch_size=8, hidden_size=128)
     config.tokenizer.vocab_size = 512
 
-    config.images.update(source="folder", name="shapes", train="train[400:]", test="train[:400]", unseen=UNSEEN)
+    config.images.update(source="folder", name="shapes", train="train[400:]", test="train[:400]")
     config.images.update(batch_size=64, shard_pictures=1000, most_unreadable=0, threads=2)
     config.data.update(latents="latents/shapes", autoencoder="pixels", image_size=64, latent_shape=(64, 64, 3))
-    config.data.update(prompt_length=28, answer_length=52, min_pixels=64 * 64, max_pixels=64 * 64)
-
-    config.pretrain.update(steps=800, batch_size=96, warmup_steps=50, decay="cosine", ema_decay=0.98, unroll=True)
+    config.data.update(prompt_length=28, answer_length=52, min_pixels=4096, max_pixels=4096, unseen=UNSEEN)
+    config.pretrain.update(batch_size=96, warmup_steps=50, decay="cosine", ema_decay=0.98, unroll=True)
     config.pretrain.update(learning_rate=3e-4, adam_b2=0.99)
-    config.train.update(steps=2000, batch_size=96, warmup_steps=200, decay="linear", ema_decay=0.995, unroll=True)
+    config.train.update(batch_size=96, warmup_steps=200, decay="linear", ema_decay=0.995, unroll=True)
     config.train.update(learning_rate=2e-3, remat="none", density="shifted", density_shift=1 / 3, answer_batch_size=32)
 
     config.eval.update(prompts=PROMPTS, every=500, examples=256, batch_size=50, guidance=3.0, shift=1 / 3)
-    words = {"type": "words", "words": WORDS, "prompts": 200, "matching": f"^(?!.*({UNSEEN}))"}
-    unseen = words | {"prompts": 40, "matching": UNSEEN, "prefix": "unseen_"}
+    words = {"type": "words", "words": WORDS, "prompts": 100, "matching": f"^(?!.*({UNSEEN}))"}
+    unseen = words | {"prompts": 25, "matching": UNSEEN, "prefix": "unseen_"}
     own = {"question": "What is in the image?", "answer": "{prompt}", "images": 200, "prompts": 200}
     scores = config.eval.evaluators
     scores.update(answers={"at": "training"}, final_answers={"type": "answers", "at": "end", "examples": 0})

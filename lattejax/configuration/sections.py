@@ -108,8 +108,6 @@ class Images:
     question_key: str = added("", before="")
     answer_key: str = added("", before="")
     conversations_key: str = added("", before="")  # a conversation, or several
-    # A regular expression: captions that match it are kept from training, to see whether they are drawn all the same.
-    unseen: str = added("", before="")
     flip: bool = False  # store each picture a second time, mirrored
     batch_size: Size = 256  # pictures encoded at a time by each process
     shard_pictures: Positive = 10_000  # pictures per file; encoding resumes at the start of a file
@@ -118,7 +116,6 @@ class Images:
 
     def __post_init__(self):
         check_ranges(self)
-        check_pattern("unseen", self.unseen)
 
     @property
     def keys(self) -> dict[str, str]:
@@ -137,6 +134,8 @@ class Data:
     latent_shape: tuple[Side, Side, Side] = (8, 8, 32)  # rows, columns and channels; of pixels 1 channel (grey) or 3
     prompt_length: Tokens = 128  # tokens that image prompts are padded to
     answer_length: Tokens = 512  # tokens that a question with its answer is padded to
+    # A regular expression: drawings whose captions match are not trained on, to see whether they are drawn even so.
+    unseen: str = added("", before="")
     # What the loss of answers is a mean over: their "tokens"; or "answers", so that a long one counts as much as a yes.
     answer_weights: str = added("tokens", before="tokens")
     min_pixels: Positive = 56 * 56  # bounds on the area to which the VLM's image processor resizes its inputs
@@ -145,6 +144,7 @@ class Data:
 
     def __post_init__(self):
         check_ranges(self)
+        check_pattern("unseen", self.unseen)
         check_one_of("prompts", self.prompts, PROMPTS)
         check_one_of("answer_weights", self.answer_weights, ANSWER_WEIGHTS)
         check(

@@ -186,6 +186,9 @@ class Drawings:
     def without_pixels(self) -> Iterator[EncodedPrompt]:
         return iter(encode_prompts(self.encoder, self._prompts))
 
+    def prompt_texts(self) -> Iterator[list[str]]:
+        return ([prompt.caption] for prompt in self._prompts)
+
 
 def requests(encoder: PromptEncoder, prompts: str) -> list[EncodedPrompt]:
     """A prompt for each digit, in order: its caption, or a request with the first held-out picture."""

@@ -42,6 +42,9 @@ class Drawings(Protocol):
     def without_pixels(self) -> Iterable[EncodedPrompt]:
         """All prompts, to check their lengths; their images may lack patches."""
 
+    def prompt_texts(self) -> Iterable[list[str]]:
+        """The texts of each drawing's prompts, in order."""
+
 
 @runtime_checkable
 class Questions(Protocol):

@@ -189,6 +189,10 @@ class StoredDrawings:
         for record in every(self._captions):
             yield [text for text, _ in json.loads(record)["prompts"]]
 
+    def prompt_texts(self) -> Iterator[list[str]]:
+        for texts in self.prompts():
+            yield from itertools.repeat(texts, 1 if self._in_latents else self._views)
+
     def latents_and_texts(self, index: int) -> tuple[np.ndarray, list[str]]:
         """One picture's latents, and the texts of its prompts, without their images."""
         [(latents, caption)] = map(self._decode, self.records.__getitems__([index]))

@@ -34,7 +34,7 @@ class Batches(Iterator[Any]):
       seed: the seed of the shuffle.
       threads: the number of prefetching threads.
       rows: which of a batch's rows are read, in order; None: all.
-
+      chosen: the indices of the records that are read; None: all.
     """
 
     def __init__(
@@ -46,9 +46,11 @@ class Batches(Iterator[Any]):
         seed: int,
         threads: int,
         rows: Sequence[int] | None = None,
+        chosen: Sequence[int] | None = None,
     ):
+        self._chosen = range(len(source)) if chosen is None else chosen
         # Infinite, reshuffled in each epoch. A stage of no steps opens its batches too, and never reads one.
-        self._shuffled = grain.MapDataset.range(max(len(source), 1)).seed(seed).shuffle()
+        self._shuffled = grain.MapDataset.range(max(len(self._chosen), 1)).seed(seed).shuffle()
         self._source, self._make_batch = source, make_batch
         self._rows, self._batch_size = range(batch_size) if rows is None else rows, batch_size
         batches = grain.MapDataset.range(sys.maxsize // batch_size)
@@ -63,7 +65,7 @@ class Batches(Iterator[Any]):
     def records(self, batch: int, rows: Sequence[int] | None = None) -> list[int]:
         """The indices of the records in some rows of a batch, or in all of them."""
         rows = range(self._batch_size) if rows is None else rows
-        return [int(self._shuffled[batch * self._batch_size + row]) for row in rows]
+        return [self._chosen[int(self._shuffled[batch * self._batch_size + row])] for row in rows]
 
     def example(self) -> Any:
         """A batch of one record, whose arrays have the shapes of every batch's but for their number of rows."""

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from lattejax.configuration import Config
 from lattejax.data.images import CROP
 from lattejax.data.prompts import PromptEncoder
 from lattejax.data.stored import ENCODING, LATENTS, MANIFEST, VERSION
-from lattejax.encoding.items import Item, without_prompts
+from lattejax.encoding.items import Item
 from lattejax.encoding.order import ORDER, Order, divide, extended, first_order
 from lattejax.encoding.prepare import find_encoder, make_preparation
 from lattejax.encoding.shards import Encoder, ShardWriter, prepare_all
@@ -100,7 +99,6 @@ def _encoding(config: Config, stored: StoredAutoencoder, source: Records) -> dic
         "test": config.images.test,
         "shard_pictures": config.images.shard_pictures,
         "keys": config.images.keys,
-        **({"unseen": config.images.unseen} if config.images.unseen else {}),
     }
     return json.loads(json.dumps(settings))
 
@@ -184,10 +182,7 @@ class Job:
     def _items(self, file: File) -> Iterator[Item]:
         records = file.part.records
         names = () if self.order.names is None else self.order.names[records.start : records.stop]
-        items = self.source.read(file.part, names)
-        if file.split == "train" and self.config.images.unseen:
-            return without_prompts(items, re.compile(self.config.images.unseen))
-        return items
+        return self.source.read(file.part, names)
 
     def _task(self, file: File, known: Written | None) -> str:
         """What is to be done for a shard: "all", "texts" or nothing."""

@@ -4,8 +4,7 @@ A text may contain marks, `<image>`, where pictures stand. A content is a tuple 
 """
 
 import dataclasses
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lattejax.data.conversations import Content, Conversation, Message
@@ -59,17 +58,6 @@ def checked(name: str, make: Callable[[], Item]) -> Item:
         return make()
     except UserError as error:
         return Item(name, problem=f"{name}: {error}")
-
-
-def without_prompts(items: Iterable[Item], pattern: re.Pattern) -> Iterator[Item]:
-    """The items without those prompts in which a pattern is found; items that have nothing left are skipped."""
-    for item in items:
-        prompts = tuple(prompt for prompt in item.prompts if not pattern.search(prompt.text))
-        if len(prompts) < len(item.prompts):
-            item = dataclasses.replace(item, prompts=prompts, drawn=item.drawn if prompts else None)
-            if not prompts and not item.conversations:
-                continue
-        yield item
 
 
 def make_item(

@@ -9,12 +9,13 @@ import pytest
 from lattejax.data import sources
 from lattejax.data.chats import NO_IMAGES
 from lattejax.data.examples import Drawing, Prompt
+from lattejax.data.pipeline import Batches
 from lattejax.errors import UserError
 from lattejax.flow.schedule import Sampling
 from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
 from lattejax.sampling.images import ImageSampler
-from lattejax.training import stages
+from lattejax.training import generation_stage, stages
 from lattejax.training.interrupt import InterruptGuard
 from tests.helpers import NO_SCORES, tiny_config
 
@@ -51,6 +52,9 @@ class Stripes:
     def without_pixels(self):
         return []
 
+    def prompt_texts(self):
+        return ([self.captions[i % 2]] for i in range(20))
+
     def __getitems__(self, indices):
         return [Drawing(np.full((8, 8, 1), i % 2 - 0.5, np.float32), (Prompt(self.captions[i % 2]),)) for i in indices]
 
@@ -62,6 +66,20 @@ def registered(monkeypatch):
 
 
 SETTINGS = NO_SCORES | dict(data__source="stripes", pretrain__steps=0)
+
+
+def test_captions_that_are_to_stay_unseen_are_not_trained_on(registered):
+    config = tiny_config(**SETTINGS, data__unseen="^l.ght")
+    drawings = Stripes()
+    seen = generation_stage.seen_drawings(config, drawings)
+    assert seen == list(range(0, 20, 2))
+    batches = Batches(drawings, lambda rows, _: rows, batch_size=7, seed=0, threads=1, chosen=seen)
+    read = [drawing.prompts[0].caption for _ in range(5) for drawing in next(batches)]
+    assert len(read) == 35 and set(read) == {"dark"}
+    assert sorted(index for batch in range(10) for index in batches.records(batch)) == sorted(7 * seen)
+    assert generation_stage.seen_drawings(tiny_config(**SETTINGS), drawings) is None
+    with pytest.raises(UserError, match="nothing is left to train on"):
+        generation_stage.seen_drawings(tiny_config(**SETTINGS, data__unseen="."), drawings)
 
 
 def test_it_can_be_trained_on_and_drawn(registered, tmp_path):

@@ -12,7 +12,6 @@ from PIL import Image
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.pipeline import every
 from lattejax.data.prompts import prompt_encoder
-from lattejax.data.stored import SPLITS
 from lattejax.encoding import encode as encoding
 from lattejax.encoding.encode import encode
 from lattejax.errors import UserError
@@ -280,26 +279,6 @@ def test_the_summary_counts_what_is_there(config, capsys):
     assert "left out: 1, for instance: 001.jpg: an answer is empty" in printed
     sheet = np.asarray(Image.open(os.path.join(config.data.latents, "contact_sheet.png")))
     assert sheet.shape[2] == 3 and sheet.std() > 10
-
-
-def test_captions_that_are_to_stay_unseen_are_in_the_test_split_alone(config):
-    def edit(lines):
-        for number, line in enumerate(lines):
-            line["text"] = ["a red box", f"picture {number}"] if number % 2 else "a red box"
-
-    rewrite(config, edit)
-    images = dataclasses.replace(config.images, unseen="red b.x")
-    with pytest.raises(UserError, match=r"holds other latents \(unseen: None -> red b.x\)"):
-        encode(dataclasses.replace(config, images=images), config.data.latents)
-    data = dataclasses.replace(config.data, latents=config.data.latents + "_2")
-    again = dataclasses.replace(config, images=images, data=data)
-    assert encode(again, again.data.latents)
-    before, after = (open_data(each) for each in (config, again))
-    texts = {split: [text for texts in after.drawings(split).prompts() for text in texts] for split in SPLITS}
-    assert "a red box" in texts["test"] and texts["train"] and all("picture" in text for text in texts["train"])
-    encoder = encoder_for(config)
-    assert [len(source.questions("train", encoder)) for source in (before, after)] == [16, 16]  # all are still asked
-    assert len(after.drawings("train")) < 8
 
 
 def test_the_summary_counts_what_training_with_its_own_tokenizer_will_refuse(config, capsys):

@@ -60,6 +60,13 @@ def copy(config, tmp_path):
 # ---- Stored data
 
 
+def test_the_texts_of_prompts_are_those_of_the_drawings(config):
+    drawings = open_data(config).drawings("train")
+    assert list(drawings.prompt_texts()) == [
+        [prompt.caption for prompt in drawing.prompts] for drawing in every(drawings)
+    ]
+
+
 def numbers_of(config, split):
     """The numbers of the pieces in a split, in order."""
     files = (f"captions-{split}-{i:05d}.array_record" for i in range(9))
