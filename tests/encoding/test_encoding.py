@@ -62,9 +62,8 @@ def copy(config, tmp_path):
 
 def test_the_texts_of_prompts_are_those_of_the_drawings(config):
     drawings = open_data(config).drawings("train")
-    assert list(drawings.prompt_texts()) == [
-        [prompt.caption for prompt in drawing.prompts] for drawing in every(drawings)
-    ]
+    texts = [[prompt.caption for prompt in drawing.prompts] for drawing in every(drawings)]
+    assert list(drawings.prompt_texts()) == texts
 
 
 def numbers_of(config, split):
