@@ -18,7 +18,7 @@ def test_a_miniature_of_the_shapes_draws_the_colours_that_are_asked_for(tmp_path
         assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
-    assert len(losses) == 3 and losses[0] > losses[1] > losses[2]
+    assert len(losses) == 2 and losses[0] > losses[1]
     figures = json.loads((workdir / "results.json").read_text())
     assert figures["reader_colour"] > 0.95
     assert figures["drawn_colour"] > 0.4, "by chance: one in eight"
