@@ -137,7 +137,7 @@ def as_text(summary: dict[str, Any]) -> Iterable[str]:
             if figures["longest"]:
                 yield f"  data.{key}={summary['limits'][key]}; {figures['longest']} tokens are used, with the template"
             if figures["too_long"]:
-                yield f"  TRAINING WILL REFUSE {figures['too_long']:,} that are longer than data.{key}: set it higher"
+                yield f"  training will refuse {figures['too_long']:,} that are longer than data.{key}: set it higher"
     reasons = summary["left_out"]
     yield f"left out: {len(reasons):,}" + (f", for instance: {reasons[0]}" if reasons else "")
 

@@ -185,8 +185,8 @@ def fit(geometry: Geometry, images: UInt8[np.ndarray, "N H W 3"], labels: Int[np
 class WordScore:
     """The share of `images` drawings in which the reader finds the words of their prompts.
 
-    There are as many different prompts as `num_prompts`, a fixed choice of held-out captions, if there is a pattern of
-    those that match it. They are drawn as config.eval defines, or at each of several guidance scales. The figures'
+    There are as many different prompts as `num_prompts`, a fixed choice of the held-out captions in which the pattern
+    `matching` is found. They are drawn as config.eval defines, or at each of several guidance scales. The figures'
     names begin with the prefix.
     """
 
