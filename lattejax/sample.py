@@ -3,6 +3,8 @@
 python -m lattejax.sample --workdir=runs/digits --prompt="a handwritten seven" --num=16 --out=sevens.png
 """
 
+import dataclasses
+
 import numpy as np
 from absl import flags
 
@@ -28,14 +30,15 @@ NEGATIVE_PROMPT = flags.DEFINE_multi_string(
     "What guidance steers away from, instead of the empty prompt: one for all prompts, or one for each.",
 )
 NUM = cli.define_number("num", 16, "Images per prompt.", Size)
-STEPS = cli.define_number("steps", 40, "Sampling steps.", NumSteps)
-GUIDANCE = cli.define_number("guidance", 2.0, "Guidance scale; 1: no guidance.", Guidance)
+# These are by default as the run's config.eval has them.
+STEPS = cli.define_number("steps", None, "Sampling steps; by default the run's own, as the four that follow.", NumSteps)
+GUIDANCE = cli.define_number("guidance", None, "Guidance scale; 1: no guidance.", Guidance)
 GUIDANCE_INTERVAL = flags.DEFINE_list(
-    "guidance_interval", ["0", "1"], "Only steps that start between these flow times are guided; 0 is noise."
+    "guidance_interval", None, "Only steps that start between these flow times are guided; 0 is noise."
 )
-SOLVER = flags.DEFINE_enum("solver", "euler", list(SOLVERS), "The ODE solver; a Heun step costs two velocities.")
+SOLVER = flags.DEFINE_enum("solver", None, list(SOLVERS), "The ODE solver; a Heun step costs two velocities.")
 SHIFT = cli.define_number(
-    "shift", 1.0, "Shifts the step times: below 1 towards the noise, above 1 towards the image.", Shift
+    "shift", None, "Shifts the step times: below 1 towards the noise, above 1 towards the image.", Shift
 )
 CHECKPOINT = cli.define_checkpoint()
 SEED = cli.define_number("seed", 0, "Seed of the noise.", Seed)
@@ -47,21 +50,25 @@ connect = cli.define_cluster_flags()
 flags.mark_flags_as_required(["workdir", "prompt"])
 
 
-def read_sampling() -> Sampling:
+def read_sampling(usual: Sampling) -> Sampling:
+    """The run's usual sampling, but for the flags that are given."""
+    given = dict(num_steps=STEPS.value, guidance=GUIDANCE.value, solver=SOLVER.value, shift=SHIFT.value)
+    if GUIDANCE_INTERVAL.value is not None:
+        try:
+            low, high = map(float, GUIDANCE_INTERVAL.value)
+        except ValueError as error:
+            raise UserError(f"--guidance_interval={','.join(GUIDANCE_INTERVAL.value)} must be two numbers") from error
+        given["guidance_interval"] = low, high
     try:
-        low, high = map(float, GUIDANCE_INTERVAL.value)
-    except ValueError as error:
-        raise UserError(f"--guidance_interval={','.join(GUIDANCE_INTERVAL.value)} must be two numbers") from error
-    try:
-        return Sampling(STEPS.value, GUIDANCE.value, (low, high), SOLVER.value, SHIFT.value)
+        return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise UserError(f"--{error}") from error
 
 
-def read_negative_prompts() -> list[str]:
+def read_negative_prompts(sampling: Sampling) -> list[str]:
     """One for each prompt, or none."""
     given, count = NEGATIVE_PROMPT.value, len(PROMPT.value)
-    if given and GUIDANCE.value == 1:
+    if given and sampling.guidance == 1:
         raise UserError("--negative_prompt needs guidance: a --guidance other than 1")
     if len(given) not in (0, 1, count):
         raise UserError(
@@ -72,13 +79,13 @@ def read_negative_prompts() -> list[str]:
 
 def main() -> None:
     out = output_file(OUT.value, ".png")
-    sampling = read_sampling()
-    read_negative_prompts()  # raises before anything is read
     connect()
     run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value), CHECKPOINT.value)
+    sampling = read_sampling(run.config.eval.sampling)
+    steer_away = read_negative_prompts(sampling)
     images = [run.encoder.read_image(open_image(path)) for path in IMAGE.value]
     prompts = [run.encoder.drawing(prompt, images) for prompt in PROMPT.value]
-    negative = [run.encoder.drawing(prompt, images) for prompt in read_negative_prompts()]
+    negative = [run.encoder.drawing(prompt, images) for prompt in steer_away]
     count = len(prompts) * NUM.value
     size = 2 * count * 3 * run.config.data.image_size**2  # each image is held twice: by itself, and in the grid
     memory.check_fits(size, memory.machine_bytes(), f"drawing {count:,} images")
@@ -91,7 +98,7 @@ def main() -> None:
     if NPZ.value:
         write_with(out.with_suffix(".npz"), lambda file: np.savez(file, arr_0=images))
     steps = [len(group) for group in sampler.config.generation.intervals.schedule(sampling.num_steps, sampling.shift)]
-    print(f"{len(images)} images in {out}; steps per group: {steps}")
+    print(f"{len(images)} images in {out}; guidance scale {sampling.guidance:g}, steps per group: {steps}")
 
 
 if __name__ == "__main__":

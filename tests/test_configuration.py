@@ -119,6 +119,13 @@ def test_blends_questions_must_split_into_micro_batches():
         configuration.resolve(config)
 
 
+def test_intervals_overlap_only_if_groups_have_their_own_rows():
+    config = changed("train", "stratified", False)
+    config["train"]["interval_overlap"] = 0.1
+    with pytest.raises(UserError, match="interval_overlap needs stratified=True"):
+        configuration.resolve(config)
+
+
 def test_an_unstratified_batch_need_not_be_a_multiple_of_the_groups():
     config = changed("train", "batch_size", 122)
     config["train"]["stratified"] = False

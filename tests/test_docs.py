@@ -26,6 +26,8 @@ from tests import checkpoints, pictures
 from tests.helpers import ENVIRONMENT, ROOT, Forks, tiny_config, tiny_flags
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What runs at full size does so as for users: without the tests' flags, which make compilation fast and code slow.
+AT_FULL_SPEED = {key: value for key, value in ENVIRONMENT.items() if key != "XLA_FLAGS"}
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>bash|python)\n(?P<text>.*?)^```", re.M | re.S)
 IN_FULL = "slow, in full"
 SERVER, SERVED = "slow, a server", "slow, with that server"
@@ -149,12 +151,14 @@ def run_line(line: str, place: Path, forks: Forks, in_full: bool = False) -> Non
     variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
     assert words[0] == "python", f"no rule to run {line}"
+    if in_full:
+        subprocess.run([sys.executable, *words[1:]], cwd=place, env=AT_FULL_SPEED | variables, check=True)
+        return
     if words[1] == "-m" and words[2].startswith("lattejax."):
         command = words[2].removeprefix("lattejax.")
         if command == "convert":  # as on another page before
             shutil.rmtree(place / words[-1].removeprefix("--out="), ignore_errors=True)
-        flags = words[3:] if in_full else small(command, words[3:])
-        done = forks(command, *flags, env=variables)
+        done = forks(command, *small(command, words[3:]), env=variables)
     else:
         if "lattejax.train" in words:
             start = words.index("lattejax.train") + 1
@@ -173,9 +177,9 @@ def test_commands_run(block, place, forks):
                 (place / "fresh").mkdir()
                 (place / "fresh" / "configs").symlink_to(ROOT / "configs")
             command = [sys.executable, *shlex.split(line.partition("&& ")[2])[1:]]
-            subprocess.run(command, cwd=place / "fresh", env=ENVIRONMENT, check=True)
+            subprocess.run(command, cwd=place / "fresh", env=AT_FULL_SPEED, check=True)
         elif line.startswith("for "):  # a loop of the shell, at full size
-            subprocess.run(["bash", "-euo", "pipefail", "-c", line], cwd=place, env=ENVIRONMENT, check=True)
+            subprocess.run(["bash", "-euo", "pipefail", "-c", line], cwd=place, env=AT_FULL_SPEED, check=True)
         else:
             run_line(line, place, forks, block.mark == IN_FULL)
 

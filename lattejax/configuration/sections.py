@@ -210,6 +210,8 @@ class GenerationStage(Stage):
     density_mean: Annotated[float, Range(-100, 100)] = 0.0
     density_std: Factor = 1.0
     density_shift: Factor = 1.0
+    # A group also trains on flow times beyond both ends of its interval, up to this share of the interval's length.
+    interval_overlap: Share = added(0.0, before=0.0)
     stratified: bool = True  # equal shares of a batch for all groups; otherwise t decides, at K times the cost
     answer_batch_size: Size = 256  # Blend: questions in each step, besides batch_size images; Couple trains on none
     answer_weight: Factor = 1.0  # Blend: weight of the answers' loss; the flow's is 1
@@ -217,6 +219,8 @@ class GenerationStage(Stage):
     def __post_init__(self):
         super().__post_init__()
         check_one_of("density", self.density, DENSITIES)
+        if self.interval_overlap and not self.stratified:
+            raise ValueError("interval_overlap needs stratified=True: otherwise each flow time has one owner")
 
     @property
     def flow_density(self) -> Density:

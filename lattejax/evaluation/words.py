@@ -141,6 +141,14 @@ class WordReader:
         return np.concatenate([predict(self._geometry, self._params, batch) for batch in batches])[: len(images)]
 
 
+@functools.lru_cache(maxsize=1)
+def train_reader(config: Config, source: Source, words: tuple[tuple[str, tuple[str, ...]], ...]) -> WordReader:
+    """The reader of a data set's pictures; a run's scores of the same words share it."""
+    described = find_described(source, "train", dict(words))
+    pictures = decode_pictures(config, source, "train", described.indices)
+    return WordReader(pictures, described.labels, tuple(len(of_attribute) for _, of_attribute in words))
+
+
 Geometry = tuple[int, tuple[int, ...]]  # the pictures' side, and the number of each attribute's words
 
 
@@ -244,16 +252,13 @@ class WordScore:
 
     @functools.cached_property
     def reader(self) -> WordReader:
-        train = find_described(self.source, "train", self.words)
-        return WordReader(self._decode("train", train), train.labels, tuple(map(len, self.words.values())))
+        return train_reader(self.config, self.source, tuple(self.words.items()))
 
     @functools.cached_property
     def reader_accuracy(self) -> Float[np.ndarray, "A"]:
         """The reader's own accuracy on held-out real pictures, of captions such as those that are drawn."""
-        return np.mean(self.reader(self._decode("test", self._held_out)) == self._held_out.labels, axis=0)
-
-    def _decode(self, split: str, described: Described) -> UInt8[np.ndarray, "N H W 3"]:
-        return decode_pictures(self.config, self.source, split, described.indices)
+        pictures = decode_pictures(self.config, self.source, "test", self._held_out.indices)
+        return np.mean(self.reader(pictures) == self._held_out.labels, axis=0)
 
     def prompts(self, encoder: PromptEncoder) -> list[EncodedPrompt]:
         return encoder.drawings(self.captions)

@@ -56,26 +56,33 @@ class Intervals:
         first, _ = self._range(t.dtype)
         return jnp.searchsorted(jnp.asarray(first[1:]), t, side="right")
 
-    def clip(self, t: Float[Array, "K b"]) -> Float[Array, "K b"]:
+    def widened(self, overlap: float) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where the intervals start and where they end, [K] each, if each reaches `overlap` times its length
+        into its neighbours."""
+        reach = overlap * np.diff(self.edges)
+        return np.clip(self.edges[:-1] - reach, 0, 1), np.clip(self.edges[1:] + reach, 0, 1)
+
+    def clip(self, t: Float[Array, "K b"], overlap: float = 0.0) -> Float[Array, "K b"]:
         """Clips flow times to their row's interval: between the first and the last value in t's precision that
-        `group_of` assigns to the group."""
-        first, last = self._range(t.dtype)
+        `group_of` assigns to the group, if intervals do not overlap."""
+        first, last = self._range(t.dtype, overlap)
         return jnp.clip(t, first[:, None], last[:, None])
 
-    def _range(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        edges = np.asarray(self.edges)
-        low, high = edges[:-1].astype(dtype), edges[1:].astype(dtype)
-        first = np.where(low < edges[:-1], np.nextafter(low, np.inf, dtype=dtype), low)
-        last = np.where(high >= edges[1:], np.nextafter(high, -np.inf, dtype=dtype), high)
+    def _range(self, dtype: np.dtype, overlap: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        starts, ends = self.widened(overlap)
+        low, high = starts.astype(dtype), ends.astype(dtype)
+        first = np.where(low < starts, np.nextafter(low, np.inf, dtype=dtype), low)
+        last = np.where(high >= ends, np.nextafter(high, -np.inf, dtype=dtype), high)
         return first, last
 
-    def draw(self, u: Float[Array, "K b"], density: Density = UNIFORM) -> Float[Array, "K b"]:
-        """Maps uniform draws in [0, 1) to flow times of the density restricted to each row's interval.
+    def draw(self, u: Float[Array, "K b"], density: Density = UNIFORM, overlap: float = 0.0) -> Float[Array, "K b"]:
+        """Maps uniform draws in [0, 1) to flow times of the density restricted to each row's interval, which `overlap`
+        widens.
 
         Rounding never moves a draw out of its interval.
         """
-        below = density.cumulative(self.edges).astype(u.dtype)
-        return self.clip(density.quantile(below[:-1, None] + np.diff(below)[:, None] * u))
+        below, above = (density.cumulative(edges).astype(u.dtype)[:, None] for edges in self.widened(overlap))
+        return self.clip(density.quantile(below + (above - below) * u), overlap)
 
     def masses(self, density: Density = UNIFORM) -> np.ndarray:
         """P_k, each group's share of the density of t.

@@ -1,5 +1,6 @@
 """The models of lmms-eval 0.7.3: a run of lattejax, or a converted VLM, that answers, scores answers, or draws."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -48,8 +49,8 @@ class LatteJax(lmms):
       system_prompt: the system turn; None: the chat template's.
       dtype: of converted weights and their computation; empty: bfloat16.
       output_image_dir: where pictures are written.
-      guidance: the guidance scale of drawings.
-      steps: their sampling steps.
+      guidance: the guidance scale of drawings; None: the run's own.
+      steps: their sampling steps; None: the run's own.
       seed: of their noise, and of tokens that are sampled.
       autoencoder: the run's, if it has moved.
       batch_size: requests that are answered, scored or drawn together; lmms-eval passes --batch_size.
@@ -74,8 +75,8 @@ class LatteJax(lmms):
         system_prompt: str | None = None,
         dtype: str = "",
         output_image_dir: str = "",
-        guidance: float = 2.0,
-        steps: int = 40,
+        guidance: float | None = None,
+        steps: int | None = None,
         seed: int = 0,
         autoencoder: str = "",
         batch_size: int | str = 1,
@@ -88,13 +89,18 @@ class LatteJax(lmms):
             raise UserError(f"mode={mode!r} must be one of {', '.join(MODES)}")
         draws = mode == "generation"
         try:
-            self._sampling, self._decoding = Sampling(steps, float(guidance)), Decoding(max_new_tokens, seed=seed)
+            given = {} if steps is None else {"num_steps": steps}
+            given |= {} if guidance is None else {"guidance": float(guidance)}
+            Sampling(**given)  # raises for a bad one before anything is read
+            self._decoding = Decoding(max_new_tokens, seed=seed)
         except ValueError as error:
             raise UserError(f"model_args: {error}") from error
         self._pictures = picture_directory(output_image_dir) if draws else None
         self._batch_size = int(batch_size)
         cli.enable_compilation_cache()
-        self._answerer, self._sampler = open_model(str(workdir), str(checkpoint), dtype, autoencoder, draws)
+        opened = open_model(str(workdir), str(checkpoint), dtype, autoencoder, draws)
+        self._answerer, self._sampler, usual = opened
+        self._sampling = dataclasses.replace(usual, **given)
         self._encoder = self._answerer.encoder
         limit_pixels(self._encoder, min_pixels, max_pixels)
         opening = () if system_prompt is None else (Turn("system", str(system_prompt)),)

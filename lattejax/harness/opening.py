@@ -3,6 +3,7 @@
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
 from lattejax.files import resolve_path
+from lattejax.flow.schedule import Sampling
 from lattejax.ranges import LARGEST
 from lattejax.runs.run import Run
 from lattejax.sampling.answers import Answerer
@@ -12,8 +13,8 @@ from lattejax.weights.pretrained import is_converted
 
 def open_model(
     workdir: str, checkpoint: str, dtype: str, autoencoder: str, draws: bool
-) -> tuple[Answerer, ImageSampler | None]:
-    """Reads a run, an export or converted weights; a sampler only if it `draws`.
+) -> tuple[Answerer, ImageSampler | None, Sampling]:
+    """Reads a run, an export or converted weights; a sampler only if it `draws`. Returns also how the run draws.
 
     Raises:
       UserError: there is no such thing, or it cannot do what is asked.
@@ -22,7 +23,7 @@ def open_model(
     if is_converted(directory):
         if draws or checkpoint or autoencoder:
             raise UserError(f"{workdir} holds a converted VLM, which answers and has no checkpoint; give a run to draw")
-        return Answerer.load(workdir, dtype or "bfloat16"), None
+        return Answerer.load(workdir, dtype or "bfloat16"), None, Sampling()
     if (directory / "preprocessor_config.json").exists():
         raise UserError(
             f"{workdir} is a checkpoint of transformers; convert it first: python -m lattejax.convert "
@@ -31,10 +32,11 @@ def open_model(
     run = Run.open(workdir, checkpoint=checkpoint)
     if dtype not in ("", run.config.dtype):
         raise UserError(f"dtype={dtype} is for converted weights; the run {workdir} computes in {run.config.dtype}")
+    usual = run.config.eval.sampling
     if not draws:
-        return Answerer.of(run), None
+        return Answerer.of(run), None, usual
     sampler = ImageSampler.of(run, run.params(run.config.dtype), autoencoder)
-    return Answerer(sampler.config.vlm, sampler.vlm, sampler.encoder, run.repetition_penalty), sampler
+    return Answerer(sampler.config.vlm, sampler.vlm, sampler.encoder, run.repetition_penalty), sampler, usual
 
 
 def limit_pixels(encoder: PromptEncoder, least: int | None, most: int | None) -> None:

@@ -34,9 +34,10 @@ class FlowLoss:
     """The second stage's loss: mean squared error of velocities; in Blend, also the answers' loss.
 
     A row's flow time, noise and prompt dropout are functions of its key. If stratified, each group has its own rows
-    [K, b], whose t are drawn from the density restricted to the group's interval; the loss is Σ P_k·loss_k, where P_k
-    is the group's share of the density. Otherwise rows are [B], t is drawn from the full density, every group runs
-    every row, and only the owner's result counts: the same loss on average, at K times the cost.
+    [K, b], whose t are drawn from the density restricted to the group's interval, or a wider one if intervals overlap;
+    the loss is Σ P_k·loss_k, where P_k is the share of the density in the group's own interval. Otherwise rows are [B],
+    t is drawn from the full density, every group runs every row, and only the owner's result counts: the same loss on
+    average, at K times the cost.
     """
 
     config: ModelConfig
@@ -47,6 +48,7 @@ class FlowLoss:
     dtype: jax.typing.DTypeLike
     remat: str
     unroll: bool
+    overlap: float = 0.0  # how far groups' intervals reach into their neighbours', as a share of their length
 
     def __call__(
         self, trained: Params, frozen: Frozen, batch: dict[str, Any], keys: dict[str, Key[Array, "*rows"]]
@@ -110,7 +112,8 @@ class FlowLoss:
 
     def of_shares(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:
         """The loss and each group's loss, if every group runs its own rows."""
-        per_group = self.losses(params, contexts, *rows, self.intervals.draw(u, self.density)).mean(axis=1)
+        t = self.intervals.draw(u, self.density, self.overlap)
+        per_group = self.losses(params, contexts, *rows, t).mean(axis=1)
         return jnp.sum(per_group * self.intervals.masses(self.density)), per_group
 
     def of_owners(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:

@@ -33,6 +33,11 @@ def make_card(run: Run, name: str, workdir: str, limits: Limits) -> dict[str, An
         "step": run.trained_step if not run.is_export else None,
         "groups": groups,
         "scores": final_scores(run.workdir.results),
+        "sampling": {
+            "steps": min(config.eval.sample_steps, limits.steps),
+            "guidance": config.eval.guidance,
+            "shift": config.eval.shift,
+        },
         "prompts": list(config.eval.prompts[:10]),
         "limits": {
             "n": limits.images_per_request,

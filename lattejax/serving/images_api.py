@@ -43,8 +43,8 @@ class Wanted:
     wants_progress: bool
 
 
-def parse(fields: Fields, limits: Limits, image_size: int) -> Wanted:
-    """Takes all fields of a request; raises `ApiError` for a bad one."""
+def parse(fields: Fields, limits: Limits, image_size: int, usual: Sampling) -> Wanted:
+    """Takes all fields of a request; raises `ApiError` for a bad one. `usual` has what it does not say of sampling."""
     size = f"{image_size}x{image_size}"
     prompt, negative = fields.need("prompt", str), fields.take("negative_prompt", str, "")
     for name, text in (("prompt", prompt), ("negative_prompt", negative)):
@@ -59,7 +59,7 @@ def parse(fields: Fields, limits: Limits, image_size: int) -> Wanted:
     wanted = Wanted(
         prompt=prompt,
         negative=negative,
-        sampling=parse_sampling(fields, limits, bool(negative)),
+        sampling=parse_sampling(fields, limits, usual, bool(negative)),
         count=fields.number("n", Annotated[int, Range(1, 64)], 1, limits.images_per_request),
         seed=fields.number("seed", Seed, secrets.randbelow(2**32)),
         form=form,
@@ -76,18 +76,19 @@ def parse(fields: Fields, limits: Limits, image_size: int) -> Wanted:
     return wanted
 
 
-def parse_sampling(fields: Fields, limits: Limits, has_negative: bool) -> Sampling:
+def parse_sampling(fields: Fields, limits: Limits, usual: Sampling, has_negative: bool) -> Sampling:
     """The steps. Others' `flow_shift` counts from the image to the noise, so it is 1 / our `shift`."""
-    steps = fields.number("num_inference_steps", Annotated[int, Range(1, 10_000)], 40, limits.steps)
-    guidance = fields.number("guidance_scale", Annotated[float, Range(0, 20)], 2.0)
+    usual_steps = min(usual.num_steps, limits.steps)
+    steps = fields.number("num_inference_steps", Annotated[int, Range(1, 10_000)], usual_steps, limits.steps)
+    guidance = fields.number("guidance_scale", Annotated[float, Range(0, 20)], usual.guidance)
     if has_negative and guidance == 1:
         raise fields.error("negative_prompt", "needs guidance: a guidance_scale other than 1")
     shift, theirs = fields.number("shift", Shift), fields.number("flow_shift", Shift)
     if shift is not None and theirs is not None:
         raise fields.error("shift", "and flow_shift are the same setting; give one")
-    shift = 1.0 if shift is None and theirs is None else 1 / theirs if shift is None else shift
-    interval = fields.take("guidance_interval", list, [0.0, 1.0])
-    solver = fields.choice("solver", list(SOLVERS), "euler")
+    shift = usual.shift if shift is None and theirs is None else 1 / theirs if shift is None else shift
+    interval = fields.take("guidance_interval", list, list(usual.guidance_interval))
+    solver = fields.choice("solver", list(SOLVERS), usual.solver)
     if len(interval) != 2 or any(type(one) not in (int, float) for one in interval):
         raise fields.error("guidance_interval", "must be two numbers", "invalid_type")
     try:
@@ -100,7 +101,7 @@ async def generate(service: Service, request: Request) -> Response:
     """Draws pictures of one prompt."""
     fields = await read_fields(request, service.limits)
     service.check_model(fields.take("model", str))
-    wanted = parse(fields, service.limits, service.model.image_size)
+    wanted = parse(fields, service.limits, service.model.image_size, service.model.sampling)
     prompt, negative = await service.prepare(encode, service, wanted)
     request.state.details = f"n={wanted.count} steps={wanted.sampling.num_steps} seed={wanted.seed}"
     job = functools.partial(make_job, wanted, prompt, negative)

@@ -107,7 +107,7 @@ def make_service(
     )
     rows, columns = sampler.config.generation.grid
     card = make_card(run, name, workdir, limits)
-    model = Model(name, run.encoder, card, run.config.data.image_size, rows * columns)
+    model = Model(name, run.encoder, card, run.config.data.image_size, rows * columns, run.config.eval.sampling)
 
     def compile_all(done: Callable[[str], None]) -> None:
         drawer.compile(done)

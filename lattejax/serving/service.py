@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
+from lattejax.flow.schedule import Sampling
 from lattejax.serving.engine import LATE, STOPPING, Engine, Full, Stopping
 from lattejax.serving.errors import ApiError, ClientGone
 from lattejax.serving.jobs import Done, Failed, Job
@@ -31,6 +32,7 @@ class Model:
     card: dict[str, Any]
     image_size: int
     image_tokens: int  # of a picture
+    sampling: Sampling  # where a request does not say
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
 

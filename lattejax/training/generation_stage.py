@@ -134,6 +134,7 @@ def flow_loss(config: Config) -> FlowLoss:
         dtype=jnp.dtype(config.dtype),
         remat=stage.remat,
         unroll=stage.unroll,
+        overlap=stage.interval_overlap,
     )
 
 

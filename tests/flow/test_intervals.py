@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lattejax.flow.densities import Shifted
 from lattejax.flow.intervals import Intervals
 
 
@@ -64,6 +65,15 @@ def test_draws_stay_in_their_interval_by_the_table_that_sampling_uses(edges):
         assert set(intervals.group_of(t[k].astype(np.float64))) == {k}
         assert t[k].min() == pytest.approx(edges[k], abs=1e-6)
         assert t[k].max() == pytest.approx(edges[k + 1], abs=1e-6)
+
+
+def test_draws_reach_a_share_of_their_intervals_length_into_the_neighbours():
+    intervals, largest = Intervals((0.0, 0.2, 0.6, 1.0)), np.nextafter(np.float32(1), np.float32(0))
+    u = jnp.asarray(np.tile(np.float32([0, largest]), (3, 1)))
+    expected = [(0, 0.22), (0.16, 0.64), (0.56, 1)]
+    np.testing.assert_allclose(intervals.draw(u, overlap=0.1), expected, atol=1e-6)
+    np.testing.assert_array_equal(intervals.draw(u, overlap=0.0), intervals.draw(u))
+    assert float(intervals.draw(u, Shifted(0.1), overlap=1.0).max()) < 1, "time 1 has no velocity to learn"
 
 
 @pytest.mark.parametrize("edges", [(0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.1, 0.5, 1.0)])

@@ -10,6 +10,7 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
+from lattejax.flow.schedule import Sampling
 from lattejax.sampling.answers import Answerer
 from lattejax.sampling.conversations import Conversations
 from lattejax.serving.app import make_app
@@ -49,8 +50,9 @@ def make_service(limits: Limits = LIMITS) -> Service:
     card = {
         "name": "tiny",
         "groups": [{"layers": [1, 2], "interval": [0, 0.5]}, {"layers": [3, 4], "interval": [0.5, 1]}],
+        "sampling": {"steps": 40, "guidance": 2, "shift": 1},
     }
-    return Service(Model("tiny", ENCODER, card, 8, 16), engine, limits, metrics)
+    return Service(Model("tiny", ENCODER, card, 8, 16, Sampling()), engine, limits, metrics)
 
 
 @contextlib.contextmanager

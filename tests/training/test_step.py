@@ -58,6 +58,7 @@ def flow_loss(config=CONFIG, **overrides) -> FlowLoss:
         dtype=jnp.float32,
         remat="none",
         unroll=False,
+        overlap=config.train.interval_overlap,
     )
     return FlowLoss(config.model_config, **settings | overrides)
 
@@ -181,6 +182,7 @@ def test_row_draws_depend_only_on_key_and_row():
         dict(train__density="logit_normal", train__density_mean=-0.3),
         dict(train__density="shifted", train__density_shift=0.4),
         dict(model__interval_edges=(0.0, 0.3, 1.0)),
+        dict(model__interval_edges=(0.0, 0.3, 1.0), train__interval_overlap=0.6, train__density="shifted"),
     ],
 )
 @pytest.mark.parametrize("stratified", [True, False])
@@ -193,19 +195,21 @@ def test_the_loss_equals_its_formula(overrides, stratified):
     rows = by_group(batch()) if stratified else batch()
     value, metrics = jax.jit(loss)(PARAMS, SHARED, rows, row_keys(stratified=stratified))
     u, noise, dropped = loss.draw(row_keys(stratified=False)["images"])
-    edges = density.cumulative(intervals.edges)
-    expected, groups = [], []
+    starts, ends = map(density.cumulative, intervals.widened(config.train.interval_overlap))
+    expected, owners = [], []
     for row in range(8):
         block = row // 4
-        at = edges[block] + (edges[block + 1] - edges[block]) * float(u[row]) if stratified else float(u[row])
+        at = starts[block] + (ends[block] - starts[block]) * float(u[row]) if stratified else float(u[row])
         t = np.asarray(density.quantile(jnp.float32(at)))
-        group = int(intervals.group_of(t))
-        assert group == block or not stratified
+        owners.append(int(intervals.group_of(t)))
+        group = block if stratified else owners[-1]
         caption = 10 if dropped[row] else batch()["images"]["caption"][row]
         error = velocity(config, group, caption, latents[row], noise[row], t) - (latents[row] - noise[row])
         expected.append(float(np.mean(error**2)) * (2 * intervals.masses(density)[group] if stratified else 1.0))
-        groups.append(group)
-    assert len(set(groups)) == 2, "both groups have rows"
+    if stratified:
+        outside = sum(owner != row // 4 for row, owner in enumerate(owners))
+        assert (outside > 0) == (config.train.interval_overlap > 0), "rows outside their group's interval"
+    assert len(set(owners)) == 2, "both groups have rows"
     assert value == pytest.approx(np.mean(expected), rel=1e-4)
     per_group = np.asarray(metrics["loss_per_group"])
     assert value == pytest.approx(per_group @ intervals.masses(density), rel=1e-5)

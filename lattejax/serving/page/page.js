@@ -298,6 +298,7 @@ function showCard() {
   $("name").textContent = card.name;
   $("count").max = card.limits.n;
   $("steps").max = card.limits.steps;
+  for (const [name, value] of Object.entries(card.sampling)) $(name).value = value;
   $("ideas").replaceChildren(...card.prompts.slice(0, 5).map((text) => {
     const idea = make("button", { type: "button", className: "quiet", textContent: text });
     idea.onclick = () => { $("prompt").value = text; $("prompt").focus(); };
