@@ -35,6 +35,7 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     # A learning rate so high that after two steps the pathway's velocities are far from their initial zero.
     settings = dict(pretrain__steps=1, train__steps=2, train__learning_rate=0.05, train__ema_decay=0.0)
+    settings |= dict(eval__sample_steps=5, eval__guidance=1.5, eval__shift=2.0)
     config = tiny_config(**settings | NO_DIGITS)
     stages.train(config, path, InterruptGuard())
     return path
@@ -51,11 +52,11 @@ def test_sample_draws_every_prompt_in_order(workdir, tmp_path):
     out = tmp_path / "new" / "grid.png"
     prompts = ["--prompt=a handwritten seven", "--prompt=a handwritten two"]
     relative = os.path.relpath(workdir, ROOT)
-    done = run_command("sample", f"--workdir={relative}", *prompts, "--num=3", "--steps=5", f"--out={out}", "--npz")
+    done = run_command("sample", f"--workdir={relative}", *prompts, "--num=3", f"--out={out}", "--npz")
     assert done.returncode == 0 and "no rule of" not in done.stderr, done.stderr
     images = np.load(out.with_suffix(".npz"))["arr_0"]
     assert images.shape == (6, 8, 8, 3) and images.dtype == np.uint8
-    assert "steps per group: [3, 2]" in done.stdout
+    assert "guidance scale 1.5, steps per group: [2, 3]" in done.stdout, "as its scores are, by the run's config"
     grid = np.asarray(Image.open(out))
     zoom = 8
     first, fourth = (images[i].repeat(zoom, 0).repeat(zoom, 1) for i in (0, 3))

@@ -24,6 +24,7 @@ from lattejax.serving.server import Address
 from lattejax.serving.service import Model, Service
 from tests.serving.test_engine import CONFIGS, ENCODER, sampler
 
+USUAL = Sampling(7, 3.0, shift=0.8)  # what requests that do not say get
 LIMITS = Limits(
     images_per_request=4,
     steps=300,
@@ -50,9 +51,9 @@ def make_service(limits: Limits = LIMITS) -> Service:
     card = {
         "name": "tiny",
         "groups": [{"layers": [1, 2], "interval": [0, 0.5]}, {"layers": [3, 4], "interval": [0.5, 1]}],
-        "sampling": {"steps": 40, "guidance": 2, "shift": 1},
+        "sampling": {"steps": USUAL.num_steps, "guidance": USUAL.guidance, "shift": USUAL.shift},
     }
-    return Service(Model("tiny", ENCODER, card, 8, 16, Sampling()), engine, limits, metrics)
+    return Service(Model("tiny", ENCODER, card, 8, 16, USUAL), engine, limits, metrics)
 
 
 @contextlib.contextmanager

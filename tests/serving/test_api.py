@@ -1,6 +1,7 @@
 """The API, driven by OpenAI's client, against what the library computes; and its errors."""
 
 import base64
+import dataclasses
 import http.client
 import json
 import re
@@ -19,7 +20,7 @@ from lattejax.data.prompts import Turn
 from lattejax.flow.schedule import Sampling
 from lattejax.models import qwen2_vl
 from lattejax.sampling.answers import Answerer, Decoding
-from tests.serving.serving import data_uri, make_service, pixels, serving
+from tests.serving.serving import USUAL, data_uri, make_service, pixels, serving
 from tests.serving.test_engine import CONFIGS, ENCODER, sampler
 
 SEVEN = "a handwritten seven"
@@ -91,7 +92,7 @@ def test_pictures_come_in_the_format_that_is_asked_for(client, form, quality):
     head = base64.b64decode(done.data[0].b64_json)[:12]
     assert head.startswith(b"\xff\xd8") if form == "jpeg" else head[8:] == b"WEBP"
     if quality == 100:
-        assert np.abs(pixels(done.data[0].b64_json) - drawn(Sampling(), seed=2)[0]).max() <= 1
+        assert np.abs(pixels(done.data[0].b64_json) - drawn(USUAL, seed=2)[0]).max() <= 1
 
 
 def test_without_a_seed_pictures_differ_and_the_seed_is_told(client):
@@ -108,12 +109,12 @@ def test_a_stream_has_previews_at_the_edges_and_then_the_pictures(client):
     assert kinds == ["partial_image"] * 2 + ["completed"] * 2, "two groups have one edge"
     assert {one.partial_image_index for one in events[:2]} == {0} and {one.index for one in events[:2]} == {0, 1}
     found = {one.index: pixels(one.b64_json) for one in events[2:]}
-    assert np.abs(np.stack([found[0], found[1]]) - drawn(Sampling(6), 2, 3)).max() <= 1
+    assert np.abs(np.stack([found[0], found[1]]) - drawn(dataclasses.replace(USUAL, num_steps=6), 2, 3)).max() <= 1
     assert events[2].usage.output_tokens == 32 and events[2].size == "8x8" and events[0].background == "opaque"
 
 
 def test_progress_names_the_group_of_each_step(client):
-    extra = dict(num_inference_steps=4, progress=True)
+    extra = dict(num_inference_steps=4, shift=1, progress=True)
     events = list(client.images.generate(prompt=SEVEN, stream=True, extra_body=extra))
     steps = [(one.group, one.step, one.steps) for one in events if one.type == "image_generation.progress"]
     assert steps == [(0, 1, 4), (0, 2, 4), (1, 3, 4), (1, 4, 4)]

@@ -66,7 +66,7 @@ def test_it_draws_a_seven_and_asks_about_it(page):
     assert page.text_content("#drawing-status") == "Seed 5"
     page.click("#command button")
     command = page.evaluate("() => navigator.clipboard.readText()")
-    flags = "--workdir=runs/tiny --prompt='a handwritten seven' --num=3 --steps=6 --guidance=3 --shift=1 --seed=5"
+    flags = "--workdir=runs/tiny --prompt='a handwritten seven' --num=3 --steps=6 --guidance=3 --shift=0.8 --seed=5"
     assert command == f"python -m lattejax.sample {flags}"
     page.click("#pictures button:nth-child(2)")
     page.click("#ask-about")
