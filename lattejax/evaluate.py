@@ -6,7 +6,8 @@ python -m lattejax.evaluate --npz=samples.npz --reference=VIRTUAL_imagenet256_la
 python -m lattejax.evaluate --make_reference=pictures --image_size=256 --out=reference.npz
 
 Without --reference and --make_reference, it takes --scores, or every score that the run's config lists for the end or
-on demand. The figures are printed as JSON. With --out they are also written there, with pictures beside the file.
+on demand. The figures are printed as JSON. With --out they are also written there, with what determined them, and
+pictures beside the file.
 
 With --reference, it draws --num pictures, or reads them from --npz, and computes FID, sFID, Inception Score, precision
 and recall; several --guidance and --steps give a table and plots. The same command resumes what was interrupted.
@@ -28,11 +29,11 @@ from lattejax.parallel import hosts
 from lattejax.ranges import Positive, Range, Seed, Size
 from lattejax.runs.run import Run
 from lattejax.scoring.drawn import drawn_points, read_prompts
-from lattejax.scoring.points import Point, score_points
+from lattejax.scoring.points import Point, computed_on, score_points
 from lattejax.scoring.reference import make_reference
 from lattejax.scoring.sources import open_reference_source, open_samples
 from lattejax.scoring.table import write_table
-from lattejax.training.scores import as_json, scores_on_demand
+from lattejax.training.scores import as_json, scores_on_demand, settings_on_demand
 from lattejax.weights import inception
 
 WORKDIR = cli.define_path("workdir", None, "A run's directory, an export, or hf://owner/name.")
@@ -114,16 +115,18 @@ def take_scores() -> None:
     """The scores of the run's config."""
     out = None if OUT.value is None else output_file(OUT.value, ".json")
     connect()
-    report = scores_on_demand(Run.open(WORKDIR.value, cli.read_mesh(MESH.value), CHECKPOINT.value), SCORES.value)
+    run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value), CHECKPOINT.value)
+    report = scores_on_demand(run, SCORES.value)
+    figures = as_json(report.figures)
+    record = {"figures": figures, "settings": settings_on_demand(run, SCORES.value)} | computed_on()
     if not hosts.is_first():
         return
-    text = json.dumps(as_json(report.figures), indent=2)
     if out is not None:
-        write_atomically(out, (text + "\n").encode())
+        write_atomically(out, (json.dumps(record, indent=2) + "\n").encode())
         for name, picture in report.pictures.items():
             path = out.with_name(f"{out.stem}_{name}.png")
             write_with(path, lambda file, picture=picture: picture.save(file, format="PNG"))
-    print(text)
+    print(json.dumps(figures, indent=2))
 
 
 def judge_pictures() -> None:

@@ -198,7 +198,11 @@ def test_evaluate_takes_scores_of_a_run_and_writes_figures_and_pictures(workdir,
     out = tmp_path / "new" / "scores.json"
     done = run_command("evaluate", f"--workdir={workdir}", "--scores=held_out_loss,samples", f"--out={out}")
     assert done.returncode == 0, done.stderr
-    figures = json.loads(out.read_text())
+    record = json.loads(out.read_text())
+    figures, settings = record["figures"], record["settings"]
+    assert len(settings["weights"]) == 16 and (settings["trained_steps"], settings["dtype"]) == (2, "float32")
+    assert settings["data"] == "scikit-learn's digits" and settings["sampling"]["guidance"] == 1.5
+    assert set(settings["scores"]) == {"held_out_loss", "samples"} and "cpu" in record["device"]
     assert figures == json.loads(done.stdout) and set(figures) == {"held_out_loss", "held_out_loss_per_group"}
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     recorded = [line["held_out_loss"] for line in lines if "held_out_loss" in line]

@@ -118,7 +118,6 @@ def _record(
         monitor.append(f"{settings['num']:,} pictures, not {PUBLISHED:,}")
     if not extractor.weights.are_published:
         monitor.append("the Inception weights are not the published ones")
-    device = jax.devices()[0]
     return {
         "figures": figures,
         "only_a_monitor_because": monitor,
@@ -128,8 +127,15 @@ def _record(
             "file": str(file.path),
             "description": file.description or "the file does not say how it was made",
         },
-        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
         "inception_precision": PRECISION,
+    } | computed_on()
+
+
+def computed_on() -> dict[str, str]:
+    """The devices and versions of this process, as results have them."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
         "lattejax_version": lattejax.__version__,
         "jax_version": jax.__version__,
     }

@@ -1,5 +1,6 @@
 """The scores at the end of a run, and scores on demand."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from lattejax.models import functional, latte_flow
 from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.functional import Params
 from lattejax.parallel import hosts
+from lattejax.runs.checkpoints import fingerprints
 from lattejax.runs.data import open_data
 from lattejax.runs.inference import inference_weights
 from lattejax.runs.records import read_records
@@ -61,6 +63,19 @@ def scores_on_demand(run: Run, names: Sequence[str]) -> Report:
     if not evaluators:
         raise UserError(f"the config of {run.workdir.path} has no scores for the end or on demand; name some")
     return take_scores(evaluators, _subject(run, source, lambda: measure_losses(run, source)))
+
+
+def settings_on_demand(run: Run, names: Sequence[str]) -> dict[str, Any]:
+    """What determines the figures of `scores_on_demand`; all processes must call it."""
+    config, listed = run.config, run.config.eval.evaluators
+    return {
+        "weights": fingerprints({"weights": run.params(config.dtype)})["weights"],
+        "trained_steps": None if run.is_export else run.trained_step,
+        "dtype": config.dtype,
+        "data": open_data(config).identities[0],
+        "scores": {name: listed.get(name, {}) for name in names or listed},
+        "sampling": dataclasses.asdict(config.eval.sampling),
+    }
 
 
 def measure_losses(run: Run, source: Source) -> Float[np.ndarray, "K"]:
