@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,12 +141,18 @@ class WordReader:
         return np.concatenate([predict(self._geometry, self._params, batch) for batch in batches])[: len(images)]
 
 
-@functools.lru_cache(maxsize=1)
-def train_reader(config: Config, source: Source, words: tuple[tuple[str, tuple[str, ...]], ...]) -> WordReader:
-    """The reader of a data set's pictures; a run's scores of the same words share it."""
-    described = find_described(source, "train", dict(words))
-    pictures = decode_pictures(config, source, "train", described.indices)
-    return WordReader(pictures, described.labels, tuple(len(of_attribute) for _, of_attribute in words))
+_READERS: dict[Any, WordReader] = {}  # the last one
+
+
+def train_reader(config: Config, source: Source, words: Words) -> WordReader:
+    """The reader of a data set's pictures; scores of the same words share it, as do the runs of a sweep."""
+    key = config.data, source.identities, tuple(words.items())
+    if key not in _READERS:
+        described = find_described(source, "train", words)
+        pictures = decode_pictures(config, source, "train", described.indices)
+        _READERS.clear()
+        _READERS[key] = WordReader(pictures, described.labels, tuple(map(len, words.values())))
+    return _READERS[key]
 
 
 Geometry = tuple[int, tuple[int, ...]]  # the pictures' side, and the number of each attribute's words
@@ -252,7 +258,7 @@ class WordScore:
 
     @functools.cached_property
     def reader(self) -> WordReader:
-        return train_reader(self.config, self.source, tuple(self.words.items()))
+        return train_reader(self.config, self.source, self.words)
 
     @functools.cached_property
     def reader_accuracy(self) -> Float[np.ndarray, "A"]:
