@@ -56,7 +56,7 @@ def export(run: Run, out: epath.PathLike, licence: str = UNKNOWN, scores: Sequen
     with new_directory(out) as directory:
         params = run.params()
         _check_weights(run, params, results)
-        params = _frozen_as_converted(run, params)
+        params = _as_stored_before(run, params)
         check_space(directory, byte_count(params), f"{out}, with its weights,")
         exports.write(directory, params)
         tokenizers.save(run.encoder.tokenizer, Workdir(directory).tokenizer)
@@ -80,9 +80,13 @@ def _check_weights(run: Run, params: Params, results: Sequence[Result]) -> None:
             )
 
 
-def _frozen_as_converted(run: Run, params: Params) -> Params:
-    """Casts what was never trained of a converted VLM back to its dtypes there, mostly bfloat16, which loses nothing
-    and halves its size."""
+def _as_stored_before(run: Run, params: Params) -> Params:
+    """Casts an export's weights back to its dtypes, and what was never trained of a converted VLM to its dtypes there:
+    mostly bfloat16, which loses nothing and halves its size."""
+    if run.is_export:
+        dtypes = shards.Shards.open(run.workdir.path).dtypes
+        flat = traverse_util.flatten_dict(params, sep=".")
+        return traverse_util.unflatten_dict({name: x.astype(dtypes[name]) for name, x in flat.items()}, sep=".")
     converted = run.converted_vlm()
     if converted is None:
         return params

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -159,8 +160,9 @@ class Run:
     def params(self, dtype: str = "float32") -> Params:
         """Reads the complete model's weights: the VLM's, overridden by the average of the trained weights."""
         if self.is_export:
-            params = functional.cast_floats(exports.read(self.workdir.path, abstract_params(self.config)), dtype)
-            return rules.place(self.mesh, params)
+            in_dtype = functools.partial(functional.cast_floats, dtype=dtype)
+            target = jax.eval_shape(in_dtype, abstract_params(self.config))
+            return rules.place(self.mesh, exports.read(self.workdir.path, target))
         trained = functional.cast_floats(self.trained(), dtype)
         return functional.merge({"vlm": self.pretrained_vlm(dtype)}, trained)
 

@@ -20,7 +20,7 @@ from lattejax.files import check_files, check_name, is_remote, read_json
 
 SINGLE = "model.safetensors"  # transformers' name; with ".index.json", the name of the index of several files
 INDEX = SINGLE + ".index.json"
-DTYPES = ("F32", "F16", "BF16")
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 COUNTER = ".num_batches_tracked"  # of PyTorch's batch norms: an integer, not a weight
 SHARD_BYTES = 1 << 30
 
@@ -34,6 +34,7 @@ class Shards:
     directory: epath.Path
     files: Mapping[str, str]  # each tensor's file
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]  # their names in NumPy
 
     @classmethod
     def open(cls, directory: epath.Path, single: str = SINGLE) -> "Shards":
@@ -44,7 +45,7 @@ class Shards:
         """
         check_local(directory)
         check_files(directory)
-        files, shapes = {}, {}
+        files, shapes, dtypes = {}, {}, {}
         for file in _file_names(directory, single):
             with _open(directory / file) as tensors:
                 for name in list(tensors.keys()):
@@ -54,9 +55,10 @@ class Shards:
                     if name.endswith(COUNTER):
                         continue
                     if view.get_dtype() not in DTYPES:
-                        raise UserError(f"{directory}: {name} has dtype {view.get_dtype()}; use one of {DTYPES}")
+                        raise UserError(f"{directory}: {name} has dtype {view.get_dtype()}; use one of {tuple(DTYPES)}")
                     files[name], shapes[name] = file, tuple(view.get_shape())
-        return cls(directory, files, shapes)
+                    dtypes[name] = DTYPES[view.get_dtype()]
+        return cls(directory, files, shapes, dtypes)
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor."""

@@ -128,6 +128,9 @@ def test_a_card_says_what_is_known(run, tmp_path):
     assert "not known: an export does not record its data" in again.text
     assert "None were taken of these weights" in again.text
     assert_same_bits(Run.open(tmp_path / "again").params(), run.params())
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("mine", "again"))
+    assert {name: x.dtype for name, x in first.items()} == {name: x.dtype for name, x in second.items()}
+    assert len({x.dtype for x in first.values()}) == 2, "what is frozen is in the checkpoint's bfloat16"
     assert Run.open(tmp_path / "again").repetition_penalty == run.repetition_penalty == 1.25
 
 
