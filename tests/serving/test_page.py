@@ -60,13 +60,18 @@ def draw(page, prompt="a handwritten seven", **settings):
     page.wait_for_selector("#command:not([hidden])")
 
 
+def test_it_offers_the_runs_own_sampling(page, served):
+    usual, names = served[0].model.sampling, ("steps", "guidance", "shift")
+    assert [float(page.input_value(f"#{name}")) for name in names] == [usual.num_steps, usual.guidance, usual.shift]
+
+
 def test_it_draws_a_seven_and_asks_about_it(page):
     draw(page, count=3, steps=6, seed=5, guidance=3)
     assert page.locator("#pictures img").count() == 3
     assert page.text_content("#drawing-status") == "Seed 5"
     page.click("#command button")
     command = page.evaluate("() => navigator.clipboard.readText()")
-    flags = "--workdir=runs/tiny --prompt='a handwritten seven' --num=3 --steps=6 --guidance=3 --shift=0.8 --seed=5"
+    flags = "--workdir=runs/tiny --prompt='a handwritten seven' --num=3 --steps=6 --guidance=3 --shift=1 --seed=5"
     assert command == f"python -m lattejax.sample {flags}"
     page.click("#pictures button:nth-child(2)")
     page.click("#ask-about")
