@@ -132,6 +132,7 @@ def place(tmp_path_factory) -> Path:
         if family == "sana-1.0":  # which states its scale
             autoencoder.register_to_config(scaling_factor=0.41407)
         autoencoder.save_pretrained(in_hub_cache(cache, f"mit-han-lab/dc-ae-f32c32-{family}-diffusers"))
+    checkpoints.AutoencoderTiny(latent_channels=16).save_pretrained(in_hub_cache(cache, "madebyollin/taesd3"))
     return place
 
 
@@ -152,7 +153,8 @@ def run_line(line: str, place: Path, forks: Forks, in_full: bool = False) -> Non
     words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
     assert words[0] == "python", f"no rule to run {line}"
     if in_full:
-        subprocess.run([sys.executable, *words[1:]], cwd=place, env=AT_FULL_SPEED | variables, check=True)
+        environment = AT_FULL_SPEED | {"HF_HUB_CACHE": str(place / "hub")} | variables
+        subprocess.run([sys.executable, *words[1:]], cwd=place, env=environment, check=True)
         return
     if words[1] == "-m" and words[2].startswith("lattejax."):
         command = words[2].removeprefix("lattejax.")
