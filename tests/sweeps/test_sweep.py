@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from lattejax import configuration
 from lattejax.errors import UserError
 from lattejax.interrupts import Interrupted
 from lattejax.runs.run import Run
@@ -135,3 +136,14 @@ def test_bad_input_is_refused_in_one_line(tmp_path, flag, forked_command):
 def test_an_unknown_list_is_refused_in_one_line(tmp_path, forked_command):
     done = forked_command("sweep", "--config=configs/ablations.py:nothing", f"--workdir={tmp_path}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "paper" in done.stderr, done.stderr
+
+
+def test_the_variants_of_coloured_shapes_resolve_and_use_all_their_groups():
+    """Without their data, which docs/data.md makes."""
+    config = config_file("shapes_ablations")
+    config.base.pretrain.init_from = ""
+    values = configuration.to_dict(config)
+    for name, overrides in values["variants"]:
+        variant = sweep._override(values["base"], name, overrides)
+        steps = variant.model_config.generation.intervals.schedule(variant.eval.sample_steps, variant.eval.shift)
+        assert all(steps), f"{name} has a group without a step"
