@@ -229,7 +229,7 @@ def test_evaluate_makes_a_reference_and_judges_drawings_and_sample_files(workdir
     judge = [f"--reference={tmp_path / 'ref.npz'}", *common]
     draw = [f"--workdir={workdir}", "--num=10", "--steps=2", "--keep_pictures", f"--out={tmp_path / 'drawn.json'}"]
     results = [forked_command("evaluate", *judge, *draw) for _ in range(2)]
-    kept = tmp_path / "drawn_guidance_2_steps_2.npz"
+    kept = tmp_path / "drawn_guidance_1.5_steps_2.npz"
     results.append(forked_command("evaluate", *judge, f"--npz={kept}", f"--out={tmp_path / 'kept.json'}"))
     assert all(done.returncode == 0 for done in results), [done.stderr for done in results]
     assert "10 of 10 pictures, complete" in results[0].stderr and "pictures" not in results[1].stderr
@@ -239,7 +239,7 @@ def test_evaluate_makes_a_reference_and_judges_drawings_and_sample_files(workdir
 
     sampler = ImageSampler.load(workdir)
     requests = [sampler.encoder.drawing(f"a handwritten {word}") for word in WORDS]
-    expected = sampler(requests, Sampling(2), images_per_prompt=1, batch_size=10)
+    expected = sampler(requests, Sampling(2, 1.5, shift=2.0), images_per_prompt=1, batch_size=10)
     assert np.abs(np.load(kept)["arr_0"].astype(int) - expected).max() <= 1
 
 
