@@ -13,7 +13,8 @@ VARIANTS = {
     "k4_no_residual": {"model.residual_attention": "none"},
     "k4_velocity": {"model.prediction": "velocity"},
     # Two ideas of DiffusionBlocks (arXiv 2506.14202): intervals that overlap, and that share the loss equally. The
-    # edges are those of a run of configs/shapes.py, from its held-out loss over flow time.
+    # edges are those of a run of configs/shapes.py, from its held-out loss over flow time. Most of it is near the
+    # image, so that equal steps would leave the last group without one: hence the shift.
     "k4_overlap": {"train.interval_overlap": 0.1},
     "k4_equal_time": EQUAL_TIME,
     "k4_equal_loss": EQUAL_TIME | {"model.interval_edges": (0.0, 0.525, 0.935, 0.982, 1.0), "eval.shift": 2.0},

@@ -118,10 +118,11 @@ def take_scores() -> None:
     run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value), CHECKPOINT.value)
     report = scores_on_demand(run, SCORES.value)
     figures = as_json(report.figures)
-    record = {"figures": figures, "settings": settings_on_demand(run, SCORES.value)} | computed_on()
+    settings = {} if out is None else settings_on_demand(run, SCORES.value)  # which reads the weights again
     if not hosts.is_first():
         return
     if out is not None:
+        record = {"figures": figures, "settings": settings} | computed_on()
         write_atomically(out, (json.dumps(record, indent=2) + "\n").encode())
         for name, picture in report.pictures.items():
             path = out.with_name(f"{out.stem}_{name}.png")
