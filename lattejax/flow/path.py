@@ -29,7 +29,8 @@ def velocity_towards(
     """The velocity at x_t of the straight path that ends at an estimate of the clean latents: (x1 − x_t)/(1 − t).
 
     The time left, 1 − t, counts as at least `LEAST_TIME_LEFT`, so that errors of the estimate are not amplified without
-    bound near t = 1 (Li and He, arXiv 2511.13720, which also predict x and take the loss on velocities).
+    bound near t = 1. This is how Li and He (arXiv 2511.13720) predict x; their loss compares it with the same function
+    of the true latents.
     """
     return (latents - x_t) / jnp.maximum(1 - t, LEAST_TIME_LEFT)[..., None, None, None]
 

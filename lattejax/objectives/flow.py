@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from lattejax.flow.densities import Density
-from lattejax.flow.path import interpolate, target_velocity
+from lattejax.flow.path import interpolate, target_velocity, velocity_towards
 from lattejax.models import functional, generation, latte_flow, qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
@@ -148,7 +148,10 @@ class FlowLoss:
         velocities = generation.group_velocities(
             self.config.generation, pathway, contexts, prompts, x_t, t, remat=self.remat, unroll=self.unroll
         )
-        return jnp.mean((velocities - target_velocity(latents, noise)) ** 2, axis=(2, 3, 4))
+        target = target_velocity(latents, noise)
+        if self.config.generation.prediction == "x":  # also with the least time left, so that exact latents have no loss
+            target = velocity_towards(latents, x_t, t)
+        return jnp.mean((velocities - target) ** 2, axis=(2, 3, 4))
 
     def held_out(
         self, trained: Params, frozen: Frozen, images: dict[str, Any], index: Int[Array, "b"], total: Int[Array, ""]
