@@ -19,7 +19,12 @@ VARIANTS = {
     "k4_equal_time": EQUAL_TIME,
     "k4_equal_loss": EQUAL_TIME | {"model.interval_edges": (0.0, 0.525, 0.935, 0.982, 1.0), "eval.shift": 2.0},
     # The work of k4: an example runs through 3 layers in k4, 6 in k2, 12 in k1.
-    "k2_work_of_k4": {"model.num_groups": 2, "model.interval_edges": (0.0, 0.25, 1.0), "train.steps": 1000, "train.warmup_steps": 100},
+    "k2_work_of_k4": {
+        "model.num_groups": 2,
+        "model.interval_edges": (0.0, 0.25, 1.0),
+        "train.steps": 1000,
+        "train.warmup_steps": 100,
+    },
     "k1_work_of_k4": {"model.num_groups": 1, "model.interval_edges": (), "train.steps": 500, "train.warmup_steps": 50},
     "k2": {"model.num_groups": 2, "model.interval_edges": (0.0, 0.25, 1.0)},
     "k1": {"model.num_groups": 1, "model.interval_edges": ()},

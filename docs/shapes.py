@@ -1,4 +1,4 @@
-"""Makes the folder `shapes` of docs/data.md, from the package easy-vqa (pip install easy-vqa==1.0).
+"""Makes the folder `shapes` of docs/coloured-shapes.md, from the package easy-vqa (pip install easy-vqa==1.0).
 
 4,000 pictures of one coloured shape each, 64×64, with questions. Captions say what the answers tell of shape and
 colour, and what the pixels tell of size and place: "a small red circle at the top left". A picture whose answers do not

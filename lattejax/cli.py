@@ -25,6 +25,8 @@ from lattejax.parallel import hosts
 from lattejax.parallel.mesh import make_mesh
 from lattejax.ranges import Natural, Range, range_of
 
+flags.disclaim_key_flags()  # what is defined through the functions below is the calling command's, also in its --help
+
 
 def run(
     main: Callable[..., None],
@@ -43,7 +45,7 @@ def run(
         argv = [argv[0], *map(find_config, map(rename_key, argv[1:]))]
         sys.argv[:] = argv  # where config_flags looks for overrides
         if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
-            app.usage(writeto_stdout=True)
+            app.usage(shorthelp=True, writeto_stdout=True)
             sys.exit(0)
         try:
             check_text(argv[1:])

@@ -139,7 +139,7 @@ def test_an_unknown_list_is_refused_in_one_line(tmp_path, forked_command):
 
 
 def test_the_variants_of_coloured_shapes_resolve_and_use_all_their_groups():
-    """Without their data, which docs/data.md makes."""
+    """Without their data, which docs/coloured-shapes.md makes."""
     config = config_file("shapes_ablations")
     config.base.pretrain.init_from = ""
     values = configuration.to_dict(config)

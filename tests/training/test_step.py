@@ -183,12 +183,18 @@ def test_row_draws_depend_only_on_key_and_row():
         dict(train__density="shifted", train__density_shift=0.4),
         dict(model__interval_edges=(0.0, 0.3, 1.0)),
         dict(model__interval_edges=(0.0, 0.3, 1.0), train__interval_overlap=0.6, train__density="shifted"),
+        dict(
+            model__prediction="x",
+            model__interval_edges=(0.0, 0.8, 1.0),
+            train__density="shifted",
+            train__density_shift=6.0,
+        ),
     ],
 )
 @pytest.mark.parametrize("stratified", [True, False])
 def test_the_loss_equals_its_formula(overrides, stratified):
     """Row by row: t by the inverse of the distribution, the owner's velocity, and for stratified rows the weight K·P_k
-    of their group."""
+    of their group. Near the image x-prediction compares with a velocity that counts more time left than there is."""
     config = tiny_config(**overrides)
     loss, density = flow_loss(config, stratified=stratified), config.train.flow_density
     intervals, latents = config.model_config.generation.intervals, batch()["images"]["latents"]
@@ -196,7 +202,7 @@ def test_the_loss_equals_its_formula(overrides, stratified):
     value, metrics = jax.jit(loss)(PARAMS, SHARED, rows, row_keys(stratified=stratified))
     u, noise, dropped = loss.draw(row_keys(stratified=False)["images"])
     starts, ends = map(density.cumulative, intervals.widened(config.train.interval_overlap))
-    expected, owners = [], []
+    expected, owners, latest = [], [], 0.0
     for row in range(8):
         block = row // 4
         at = starts[block] + (ends[block] - starts[block]) * float(u[row]) if stratified else float(u[row])
@@ -204,12 +210,16 @@ def test_the_loss_equals_its_formula(overrides, stratified):
         owners.append(int(intervals.group_of(t)))
         group = block if stratified else owners[-1]
         caption = 10 if dropped[row] else batch()["images"]["caption"][row]
-        error = velocity(config, group, caption, latents[row], noise[row], t) - (latents[row] - noise[row])
+        target = latents[row] - noise[row]
+        if config.model.prediction == "x":
+            target, latest = target * min(1.0, (1 - t) / 0.05), max(latest, t)
+        error = velocity(config, group, caption, latents[row], noise[row], t) - target
         expected.append(float(np.mean(error**2)) * (2 * intervals.masses(density)[group] if stratified else 1.0))
     if stratified:
         outside = sum(owner != row // 4 for row, owner in enumerate(owners))
         assert (outside > 0) == (config.train.interval_overlap > 0), "rows outside their group's interval"
     assert len(set(owners)) == 2, "both groups have rows"
+    assert latest > 0.95 or config.model.prediction == "velocity", "a row near the image"
     assert value == pytest.approx(np.mean(expected), rel=1e-4)
     per_group = np.asarray(metrics["loss_per_group"])
     assert value == pytest.approx(per_group @ intervals.masses(density), rel=1e-5)
@@ -245,8 +255,8 @@ def test_both_ways_to_draw_t_have_the_same_objective():
 
 
 def blend_inputs():
-    trained, fixed = weights(BLEND.model_config)
     """Blend's inputs, with images in groups."""
+    trained, fixed = weights(BLEND.model_config)
     inputs = by_group(batch()) | {"questions": questions()}
     return trained, Frozen(fixed, captions=jax.tree.map(jnp.asarray, PROMPTS)), inputs
 
