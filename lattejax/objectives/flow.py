@@ -149,9 +149,7 @@ class FlowLoss:
             self.config.generation, pathway, contexts, prompts, x_t, t, remat=self.remat, unroll=self.unroll
         )
         target = target_velocity(latents, noise)
-        if (
-            self.config.generation.prediction == "x"
-        ):  # also with the least time left, so that exact latents have no loss
+        if self.config.generation.prediction == "x":  # whose velocity counts some time as left, and so does its target
             target = velocity_towards(latents, x_t, t)
         return jnp.mean((velocities - target) ** 2, axis=(2, 3, 4))
 
