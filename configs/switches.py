@@ -1,4 +1,4 @@
-"""All other options, and both of the paper's variants: variants of the digits, trained as in configs/ablations.py."""
+"""Most other options, and both of the paper's variants, on the digits; trained as in configs/ablations.py."""
 
 from ml_collections import ConfigDict
 

@@ -9,8 +9,8 @@ train: forward, backward and AdamW of one group on given contexts.
 context: prompts read by the language model. decode: greedy answers. --against=torch: both with transformers.
 data: latents per second from the data loader alone; random latents in the real format. questions: the same of
     questions about pictures of data.max_pixels.
-serve: a server at --url: latencies of --rate requests a second, half drawings, half chats, and pictures a second of
-    --clients that wait. --against=sample: the latter beside batches drawn here, of the run that the server has.
+serve: a server at --url: latencies of --rate requests a second, half images, half chats; then the images a second of
+    --clients that each wait for theirs. --against=sample: these beside batches drawn here, of the server's run.
 plot: time per image by group count; --results holds lines of JSON from sample --against=torch.
 
 Weights are random, with the config's geometry. Figures are medians over alternating repeats, in seconds and FLOP/s.
@@ -55,13 +55,17 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file
 AGAINST = flags.DEFINE_enum(
     "against", "", ["", *BASELINES["sample"], "sample"], "The baseline, timed in alternation with ours."
 )
-BATCH_SIZE = cli.define_number("batch_size", None, "Images, prompts or answers; default: 16 for train, else 1.", Size)
+BATCH_SIZE = cli.define_number(
+    "batch_size", None, "Images, prompts or answers; default: 16 for train and serve, else 1.", Size
+)
 PROMPT_TOKENS = cli.define_number("prompt_tokens", 16, "Tokens in each prompt.", Tokens)
-STEPS = cli.define_number("steps", 40, "For sample: steps per call.", NumSteps)
-GUIDANCE = cli.define_number("guidance", 5.0, "For sample: guidance scale; 1 omits the unconditional pass.", Guidance)
-NEW_TOKENS = cli.define_number("new_tokens", 64, "For decode: tokens per answer.", Tokens)
+STEPS = cli.define_number("steps", 40, "For sample and serve: steps per call.", NumSteps)
+GUIDANCE = cli.define_number(
+    "guidance", 5.0, "For sample and serve: guidance scale; 1 omits the unconditional pass.", Guidance
+)
+NEW_TOKENS = cli.define_number("new_tokens", 64, "For decode and serve: tokens per answer.", Tokens)
 RECORDS = cli.define_number(
-    "records", 20_000, "For data: records to write and read.", Annotated[int, Range(100, 10**7)]
+    "records", 20_000, "For data and questions: records to write and read.", Annotated[int, Range(100, 10**7)]
 )
 REPEATS = cli.define_number("repeats", 5, "Timed rounds, after one untimed warm-up.", Annotated[int, Range(1, 10_000)])
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")

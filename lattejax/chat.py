@@ -28,7 +28,7 @@ from lattejax.sampling.streams import TextStream
 WEIGHTS = cli.define_path("weights", None, "Converted weights: a directory written by lattejax.convert.")
 WORKDIR = cli.define_path("workdir", None, "A run's directory, an export, or hf://owner/name.")
 IMAGE = cli.define_paths("image", "An image file to ask about; repeatable and optional.")
-QUESTION = flags.DEFINE_string("question", None, "The question.")
+QUESTION = flags.DEFINE_string("question", None, "The question; without it, a chat, or standard input.")
 SYSTEM = flags.DEFINE_string("system", None, "The system prompt; default: the chat template's.")
 MAX_TOKENS = cli.define_number("max_tokens", 256, "Maximum length of an answer, in tokens.", MaxTokens)
 TEMPERATURE = cli.define_number("temperature", 0.0, "Sampling temperature; 0 is greedy decoding.", Temperature)

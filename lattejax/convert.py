@@ -1,4 +1,6 @@
-"""Converts weights: from a Hugging Face checkpoint of Qwen2-VL, by hub id or local directory, to lattejax and back:
+"""Converts weights: Qwen2-VL and autoencoders to lattejax, Qwen2-VL back, and a run to safetensors for the hub.
+
+A Hugging Face checkpoint of Qwen2-VL, by hub id or local directory, to lattejax and back:
 
 python -m lattejax.convert --source=Qwen/Qwen2-VL-2B-Instruct --out=weights/qwen2_vl_2b
 python -m lattejax.convert --source=weights/qwen2_vl_2b --to=hf --out=exported/qwen2_vl_2b
@@ -7,8 +9,8 @@ an autoencoder, DC-AE or TAESD, with the scale of its latents where the checkpoi
 
 python -m lattejax.convert --source=mit-han-lab/dc-ae-f32c32-in-1.0-diffusers --scale=0.3189 --out=weights/dc_ae_in
 
-and a run's average weights to safetensors, with a model card: a directory that is ready for the hub, and that `sample`
-and `chat` read like a run's:
+and a run's average weights to safetensors, with a model card: a directory that is ready for the hub, and that `sample`,
+`chat`, `evaluate` and `serve` read like a run's:
 
 python -m lattejax.convert --source=runs/digits --to=safetensors --license=apache-2.0 --out=exported/digits
 """

@@ -2,9 +2,9 @@
 
 python -m lattejax.encode --config=configs/captions256.py --out=latents/captions256
 
-The data are the config's `images`, the autoencoder is its `data.autoencoder`. The same command resumes where it was
-stopped. If the output is complete, it checks every file, adds records that are new, and corrects texts. Several
-processes, on one host or on many that share --out, split the work with --worker and --workers.
+It reads what the config's section `images` names, and encodes it with `data.autoencoder`. The same command resumes
+where it was stopped. If the output is complete, it checks every file, adds records that are new, and corrects texts.
+Several processes, on one host or on many that share --out, split the work with --worker and --workers.
 """
 
 from absl import flags
@@ -17,7 +17,7 @@ from lattejax.ranges import Natural, Size
 from lattejax.runs.geometry import resolve_config
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
-OUT = cli.define_path("out", None, "The directory of the latents.")
+OUT = cli.define_path("out", None, "The directory of the latents, on a local disk.")
 WORKER = cli.define_number("worker", 0, "Index of this worker, from 0.", Natural)
 WORKERS = cli.define_number("workers", 1, "Number of processes that encode into --out.", Size)
 flags.mark_flags_as_required(["config", "out"])

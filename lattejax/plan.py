@@ -3,7 +3,7 @@ memory, communication and time:
 
 python -m lattejax.plan --config=configs/imagenet256.py --topology=v5e:16x16
 
-With --sample it plans the sampler instead. Needs libtpu, but neither data nor weights.
+With --sample it plans the sampler instead. Needs libtpu (docs/sharding.md), but neither data nor weights.
 """
 
 import json

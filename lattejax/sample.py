@@ -1,6 +1,8 @@
 """Draws images; repeat --prompt to draw several, in order:
 
 python -m lattejax.sample --workdir=runs/digits --prompt="a handwritten seven" --num=16 --out=sevens.png
+
+Steps, guidance scale, guidance interval, solver and shift are by default those of the run's config.eval.
 """
 
 import dataclasses
@@ -30,8 +32,7 @@ NEGATIVE_PROMPT = flags.DEFINE_multi_string(
     "What guidance steers away from, instead of the empty prompt: one for all prompts, or one for each.",
 )
 NUM = cli.define_number("num", 16, "Images per prompt.", Size)
-# These are by default as the run's config.eval has them.
-STEPS = cli.define_number("steps", None, "Sampling steps; by default the run's own, as the four that follow.", NumSteps)
+STEPS = cli.define_number("steps", None, "Sampling steps.", NumSteps)
 GUIDANCE = cli.define_number("guidance", None, "Guidance scale; 1: no guidance.", Guidance)
 GUIDANCE_INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "Only steps that start between these flow times are guided; 0 is noise."
@@ -45,7 +46,7 @@ SEED = cli.define_number("seed", 0, "Seed of the noise.", Seed)
 BATCH_SIZE = cli.define_number("batch_size", 64, "Images per batch.", Size)
 OUT = cli.define_path("out", "samples.png", "The .png file to write the labelled grid to.")
 NPZ = flags.DEFINE_bool("npz", False, "Also write arr_0, uint8 [prompts * num, height, width, 3], beside --out.")
-MESH = flags.DEFINE_list("mesh", ["data=-1"], "The device mesh, e.g. data=2,fsdp=-1; devices draw different images.")
+MESH = flags.DEFINE_list("mesh", ["data=-1"], "The device mesh, e.g. data=2,fsdp=-1; images are divided among devices.")
 connect = cli.define_cluster_flags()
 flags.mark_flags_as_required(["workdir", "prompt"])
 

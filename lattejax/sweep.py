@@ -2,8 +2,8 @@
 
 python -m lattejax.sweep --config=configs/ablations.py --workdir=runs/ablations
 
-Run the same command again to resume an interrupted sweep. Keys of the base config can be overridden:
---config.base.train.steps=500.
+Run the same command again to resume an interrupted sweep. Keys of the base config can be overridden, as in
+--config.base.train.steps=500, and the seeds: --config.seeds=0,1.
 """
 
 from absl import flags

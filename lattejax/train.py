@@ -1,8 +1,8 @@
 """Trains a run: python -m lattejax.train --config=configs/digits.py --workdir=runs/digits
 
 Any key of the config can be overridden: --config.train.steps=500; --print_config shows all of them. Run the same
-command again to resume an interrupted run. Exit code 75 means preempted: everything is saved, run the command again.
-Exit code 2 means bad input: fix it first.
+command again to resume an interrupted run. Exit code 75 means preempted, 130 Ctrl-C: everything is saved, run the
+command again. Exit code 2 means bad input: fix it first.
 """
 
 import json
