@@ -13,11 +13,11 @@ VARIANTS = {
     "k4_no_residual": {"model.residual_attention": "none"},
     "k4_velocity": {"model.prediction": "velocity"},
     # Two ideas of DiffusionBlocks (arXiv 2506.14202): intervals that overlap, and that share the loss equally. The
-    # edges are those of a run of configs/shapes.py, from its held-out loss over flow time. Most of it is near the
-    # image, so that equal steps would leave the last group without one: hence the shift.
+    # edges are those of a run of k4, from its held-out loss over flow time. Half of it is in the last eighth, so that
+    # few equal steps would leave the last group without one: hence the shift.
     "k4_overlap": {"train.interval_overlap": 0.1},
     "k4_equal_time": EQUAL_TIME,
-    "k4_equal_loss": EQUAL_TIME | {"model.interval_edges": (0.0, 0.525, 0.935, 0.982, 1.0), "eval.shift": 2.0},
+    "k4_equal_loss": EQUAL_TIME | {"model.interval_edges": (0.0, 0.32, 0.865, 0.96, 1.0), "eval.shift": 2.0},
     # The work of k4: an example runs through 3 layers in k4, 6 in k2, 12 in k1.
     "k2_work_of_k4": {
         "model.num_groups": 2,
