@@ -28,6 +28,7 @@ from tests.helpers import ENVIRONMENT, ROOT, Forks, tiny_config, tiny_flags
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What runs at full size does so as for users: without the tests' flags, which make compilation fast and code slow.
 AT_FULL_SPEED = {key: value for key, value in ENVIRONMENT.items() if key != "XLA_FLAGS"}
+WITH_TORCH = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>bash|python)\n(?P<text>.*?)^```", re.M | re.S)
 IN_FULL = "slow, in full"
 SERVER, SERVED = "slow, a server", "slow, with that server"
@@ -180,8 +181,8 @@ def test_commands_run(block, place, forks):
                 (place / "fresh" / "configs").symlink_to(ROOT / "configs")
             command = [sys.executable, *shlex.split(line.partition("&& ")[2])[1:]]
             subprocess.run(command, cwd=place / "fresh", env=AT_FULL_SPEED, check=True)
-        elif line.startswith("for "):  # a loop of the shell, at full size
-            subprocess.run(["bash", "-euo", "pipefail", "-c", line], cwd=place, env=AT_FULL_SPEED, check=True)
+        elif line.startswith("for "):  # a loop of the shell, at full size, against PyTorch
+            subprocess.run(["bash", "-euo", "pipefail", "-c", line], cwd=place, env=WITH_TORCH, check=True)
         else:
             run_line(line, place, forks, block.mark == IN_FULL)
 
