@@ -36,7 +36,7 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
     if workdir.config.exists():
         theirs = configuration.load(workdir.config)
         # Another mesh computes the same results, and the latents' identity covers the pictures they were made from.
-        free = {name: getattr(theirs, name) for name in ("images", "mesh", "most_skipped_steps")}
+        free = {name: getattr(theirs, name) for name in ("images", "mesh", "most_skipped_steps", "profile")}
         different = configuration.differences(dataclasses.replace(config, **free), theirs)
         if different:
             raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lattejax.configuration import Config, Profile, Stage
@@ -121,14 +122,13 @@ def run_stage(
         log.write(step, report.figures)
         checkpoints.keep_step(log.best_step(keep.best, checkpoints.steps))
 
+    trace = Trace(recipe.profile, workdir.path / "profile")
     checkpoints.keep_step(log.best_step(keep.best, checkpoints.steps))
     if first_step and is_evaluated(first_step) and not log.has_evaluation(first_step):
         evaluate(first_step)  # an earlier process stopped before it
     for step in range(first_step + 1, settings.steps + 1):
         last = step == settings.steps
-        if recipe.profile.steps and step == recipe.profile.start:
-            jax.profiler.start_trace(str(workdir.path / "profile"))
-
+        trace.start(step)
         window.start_waiting()
         batch = recipe.place(next(recipe.batches))
         window.stop_waiting()
@@ -137,9 +137,9 @@ def run_stage(
         window.add(step, metrics)
         log.advance()
 
-        if recipe.profile.steps and step == recipe.profile.start + recipe.profile.steps - 1:
+        if trace.is_last(step):
             jax.block_until_ready(state)
-            jax.profiler.stop_trace()
+            trace.stop()
         if step % config.log_every == 0 or last:
             means, skipped, timing = window.close(settings.batch_size, recipe.flops_per_example)
             remarks = {"skipped_records": {n: recipe.batches.records(n - 1) for n in skipped}} if skipped else {}
@@ -148,6 +148,7 @@ def run_stage(
             for n, records in remarks.get("skipped_records", {}).items():
                 log.print(f"{recipe.name} {n}: skipped, loss or gradient is not finite; {first_few(records)}")
             if skipped_before > config.most_skipped_steps:
+                trace.stop()
                 checkpoints.close()
                 raise UserError(
                     f"{recipe.name}: {skipped_before} steps until step {step} had a loss or a gradient that is not "
@@ -158,12 +159,14 @@ def run_stage(
         if is_evaluated(step) or step % keep.every == 0 or asked:
             save(step)
         if asked and not last:
+            trace.stop()
             checkpoints.close()
             log.close()
             raise Interrupted(guard.signum)
         if is_evaluated(step):
             with window.excluded():
                 evaluate(step)
+    trace.stop()
     if recipe.name == "train" and keep.best and log.best_step(keep.best, checkpoints.steps) is None:
         log.print(f"config.checkpoint.best={keep.best!r} is no figure of an evaluation; no checkpoint was kept for it")
     checkpoints.close()
@@ -198,6 +201,29 @@ class Stop:
         if answer:
             self._guard.signum = answer
         return bool(answer)
+
+
+class Trace:
+    """The profiler's record of the chosen steps; of those that are left, if the run resumes among them."""
+
+    def __init__(self, profile: Profile, directory: epath.Path):
+        self._steps, self._directory = range(profile.start, profile.start + profile.steps), directory
+        self._is_running = False
+
+    def start(self, step: int) -> None:
+        """Starts the record, before the first of its steps that this process takes."""
+        if step in self._steps and not self._is_running:
+            jax.profiler.start_trace(str(self._directory))
+            self._is_running = True
+
+    def is_last(self, step: int) -> bool:
+        return self._is_running and step + 1 not in self._steps
+
+    def stop(self) -> None:
+        """Writes the record, if there is one that is not written yet."""
+        if self._is_running:
+            jax.profiler.stop_trace()
+            self._is_running = False
 
 
 class Window:
