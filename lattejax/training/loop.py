@@ -227,10 +227,18 @@ class Trace:
 
 
 class Window:
-    """The steps since the last line of metrics: their means and rates. Only `close` waits for the device."""
+    """The steps since the last line of metrics: their means and rates. Only `close` waits for the device.
+
+    Means are over all of its steps, rates and waiting over those of this process: nobody knows how long an earlier one
+    took for the steps that it saved.
+    """
 
     def __init__(self):
-        self._metrics: dict[int, dict[str, jax.Array]] = {}
+        self._open()
+
+    def _open(self) -> None:
+        self._metrics: dict[int, dict[str, jax.Array | np.ndarray]] = {}
+        self._restored = 0  # of its steps, those of an earlier process
         self._started = time.perf_counter()
         self._waited = 0.0
 
@@ -251,6 +259,7 @@ class Window:
         window = cls()
         for step, metrics in values.items():
             window.add(int(step), {name: np.asarray(value, np.float32) for name, value in metrics.items()})
+        window._restored = len(values)
         return window
 
     def skipped(self) -> list[int]:
@@ -270,20 +279,26 @@ class Window:
     def close(
         self, batch_size: int, flops_per_example: float
     ) -> tuple[dict[str, np.ndarray | np.floating], list[int], dict[str, float]]:
-        """Returns the means over the window's steps without the skipped ones, the skipped steps, and rates; starts a
-        new window."""
+        """Returns the means over the window's steps without the skipped ones, the skipped steps, and rates; opens the
+        next window.
+
+        Args:
+          batch_size: images in a step.
+          flops_per_example: the FLOPs of training on an image, in closed form.
+        """
         fetched = hosts.fetch(self._metrics)
         skipped = [step for step, metrics in fetched.items() if metrics.pop("skipped")]
         finite = [metrics for step, metrics in fetched.items() if step not in skipped]
         means = {name: np.mean([metrics[name] for metrics in finite], axis=0) for name in finite[0]} if finite else {}
-        images_per_second = len(fetched) * batch_size / (time.perf_counter() - self._started)
+        timed = len(fetched) - self._restored
+        images_per_second = timed * batch_size / (time.perf_counter() - self._started)
         timing = {
             "skipped_steps": len(skipped),
             "images_per_second": images_per_second,
             "data_wait_seconds": self._waited,
             "model_flops_per_second": images_per_second * flops_per_example,
         }
-        self.__init__()
+        self._open()
         return means, skipped, timing
 
 
