@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from lattejax.configuration.sections import Settings
 from lattejax.errors import UserError
 from lattejax.evaluation import registry
 from lattejax.evaluation.protocol import Report, Subject
@@ -18,7 +19,7 @@ from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
-from lattejax.training.scores import scores_on_demand
+from lattejax.training.scores import final_scores, scores_on_demand
 from tests.helpers import encoder_for, tiny_config
 
 
@@ -75,6 +76,16 @@ def test_scores_are_taken_as_the_config_schedules_them(registered, tmp_path):
     np.testing.assert_allclose(figures["held_out_loss_per_group"], last["held_out_loss_per_group"], rtol=1e-6)
     with pytest.raises(UserError, match="two evaluators return brightness"):  # `last` and `on_demand`
         scores_on_demand(run, [])
+
+    # As if the last evaluation had left the loss out, as `every` may: the loss of step 6 is not the final one.
+    kept = [line for line in lines if line["step"] < 8 or "held_out_loss" not in line]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    evaluation = dataclasses.replace(run.config.eval, evaluators=Settings(held_out_loss={"every": 6}))
+    again = final_scores(dataclasses.replace(run, config=dataclasses.replace(run.config, eval=evaluation)))
+    assert set(again) == {"held_out_loss"}
+    assert again["held_out_loss"] == pytest.approx(results["held_out_loss"], rel=1e-6)
+    stale = [line["held_out_loss"] for line in kept if "held_out_loss" in line][-1]
+    assert again["held_out_loss"] != pytest.approx(stale, rel=1e-6)
 
 
 @pytest.mark.parametrize(
