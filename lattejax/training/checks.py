@@ -45,6 +45,13 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
             )
 
 
+def changes(config: Config, theirs: Config) -> list[str]:
+    """Lists the keys, as `key: theirs -> ours`, with which a run of `theirs` must not resume."""
+    # Another mesh computes the same results, and the latents' identity covers the pictures they were made from.
+    free = {name: getattr(theirs, name) for name in ("images", "mesh", "most_skipped_steps", "profile")}
+    return configuration.differences(dataclasses.replace(config, **free), theirs)
+
+
 def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenizers.Tokenizer:
     """Returns the run's tokenizer: the saved one if it exists, otherwise that of the run to start from, otherwise the
     config's, otherwise one trained on the data's texts."""
