@@ -41,7 +41,7 @@ from lattejax.runs.shapes import abstract_params
 from lattejax.runs.workdir import Workdir
 from lattejax.sampling.images import ImageSampler
 from lattejax.sweeps.comparison import write_comparison
-from lattejax.training.checks import changes, check_fit, check_lengths, find_tokenizer
+from lattejax.training.checks import changes, check_fit, check_lengths, check_unseen, find_tokenizer
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.layout import check_mesh
 from lattejax.training.stages import pretrain, train
@@ -184,6 +184,7 @@ def _run_sweep(sweep: Sweep, directory: epath.Path, guard: InterruptGuard) -> st
     for variant in {variant.data: variant for variant in sweep.variants.values()}.values():
         encoder = prompt_encoder(variant, tokenizer)
         check_fit(variant, encoder, StoredAutoencoder.open_for(variant.data).identity)
+        check_unseen(variant, encoder, open_data(variant))
         check_lengths(variant, encoder, open_data(variant))
     pretrain(sweep.base, directory / "vlm", guard)
     runs = {}

@@ -17,7 +17,7 @@ from lattejax.files import read_json
 from lattejax.runs.run import Run, open_vlm
 from lattejax.runs.shapes import abstract_trained
 from lattejax.runs.workdir import Workdir
-from lattejax.training.generation_stage import caption_prompts
+from lattejax.training.generation_stage import caption_prompts, seen_drawings
 from lattejax.weights import shards, trees
 from lattejax.weights.pretrained import Pretrained
 
@@ -97,6 +97,18 @@ def check_records(config: Config, source: Source) -> None:
         raise UserError(
             f"config.train.steps={config.train.steps} would train on drawings, and {config.data.latents} has none; set "
             "train.steps=0 to train the VLM alone"
+        )
+
+
+def check_unseen(config: Config, encoder: PromptEncoder, source: Source) -> None:
+    """Raises `UserError` if `data.unseen` leaves out all captioned pictures, or none."""
+    if not config.data.unseen or not config.train.steps:
+        return
+    drawings = source.drawings("train", encoder)
+    if len(seen_drawings(config, drawings)) == len(drawings):
+        raise UserError(
+            f"config.data.unseen={config.data.unseen!r} matches no caption of {len(drawings):,} captioned pictures: "
+            "nothing is left out; correct it, or leave it empty"
         )
 
 

@@ -23,6 +23,7 @@ from lattejax.training.checks import (
     check_fit,
     check_lengths,
     check_records,
+    check_unseen,
     find_tokenizer,
     refuse_another_config,
     refuse_other_data,
@@ -116,6 +117,7 @@ def open_workdir(config: Config, path: epath.PathLike) -> tuple[Run, RunClock]:
     check_fit(config, encoder, autoencoder)
     is_new = not workdir.config.exists()
     if is_new:
+        check_unseen(config, encoder, source)
         check_lengths(config, encoder, source)
     else:
         refuse_other_data(config, workdir, source, autoencoder)
