@@ -21,6 +21,8 @@ from lattejax.training.generation_stage import caption_prompts, seen_drawings
 from lattejax.weights import shards, trees
 from lattejax.weights.pretrained import Pretrained
 
+MOST_INITIAL = 0.25  # of the initial weights in the final average, without a warning
+
 
 def refuse_other_data(config: Config, workdir: Workdir, source: Source, autoencoder: Identity) -> None:
     """Raises `UserError` if the config's data or autoencoder are not those that the run has been trained on so far."""
@@ -84,6 +86,29 @@ def warn_of_another_pathway(config: Config, theirs: Config) -> None:
     different = [f"{key}: {before[key]!r} -> {ours[key]!r}" for key in ours if ours[key] != before[key]]
     if different:
         logging.warning("the weights of %s were trained with %s", config.train.init_from, "; ".join(different))
+
+
+def warn_of_settings(config: Config) -> None:
+    """Warns of settings that are valid, but that together do not do what each is for; a line for each stage."""
+    for name in ("pretrain", "train"):
+        stage, found = getattr(config, name), []
+        initial = stage.ema_decay**stage.steps
+        if stage.steps and initial > MOST_INITIAL:
+            found.append(
+                f"{name}.ema_decay={stage.ema_decay:g} leaves {initial:.0%} of the initial weights in the average, which "
+                "is what is scored and sampled"
+            )
+        if stage.steps and stage.warmup_steps >= stage.steps:
+            found.append(f"{name}.warmup_steps={stage.warmup_steps} never lets the learning rate reach its value")
+        if found:
+            keys = f"{name}.ema_decay and {name}.warmup_steps"
+            logging.warning("in %s steps, %s; lower %s", f"{stage.steps:,}", "; ".join(found), keys)
+    if config.train.steps and not config.train.prompt_dropout and config.eval.guidance != 1:
+        logging.warning(
+            "train.prompt_dropout=0 never trains the empty prompt, which eval.guidance=%g guides away from; set "
+            "eval.guidance=1, or a train.prompt_dropout such as 0.1",
+            config.eval.guidance,
+        )
 
 
 def check_records(config: Config, source: Source) -> None:

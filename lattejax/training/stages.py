@@ -27,6 +27,7 @@ from lattejax.training.checks import (
     find_tokenizer,
     refuse_another_config,
     refuse_other_data,
+    warn_of_settings,
 )
 from lattejax.training.generation_stage import generation_recipe
 from lattejax.training.interrupt import InterruptGuard
@@ -121,6 +122,8 @@ def open_workdir(config: Config, path: epath.PathLike) -> tuple[Run, RunClock]:
         check_lengths(config, encoder, source)
     else:
         refuse_other_data(config, workdir, source, autoencoder)
+    if hosts.is_first():
+        warn_of_settings(config)
     hosts.wait_for_all("the workdir is checked")
     if is_new and hosts.is_first():
         tokenizers.save(encoder.tokenizer, workdir.tokenizer)
