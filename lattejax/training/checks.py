@@ -67,7 +67,17 @@ def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenize
 
 
 def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity) -> None:
-    """Raises `UserError` if the tokenizer or the weights to start from do not fit the config."""
+    """Checks that the tokenizer and the weights to start from fit the config.
+
+    Args:
+      config: the run's config.
+      encoder: the prompt encoder, with the run's tokenizer.
+      autoencoder: that of the run's latents.
+
+    Raises:
+      UserError: the tokenizer has too many entries; the VLM of `pretrain.init_from` has another geometry or
+        preprocessing; or the pathway of `train.init_from` has other shapes, or draws latents of another autoencoder.
+    """
     entries, room = len(encoder.tokenizer), config.model.text.vocab_size
     if entries > room:
         raise UserError(f"the tokenizer has {entries} entries, more than config.model.text.vocab_size={room}")
@@ -95,8 +105,8 @@ def warn_of_settings(config: Config) -> None:
         initial = stage.ema_decay**stage.steps
         if stage.steps and initial > MOST_INITIAL:
             found.append(
-                f"{name}.ema_decay={stage.ema_decay:g} leaves {initial:.0%} of the initial weights in the average, which "
-                "is what is scored and sampled"
+                f"{name}.ema_decay={stage.ema_decay:g} leaves {initial:.0%} of the initial weights in the average, "
+                "which is what is scored and sampled"
             )
         if stage.steps and stage.warmup_steps >= stage.steps:
             found.append(f"{name}.warmup_steps={stage.warmup_steps} never lets the learning rate reach its value")

@@ -19,7 +19,7 @@ from lattejax.data.pipeline import Streams
 from lattejax.errors import UserError
 from lattejax.evaluation.protocol import Report
 from lattejax.interrupts import Interrupted
-from lattejax.models.functional import Params
+from lattejax.models.functional import Params, parameter_count
 from lattejax.parallel import hosts, memory, rules
 from lattejax.parallel.rows import Rows
 from lattejax.runs.checkpoints import Checkpoints
@@ -308,8 +308,3 @@ def first_few(records: dict[str, list[int]], most: int = 8) -> str:
         f"{name}: records {', '.join(map(str, indices[:most]))}{', …' * (len(indices) > most)}"
         for name, indices in records.items()
     )
-
-
-def parameter_count(params: Params) -> int:
-    """The number of parameters in a tree of weights."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
