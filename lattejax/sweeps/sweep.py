@@ -99,8 +99,8 @@ def _resolve(values: dict[str, Any]) -> Sweep:
 def _refuse_trained_pathway(config: Config) -> None:
     if config.train.init_from:
         raise UserError(
-            f"train.init_from={config.train.init_from!r} does not fit a sweep, whose runs start from its own VLM; leave "
-            "it empty"
+            f"train.init_from={config.train.init_from!r} does not fit a sweep, whose runs start from its own VLM; "
+            "leave it empty"
         )
 
 
