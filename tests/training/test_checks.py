@@ -16,8 +16,8 @@ QUIET = dict(pretrain__steps=0, train__steps=1000, train__warmup_steps=10, train
             {"train__ema_decay": 0.9999, "train__warmup_steps": 5000},
             [
                 "in 1,000 steps, train.ema_decay=0.9999 leaves 90% of the initial weights in the average, which is "
-                "what is scored and sampled; train.warmup_steps=5000 never lets the learning rate reach its value; lower "
-                "train.ema_decay and train.warmup_steps"
+                "what is scored and sampled; train.warmup_steps=5000 never lets the learning rate reach its value; "
+                "lower train.ema_decay and train.warmup_steps"
             ],
         ),
         ({"train__ema_decay": 0.9999, "train__steps": 20_000}, []),
