@@ -184,7 +184,8 @@ def _run_sweep(sweep: Sweep, directory: epath.Path, guard: InterruptGuard) -> st
     for variant in {variant.data: variant for variant in sweep.variants.values()}.values():
         encoder = prompt_encoder(variant, tokenizer)
         check_fit(variant, encoder, StoredAutoencoder.open_for(variant.data).identity)
-        check_unseen(variant, encoder, open_data(variant))
+        if not (directory / "vlm" / "config.json").exists():
+            check_unseen(variant, encoder, open_data(variant))
         check_lengths(variant, encoder, open_data(variant))
     pretrain(sweep.base, directory / "vlm", guard)
     runs = {}

@@ -36,11 +36,7 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
     if shards.are_stored(workdir.path):
         raise UserError(f"{workdir.path} holds exported weights; use another --workdir, and set init_from to this one")
     if workdir.config.exists():
-        theirs = configuration.load(workdir.config)
-        # Another mesh computes the same results, and the latents' identity covers the pictures they were made from.
-        free = {name: getattr(theirs, name) for name in ("images", "mesh", "most_skipped_steps", "profile")}
-        different = configuration.differences(dataclasses.replace(config, **free), theirs)
-        if different:
+        if different := changes(config, configuration.load(workdir.config)):
             raise UserError(
                 f"{workdir.path} belongs to another config ({'; '.join(different)}); use another --workdir, "
                 "or set init_from to start from its weights"
