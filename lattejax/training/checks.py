@@ -35,12 +35,11 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
     """Raises `UserError` if the workdir belongs to another config, and shows the difference, or is an export."""
     if shards.are_stored(workdir.path):
         raise UserError(f"{workdir.path} holds exported weights; use another --workdir, and set init_from to this one")
-    if workdir.config.exists():
-        if different := changes(config, configuration.load(workdir.config)):
-            raise UserError(
-                f"{workdir.path} belongs to another config ({'; '.join(different)}); use another --workdir, "
-                "or set init_from to start from its weights"
-            )
+    if workdir.config.exists() and (different := changes(config, configuration.load(workdir.config))):
+        raise UserError(
+            f"{workdir.path} belongs to another config ({'; '.join(different)}); use another --workdir, "
+            "or set init_from to start from its weights"
+        )
 
 
 def changes(config: Config, theirs: Config) -> list[str]:
