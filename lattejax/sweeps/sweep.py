@@ -230,7 +230,8 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
         if done["runs"] == results and [(draw["variant"], draw["steps"]) for draw in done["draws"]] == cells:
             return
     scores = {name: drawing_score(run.config, name) for name, run in runs.items()}
-    drawers = {name: _drawer(run, scores[name]) for name, run in runs.items()}
+    samplers = load_samplers(runs)
+    drawers = {name: _drawer(run, scores[name], samplers[name]) for name, run in runs.items()}
     batches = {name: scores[name].images // run.config.eval.batch_size for name, run in runs.items()}
     images, seconds = ({cell: [] for cell in cells} for _ in range(2))
     for batch in range(-1, max(batches.values())):  # the first one compiles
@@ -255,10 +256,21 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
     write_atomically(path, (json.dumps({"runs": results, "draws": draws}, indent=2) + "\n").encode())
 
 
-def _drawer(run: Run, score: DrawingScore) -> Callable[[int, int], np.ndarray]:
+def load_samplers(runs: dict[str, Run]) -> dict[str, ImageSampler]:
+    """The samplers of a sweep's runs. In Couple they share the weights of the VLM, which is the sweep's own, so that
+    variants that are compared cost the memory of their pathways, not each that of a VLM too."""
+    samplers, vlms = {}, {}
+    for name, run in runs.items():
+        sampler = ImageSampler.of(run, run.params())
+        if not run.config.model_config.shares_layers:
+            sampler.vlm = vlms.setdefault(run.config.dtype, sampler.vlm)
+        samplers[name] = sampler
+    return samplers
+
+
+def _drawer(run: Run, score: DrawingScore, sampler: ImageSampler) -> Callable[[int, int], np.ndarray]:
     """Returns a function of a number of steps and a seed that draws one batch, with the same number for each prompt."""
     config = run.config
-    sampler = ImageSampler.of(run, run.params())
     prompts = score.prompts(run.encoder)
     size = config.eval.batch_size
 

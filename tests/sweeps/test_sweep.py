@@ -13,7 +13,7 @@ from lattejax.errors import UserError
 from lattejax.interrupts import Interrupted
 from lattejax.runs.run import Run
 from lattejax.sweeps import sweep
-from lattejax.sweeps.sweep import resolve_sweep, run_sweep
+from lattejax.sweeps.sweep import load_samplers, resolve_sweep, run_sweep
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from tests.helpers import assert_same_bits, config_file, tiny_dict
@@ -127,6 +127,13 @@ def test_a_trained_pathway_to_start_from_is_refused_since_a_sweep_has_a_vlm_of_i
     config.base.train.init_from = run
     with pytest.raises(UserError, match=r"train\.init_from=.* does not fit a sweep"):
         resolve_sweep(config)
+
+
+def test_variants_of_couple_share_the_vlm_in_memory(earlier):
+    couple, blend = (Run.open(earlier / "sweep" / "runs" / name) for name in ("couple_0", "blend_0"))
+    samplers = load_samplers({"couple": couple, "blend": blend, "another": couple})
+    assert samplers["another"].vlm is samplers["couple"].vlm is not samplers["blend"].vlm
+    assert samplers["another"].pathway is not samplers["couple"].pathway
 
 
 @pytest.mark.parametrize("experiment", ["ablations", "ablations:compute", "ablations:depth", "switches"])
