@@ -61,13 +61,14 @@ def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenize
     return tokenizers.train(source.texts(), config.tokenizer.vocab_size)
 
 
-def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity) -> None:
+def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity, *, has_all_weights: bool = False) -> None:
     """Checks that the tokenizer and the weights to start from fit the config.
 
     Args:
       config: the run's config.
       encoder: the prompt encoder, with the run's tokenizer.
       autoencoder: that of the run's latents.
+      has_all_weights: whether the run no longer needs the weights to start from, which may be gone.
 
     Raises:
       UserError: the tokenizer has too many entries; the VLM of `pretrain.init_from` has another geometry or
@@ -76,6 +77,8 @@ def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity) -> 
     entries, room = len(encoder.tokenizer), config.model.text.vocab_size
     if entries > room:
         raise UserError(f"the tokenizer has {entries} entries, more than config.model.text.vocab_size={room}")
+    if has_all_weights:
+        return
     if config.pretrain.init_from:
         check_same_vlm(config, encoder, open_vlm(config.pretrain.init_from))
     if config.train.init_from:

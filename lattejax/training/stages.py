@@ -115,8 +115,8 @@ def open_workdir(config: Config, path: epath.PathLike) -> tuple[Run, RunClock]:
     open_evaluators(config, source)
     encoder = prompt_encoder(config, find_tokenizer(config, workdir, source))
     autoencoder = StoredAutoencoder.open_for(config.data).identity
-    check_fit(config, encoder, autoencoder)
     is_new = not workdir.config.exists()
+    check_fit(config, encoder, autoencoder, has_all_weights=not is_new and Run.open(workdir.path).has_all_weights)
     if is_new:
         check_unseen(config, encoder, source)
         check_lengths(config, encoder, source)
