@@ -164,18 +164,19 @@ def test_an_unknown_list_is_refused_in_one_line(tmp_path, forked_command):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "paper" in done.stderr, done.stderr
 
 
-def test_the_variants_of_coloured_shapes_resolve_and_use_all_their_groups(monkeypatch, caplog):
-    """Without their data, which docs/coloured-shapes.md makes: so their score is not opened. Equal losses need more
-    steps than the fewest of the sweep."""
+def test_a_group_that_takes_no_step_is_named_with_its_variant_and_the_number_of_steps(caplog):
+    late = {"model.interval_edges": (0.0, 0.9, 1.0)}
+    resolve_sweep(sweep_config(variants=(("base", {}), ("late", late)), sample_steps=(2, 5, 40)))
+    (warning,) = caplog.messages
+    assert "variant late: some groups take no step when it draws with few (2 steps: 1; 5 steps: 1)" in warning
+
+
+def test_the_variants_of_coloured_shapes_resolve_and_use_all_their_groups(monkeypatch):
+    """Without their data, which docs/coloured-shapes.md makes: so their score is not opened."""
     score = types.SimpleNamespace(num_prompts=100, images=500)
     monkeypatch.setattr(sweep, "drawing_score", lambda config, name: score)
     config = config_file("shapes_ablations")
     config.base.pretrain.init_from = ""
-    plan = resolve_sweep(config)
-    (warning,) = caplog.messages
-    assert (
-        "variant k4_equal_loss: some groups take no step when it draws with few (5 steps: 2, 3; 10 steps: 3)" in warning
-    )
-    for name, variant in plan.variants.items():
+    for name, variant in resolve_sweep(config).variants.items():
         steps = variant.model_config.generation.intervals.schedule(variant.eval.sample_steps, variant.eval.shift)
         assert all(steps), f"{name} has a group without a step"
