@@ -57,12 +57,8 @@ class Intervals:
         return jnp.searchsorted(jnp.asarray(first[1:]), t, side="right")
 
     def widened(self, overlap: float) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the flow times at which the intervals start and end, [K] each in float64, if each reaches into its
-        neighbours, and never beyond 0 and 1.
-
-        Args:
-          overlap: how far, as a share of the interval's own length; 0: not at all.
-        """
+        """Returns the flow times [K] at which intervals start and at which they end, float64, within 0 and 1, if each
+        reaches `overlap` (a share of its length; 0: not at all) into its neighbours."""
         reach = overlap * np.diff(self.edges)
         return np.clip(self.edges[:-1] - reach, 0, 1), np.clip(self.edges[1:] + reach, 0, 1)
 
