@@ -161,8 +161,7 @@ class FlowLoss:
             self.config.generation, pathway, contexts, caption_index, x_t, t, remat=self.remat, unroll=self.unroll
         )
         target = target_velocity(latents, noise)
-        if self.config.generation.prediction == "x":
-            # Also with the least time left, so that exact latents have no loss.
+        if self.config.generation.prediction == "x":  # whose velocity counts some time as left, and so does its target
             target = velocity_towards(latents, x_t, t)
         return jnp.mean((velocities - target) ** 2, axis=(2, 3, 4))
 
