@@ -26,7 +26,7 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    config = resolve_config(CONFIG.value, weights_needed=not PRINT_CONFIG.value)
+    config = resolve_config(CONFIG.value, weights_needed=not PRINT_CONFIG.value, workdir=WORKDIR.value)
     if PRINT_CONFIG.value:
         return print(configuration.describe(config))
     if WORKDIR.value is None:

@@ -19,7 +19,9 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
       UserError: a retired key is given beside its replacement.
     """
     evaluation = values.get("eval")
-    if not isinstance(evaluation, dict) or not (old := [key for key in RETIRED if key[5:] in evaluation]):
+    if not isinstance(evaluation, dict):
+        return values
+    if not (old := [key for key in RETIRED if key.removeprefix("eval.") in evaluation]):
         return values
     extra = evaluation.get("evaluators", {})
     if not isinstance(extra, dict) or not all(isinstance(settings, dict) for settings in extra.values()):

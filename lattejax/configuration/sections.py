@@ -169,15 +169,15 @@ class Tokenizer:
 class Stage:
     """The keys that both stages of training share. The defaults are the VLM's: taken unchanged, with no steps."""
 
-    # A finished run's workdir with this stage's initial weights (for the first stage also converted weights);
-    # empty: random weights.
+    # A run's workdir, from whose latest checkpoint this stage's initial weights are taken, whether or not it has
+    # finished; or an export; for the first stage also converted weights. Empty: random weights.
     init_from: str = ""
     steps: Natural = 0
     batch_size: Size = 1
     accumulation: Size = 1  # micro-batches that one batch is split into
     learning_rate: Annotated[float, Range(0, 100)] = 1e-5
     warmup_steps: Natural = 0
-    decay: str = "none"  # of the learning rate, to zero at the last step; or "cosine", "linear"
+    decay: str = "none"  # of the learning rate, to zero one step after the last; or "cosine", "linear"
     adam_b1: Decay = 0.9
     adam_b2: Decay = 0.95
     weight_decay: Annotated[float, Range(0, 100)] = 0.0

@@ -5,6 +5,8 @@ To add one, write a file with a class that implements `protocol.Evaluator`, and 
 
 import dataclasses
 import importlib
+import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -34,6 +36,7 @@ class Scheduled:
     evaluator: Evaluator
     moments: Sequence[Moment]
     every: int = 0  # only at multiples of this step; 0: at every evaluation
+    named_by: frozenset[Any] = frozenset()  # see `named_by`
 
     def is_due(self, moment: Moment, step: int) -> bool:
         return moment in self.moments and not (self.every and step % self.every)
@@ -41,9 +44,17 @@ class Scheduled:
 
 def open_evaluators(config: Config, source: Source) -> list[Scheduled]:
     """Makes a run's evaluators, except those with at="never"; raises `UserError` if one is unknown, or does not fit the
-    config or the data."""
+    config or the data, or if two taken at the same time have figures of the same names."""
     wanted = {name: each for name, each in config.eval.evaluators.items() if each.get("at") != "never"}
-    return [open_evaluator(name, settings, config, source) for name, settings in wanted.items()]
+    scheduled = [open_evaluator(name, settings, config, source) for name, settings in wanted.items()]
+    for first, second in itertools.combinations(scheduled, 2):
+        together = set(first.moments) & set(second.moments) - {"demand"}  # of those, a user can name one
+        if together and first.named_by & second.named_by:
+            raise UserError(
+                f"config.eval.evaluators.{first.name} and config.eval.evaluators.{second.name} would return figures of "
+                "the same names; remove one, or change its at, prefix or guidance"
+            )
+    return scheduled
 
 
 def open_evaluator(name: str, settings: dict[str, Any], config: Config, source: Source) -> Scheduled:
@@ -78,7 +89,31 @@ def open_evaluator(name: str, settings: dict[str, Any], config: Config, source: 
         raise UserError(f"{key}={settings!r}: {error}") from error
     except (UserError, ValueError) as error:
         raise UserError(f"{key}: {error}") from error
-    return Scheduled(name, evaluator, _in_training(evaluator, config) if at == "training" else [at], every)
+    moments = _in_training(evaluator, config) if at == "training" else [at]
+    return Scheduled(name, evaluator, moments, every, named_by(kind, settings))
+
+
+def named_by(kind: str, settings: dict[str, Any]) -> frozenset[Any]:
+    """What the names of a score's figures depend on. Two scores that share one of these return figures of the same
+    names. A score of a type that is not listed here shares them only with one of the same settings."""
+
+    def at_each_scale(key: Any) -> list[Any]:
+        return [(key, f"{scale:g}") for scale in settings.get("guidance", ())] or [(key, "")]
+
+    match kind:
+        case "held_out_loss" | "answers" | "samples":
+            keys = [""]
+        case "digits":  # with scales, it also returns a figure of the training images
+            keys = [bool(settings.get("guidance"))]
+        case "asked":
+            keys = at_each_scale(bool(settings.get("vlm")))
+        case "words":
+            keys = at_each_scale(settings.get("prefix", ""))
+        case "fid":
+            keys = [settings["images"]]
+        case _:
+            keys = [json.dumps(settings, sort_keys=True)]
+    return frozenset((kind, key) for key in keys)
 
 
 def _in_training(evaluator: Evaluator, config: Config) -> list[Moment]:

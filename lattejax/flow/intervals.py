@@ -57,8 +57,8 @@ class Intervals:
         return jnp.searchsorted(jnp.asarray(first[1:]), t, side="right")
 
     def widened(self, overlap: float) -> tuple[np.ndarray, np.ndarray]:
-        """Returns where the intervals start and where they end, [K] each, if each reaches `overlap` times its length
-        into its neighbours."""
+        """Returns the flow times [K] at which intervals start and at which they end, float64, within 0 and 1, if each
+        reaches `overlap` (a share of its length; 0: not at all) into its neighbours."""
         reach = overlap * np.diff(self.edges)
         return np.clip(self.edges[:-1] - reach, 0, 1), np.clip(self.edges[1:] + reach, 0, 1)
 

@@ -15,7 +15,17 @@ Steps = tuple[tuple[float, float], ...]  # (start, end) of each
 
 
 def euler(velocity: Velocity, conditions: Conditions, x: Float[Array, "B h w C"], steps: Steps) -> jax.Array:
-    """Takes the steps, in order, with Euler's method, as one compiled loop."""
+    """Takes the steps, in order, with Euler's method, as one compiled loop.
+
+    Args:
+      velocity: dx/dt [B, h, w, C] at x, per unit of flow time.
+      conditions: the velocity's other inputs at the S steps, from their flow times [S].
+      x: where the first step starts.
+      steps: the flow times at which each step starts and ends.
+
+    Returns:
+      x at the end of the last step, [B, h, w, C].
+    """
 
     starts, ends = _times(steps, x)
 
@@ -28,7 +38,8 @@ def euler(velocity: Velocity, conditions: Conditions, x: Float[Array, "B h w C"]
 
 def heun(velocity: Velocity, conditions: Conditions, x: Float[Array, "B h w C"], steps: Steps) -> jax.Array:
     """Takes the steps with Heun's method: the mean of the velocities at the step's start and at Euler's estimate of its
-    end."""
+    end. So a step computes two velocities, the second with the conditions of its end. Arguments and result as of
+    `euler`."""
 
     starts, ends = _times(steps, x)
 

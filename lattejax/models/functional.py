@@ -58,3 +58,8 @@ def merge(*parts: Params) -> Params:
 def cast_floats(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
     """Casts every floating-point leaf to `dtype` and leaves the rest (ids, masks, positions) alone."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def parameter_count(params: Params) -> int:
+    """The number of parameters in a tree of weights, or of their descriptions."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

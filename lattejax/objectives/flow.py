@@ -29,6 +29,17 @@ class Frozen(NamedTuple):
     unconditional: Prompts | None = None  # the empty prompt as a batch of one, if each row has its own prompt
 
 
+class FlowRows(NamedTuple):
+    """Rows to compute the loss of, without their flow times. Each group's own rows are [K, b], those of all groups [B].
+
+    `caption_index` is the index of each row's context in a table; None, if each group has the contexts of its rows.
+    """
+
+    caption_index: Int[Array, "*rows"] | None
+    latents: Float[Array, "*rows h w C"]
+    noise: Float[Array, "*rows h w C"]
+
+
 @dataclasses.dataclass(frozen=True)
 class FlowLoss:
     """The second stage's loss: mean squared error of velocities; in Blend, also the answers' loss.
@@ -55,8 +66,8 @@ class FlowLoss:
     ) -> tuple[Array, Metrics]:
         params = self.assemble(trained, frozen)
         u, noise, dropped = self.draw(keys["images"])
-        contexts, prompts = self.read(params, frozen, batch["images"], dropped)
-        rows = (prompts, batch["images"]["latents"], noise)
+        contexts, caption_index = self.read(params, frozen, batch["images"], dropped)
+        rows = FlowRows(caption_index, batch["images"]["latents"], noise)
         weigh = self.of_shares if self.stratified else self.of_owners
         loss, per_group = weigh(params, contexts, rows, u)
         metrics = {"loss": loss, "loss_per_group": per_group}
@@ -110,19 +121,19 @@ class FlowLoss:
             contexts = contexts._replace(layers=jax.tree.map(lambda *layers: jnp.stack(layers), *contexts.layers))
         return contexts
 
-    def of_shares(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:
+    def of_shares(self, params: Params, contexts: Context, rows: FlowRows, u: Array) -> tuple[Array, Float[Array, "K"]]:
         """The loss and each group's loss, if every group runs its own rows."""
         t = self.intervals.draw(u, self.density, self.overlap)
         per_group = self.losses(params, contexts, *rows, t).mean(axis=1)
         return jnp.sum(per_group * self.intervals.masses(self.density)), per_group
 
-    def of_owners(self, params: Params, contexts: Context, rows: Any, u: Array) -> tuple[Array, Float[Array, "K"]]:
+    def of_owners(self, params: Params, contexts: Context, rows: FlowRows, u: Array) -> tuple[Array, Float[Array, "K"]]:
         """The loss and an unbiased estimate of each group's loss, if every group runs all rows and only the owner of t
         counts."""
         t = self.density.quantile(u)
-        everywhere = self.for_all_groups((*rows, t))
+        everywhere, t_everywhere = self.for_all_groups((rows, t))
         owned = self.intervals.owners(t) == jnp.arange(self.config.generation.num_groups)[:, None]
-        losses = self.losses(params, contexts, *everywhere[:-1], self.intervals.clip(everywhere[-1]))
+        losses = self.losses(params, contexts, *everywhere, self.intervals.clip(t_everywhere))
         shares = jnp.mean(jnp.where(owned, losses, 0), axis=1)
         return jnp.sum(shares), shares / self.intervals.masses(self.density)
 
@@ -131,13 +142,14 @@ class FlowLoss:
         return self.config.generation.intervals
 
     def for_all_groups(self, rows: Any) -> Any:
+        """Repeats a tree of arrays [B, …] for each group, [K, B, …]."""
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.generation.num_groups, *x.shape)), rows)
 
     def losses(
         self,
         params: Params,
         contexts: Context,
-        prompts: Int[Array, "K b"] | None,
+        caption_index: Int[Array, "K b"] | None,
         latents: Float[Array, "K b h w C"],
         noise: Float[Array, "K b h w C"],
         t: Float[Array, "K b"],
@@ -146,7 +158,7 @@ class FlowLoss:
         x_t = interpolate(latents, noise, t)
         pathway = latte_flow.pathway(self.config, params)
         velocities = generation.group_velocities(
-            self.config.generation, pathway, contexts, prompts, x_t, t, remat=self.remat, unroll=self.unroll
+            self.config.generation, pathway, contexts, caption_index, x_t, t, remat=self.remat, unroll=self.unroll
         )
         target = target_velocity(latents, noise)
         if self.config.generation.prediction == "x":  # whose velocity counts some time as left, and so does its target
@@ -165,8 +177,8 @@ class FlowLoss:
         params, latents = self.assemble(trained, frozen), images["latents"]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index)
         noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
-        contexts, prompts = self.read(params, frozen, images, jnp.zeros(len(latents), bool))
-        *rows, u = self.for_all_groups((prompts, latents, noise, (index + 0.5) / total))
+        contexts, caption_index = self.read(params, frozen, images, jnp.zeros(len(latents), bool))
+        rows, u = self.for_all_groups((FlowRows(caption_index, latents, noise), (index + 0.5) / total))
         return self.losses(params, contexts, *rows, self.intervals.draw(u))
 
 

@@ -4,15 +4,20 @@ import copy
 import dataclasses
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.errors import UserError
-from lattejax.runs.run import open_vlm
+from lattejax.models.qwen2_vl import VLMConfig
+from lattejax.runs.run import Run, open_vlm
+from lattejax.runs.workdir import Workdir
 
 
-def resolve_config(config: ConfigDict | dict[str, Any], *, weights_needed: bool = True) -> Config:
+def resolve_config(
+    config: ConfigDict | dict[str, Any], *, weights_needed: bool = True, workdir: epath.PathLike | None = None
+) -> Config:
     """Resolves a config, with the geometry of the weights in `pretrain.init_from`, if there are any.
 
     Keys of `model.text` and `model.vision` that are at their defaults get the weights' values. Others stay as they are;
@@ -21,6 +26,7 @@ def resolve_config(config: ConfigDict | dict[str, Any], *, weights_needed: bool 
     Args:
       config: what a config file returns.
       weights_needed: whether missing weights are an error; otherwise the config's own geometry is taken.
+      workdir: a run that may resume with this config. If it has copied those weights, they need not be there any more.
 
     Raises:
       UserError: see `configuration.resolve`; or the weights are missing or damaged.
@@ -29,13 +35,22 @@ def resolve_config(config: ConfigDict | dict[str, Any], *, weights_needed: bool 
     source = values.get("pretrain", {}).get("init_from") if isinstance(values.get("pretrain"), dict) else None
     if isinstance(source, str) and source:
         try:
-            geometry = dataclasses.asdict(open_vlm(source).vlm_config)
+            geometry = open_vlm(source).vlm_config
         except UserError:
-            if weights_needed:
+            geometry = _copied_geometry(workdir, source)
+            if weights_needed and geometry is None:
                 raise
-        else:
-            _adopt(values, geometry)
+        if geometry is not None:
+            _adopt(values, dataclasses.asdict(geometry))
     return configuration.resolve(values)
+
+
+def _copied_geometry(workdir: epath.PathLike | None, source: str) -> VLMConfig | None:
+    """The geometry of a run that was started from `source`, if it needs it no longer."""
+    if workdir is None or not Workdir.at(workdir).config.exists():
+        return None
+    run = Run.open(workdir)
+    return run.vlm_config if run.config.pretrain.init_from == source and run.has_all_weights else None
 
 
 def _adopt(values: dict[str, Any], geometry: dict[str, dict[str, Any]]) -> None:

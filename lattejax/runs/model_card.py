@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 from huggingface_hub import EvalResult, ModelCardData
 
 import lattejax
@@ -19,7 +18,7 @@ from lattejax.data.digits import REQUEST
 from lattejax.errors import UserError, one_line
 from lattejax.files import read_json, resolve_path
 from lattejax.models.autoencoders import PIXELS
-from lattejax.models.functional import Params
+from lattejax.models.functional import parameter_count
 from lattejax.runs.data_facts import DataFacts, data_facts
 from lattejax.runs.licences import OTHER, PAGE, UNKNOWN
 from lattejax.runs.results import Result, final_scores
@@ -88,8 +87,8 @@ def _model(run: Run, base: str, size: int) -> str:
         ("", ""),
         [
             ("variant", "Blend: image and text share the VLM's layers" if shared else "Couple: the VLM is frozen"),
-            ("VLM", f"{_count(weights['vlm']):,} parameters, {base or 'of the architecture of Qwen2-VL'}"),
-            ("trained to draw", f"{_count(abstract_trained(config)):,} parameters; {average}"),
+            ("VLM", f"{parameter_count(weights['vlm']):,} parameters, {base or 'of the architecture of Qwen2-VL'}"),
+            ("trained to draw", f"{parameter_count(abstract_trained(config)):,} parameters; {average}"),
             ("steps of that training", "not known here" if run.is_export else f"{run.trained_step:,}"),
             ("layers", f"{generation.text.num_layers}, in {generation.num_groups} timestep-expert groups of "
              f"{' or '.join(map(str, sizes))}; a sampling step runs one group"),
@@ -263,10 +262,6 @@ def _index(result: Result) -> Iterator[EvalResult]:
             metric_value=value,
             metric_args=args,
         )
-
-
-def _count(weights: Params) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(weights))
 
 
 # ---- Markdown

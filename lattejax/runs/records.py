@@ -1,5 +1,6 @@
 """The records in a run's `metrics.jsonl`: one JSON object per line."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,8 @@ def read_records(path: epath.Path) -> list[dict[str, Any]]:
 def best_step(records: Iterable[dict[str, Any]], best: str, steps: Iterable[int]) -> int | None:
     """The step whose evaluation in the second stage has the best figure, the first of several.
 
+    A figure that is not finite is never the best.
+
     Args:
       records: a run's records.
       best: as config.checkpoint.best, "lowest held_out_loss"; empty: none.
@@ -36,6 +39,7 @@ def best_step(records: Iterable[dict[str, Any]], best: str, steps: Iterable[int]
     found = [
         (sign * record[name], record["step"])
         for record in records
-        if record["stage"] == "train" and record["step"] in steps and isinstance(record.get(name), int | float)
+        if record["stage"] == "train" and record["step"] in steps
+        if isinstance(record.get(name), int | float) and math.isfinite(record[name])
     ]
     return min(found)[1] if found else None

@@ -69,6 +69,11 @@ class Run:
         """Whether the first stage has finished."""
         return trees.is_complete(self.workdir.vlm) or self.workdir.vlm_reference.exists()
 
+    @property
+    def has_all_weights(self) -> bool:
+        """Whether both stages have stored weights, so that it resumes without those that it started from."""
+        return self.has_vlm and self.trained_step is not None
+
     def pretrained_vlm(self, dtype: str = "float32") -> Params:
         """Reads the final weights of the first stage, stacked.
 

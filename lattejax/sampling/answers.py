@@ -157,8 +157,8 @@ def score_answers(
         return each, jnp.argmax(logits, axis=-1) == targets
 
     def split(x: Array) -> Array:
-        whole = jnp.pad(x, [(0, 0), (0, -length % size), *[(0, 0)] * (x.ndim - 2)])
-        return rearrange(whole, "B (n t) ... -> n B t ...", t=size)
+        padded = jnp.pad(x, [(0, 0), (0, -length % size), *[(0, 0)] * (x.ndim - 2)])
+        return rearrange(padded, "B (n t) ... -> n B t ...", t=size)
 
     scored = jax.lax.map(score, (split(hidden[:, :-1]), split(targets)))
     each, likeliest = (rearrange(x, "n B t -> B (n t)")[:, :length] for x in scored)

@@ -9,15 +9,17 @@ table.csv, table.md     the comparison, see `sweeps.comparison`
 *.png                   its plots
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -34,13 +36,14 @@ from lattejax.leases import one_writer
 from lattejax.ranges import Seed, range_of
 from lattejax.runs.data import open_data
 from lattejax.runs.geometry import resolve_config
-from lattejax.runs.run import Run
+from lattejax.runs.run import Run, open_mesh
 from lattejax.runs.shapes import abstract_params
 from lattejax.runs.workdir import Workdir
 from lattejax.sampling.images import ImageSampler
 from lattejax.sweeps.comparison import write_comparison
-from lattejax.training.checks import check_fit, check_lengths, find_tokenizer
+from lattejax.training.checks import changes, check_fit, check_lengths, check_unseen, find_tokenizer
 from lattejax.training.interrupt import InterruptGuard
+from lattejax.training.layout import check_mesh
 from lattejax.training.stages import pretrain, train
 from lattejax.weights import trees
 from lattejax.weights.autoencoders import StoredAutoencoder
@@ -75,6 +78,7 @@ def _resolve(values: dict[str, Any]) -> Sweep:
     if not names or len(set(names)) != len(names) or not all(re.fullmatch(r"\w+", name) for name in names):
         raise UserError(f"config.variants must have different names of letters, digits and underscores, not {names}")
     base = resolve_config(values["base"])
+    _refuse_trained_pathway(base)
     variants = {name: _override(values["base"], name, overrides) for name, overrides in values["variants"]}
     vlm = abstract_params(base)["vlm"]
     for name, variant in variants.items():
@@ -87,7 +91,33 @@ def _resolve(values: dict[str, Any]) -> Sweep:
             )
         if not variant.train.steps:
             raise UserError(f"variant {name}: train.steps=0 trains nothing to compare")
-    return Sweep(base, variants, tuple(values["seeds"]), tuple(values["sample_steps"]))
+    sweep = Sweep(base, variants, tuple(values["seeds"]), tuple(values["sample_steps"]))
+    _warn_of_idle_groups(sweep)
+    return sweep
+
+
+def _refuse_trained_pathway(config: Config) -> None:
+    if config.train.init_from:
+        raise UserError(
+            f"train.init_from={config.train.init_from!r} does not fit a sweep, whose runs start from its own VLM; "
+            "leave it empty"
+        )
+
+
+def _warn_of_idle_groups(sweep: Sweep) -> None:
+    """Warns, in a line for each variant, of the numbers of steps with which a group takes none."""
+    for name, variant in sweep.variants.items():
+        intervals, idle = variant.model_config.generation.intervals, []
+        for steps in sweep.sample_steps:
+            taken = intervals.schedule(steps, variant.eval.shift)
+            if without := [str(group) for group, own in enumerate(taken) if not own]:
+                idle.append(f"{steps} steps: {', '.join(without)}")
+        if idle:
+            logging.warning(
+                "variant %s: some groups take no step when it draws with few (%s); its images there tell little",
+                name,
+                "; ".join(idle),
+            )
 
 
 def drawing_score(config: Config, name: str) -> DrawingScore:
@@ -114,10 +144,19 @@ def _override(base: dict[str, Any], name: str, overrides: dict[str, Any]) -> Con
         for part in sections:
             section = section[part]
         section[last] = value
+    with _naming(name):
+        variant = resolve_config(values)
+        _refuse_trained_pathway(variant)
+    return variant
+
+
+@contextlib.contextmanager
+def _naming(variant: str) -> Iterator[None]:
+    """Within it, an error of the user's names the variant."""
     try:
-        return resolve_config(values)
+        yield
     except UserError as error:
-        raise UserError(f"variant {name}: {error}") from error
+        raise UserError(f"variant {variant}: {error}") from error
 
 
 def run_sweep(sweep: Sweep, path: epath.PathLike, guard: InterruptGuard) -> str:
@@ -139,9 +178,14 @@ def run_sweep(sweep: Sweep, path: epath.PathLike, guard: InterruptGuard) -> str:
 def _run_sweep(sweep: Sweep, directory: epath.Path, guard: InterruptGuard) -> str:
     source = open_data(sweep.base)
     tokenizer = find_tokenizer(sweep.base, Workdir(directory / "vlm"), source)
+    for name, variant in sweep.variants.items():
+        with _naming(name):
+            check_mesh(variant, open_mesh(variant))
     for variant in {variant.data: variant for variant in sweep.variants.values()}.values():
         encoder = prompt_encoder(variant, tokenizer)
         check_fit(variant, encoder, StoredAutoencoder.open_for(variant.data).identity)
+        if not (directory / "vlm" / "config.json").exists():
+            check_unseen(variant, encoder, open_data(variant))
         check_lengths(variant, encoder, open_data(variant))
     pretrain(sweep.base, directory / "vlm", guard)
     runs = {}
@@ -158,15 +202,18 @@ def _train(variant: Config, seed: int, vlm: epath.Path, workdir: Workdir, guard:
     pretrained = dataclasses.replace(variant.pretrain, init_from=str(vlm), steps=0)
     config = dataclasses.replace(variant, seed=seed, pretrain=pretrained)
     print(f"---- {workdir.path.name}", flush=True)
-    if not (workdir.results.exists() and _same_except_location(configuration.load(workdir.config), config)):
-        train(config, workdir.path, guard)
+    if workdir.config.exists():
+        theirs = configuration.load(workdir.config)
+        # The sweep's directory may have moved since the run was started.
+        moved = dataclasses.replace(theirs, pretrain=dataclasses.replace(theirs.pretrain, init_from=str(vlm)))
+        is_same = not changes(config, moved)
+        if is_same and workdir.results.exists():
+            return Run.open(workdir.path)
+        if is_same and moved != theirs:
+            with workdir.writing():
+                configuration.save(moved, workdir.config)
+    train(config, workdir.path, guard)
     return Run.open(workdir.path)
-
-
-def _same_except_location(theirs: Config, ours: Config) -> bool:
-    """Whether a finished run has the requested config; the sweep's directory may have moved since."""
-    moved = dataclasses.replace(theirs.pretrain, init_from=ours.pretrain.init_from)
-    return dataclasses.replace(theirs, pretrain=moved) == ours
 
 
 def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: InterruptGuard) -> None:
@@ -183,7 +230,8 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
         if done["runs"] == results and [(draw["variant"], draw["steps"]) for draw in done["draws"]] == cells:
             return
     scores = {name: drawing_score(run.config, name) for name, run in runs.items()}
-    drawers = {name: _drawer(run, scores[name]) for name, run in runs.items()}
+    samplers = load_samplers(runs)
+    drawers = {name: _drawer(run, scores[name], samplers[name]) for name, run in runs.items()}
     batches = {name: scores[name].images // run.config.eval.batch_size for name, run in runs.items()}
     images, seconds = ({cell: [] for cell in cells} for _ in range(2))
     for batch in range(-1, max(batches.values())):  # the first one compiles
@@ -208,10 +256,21 @@ def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: Interru
     write_atomically(path, (json.dumps({"runs": results, "draws": draws}, indent=2) + "\n").encode())
 
 
-def _drawer(run: Run, score: DrawingScore) -> Callable[[int, int], np.ndarray]:
+def load_samplers(runs: dict[str, Run]) -> dict[str, ImageSampler]:
+    """The samplers of a sweep's runs. In Couple they share the weights of the VLM, which is the sweep's own, so that
+    variants that are compared cost the memory of their pathways, not each that of a VLM too."""
+    samplers, vlms = {}, {}
+    for name, run in runs.items():
+        sampler = ImageSampler.of(run, run.params())
+        if not run.config.model_config.shares_layers:
+            sampler.vlm = vlms.setdefault(run.config.dtype, sampler.vlm)
+        samplers[name] = sampler
+    return samplers
+
+
+def _drawer(run: Run, score: DrawingScore, sampler: ImageSampler) -> Callable[[int, int], np.ndarray]:
     """Returns a function of a number of steps and a seed that draws one batch, with the same number for each prompt."""
     config = run.config
-    sampler = ImageSampler.of(run, run.params())
     prompts = score.prompts(run.encoder)
     size = config.eval.batch_size
 

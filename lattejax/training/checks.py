@@ -17,9 +17,11 @@ from lattejax.files import read_json
 from lattejax.runs.run import Run, open_vlm
 from lattejax.runs.shapes import abstract_trained
 from lattejax.runs.workdir import Workdir
-from lattejax.training.generation_stage import caption_prompts
+from lattejax.training.generation_stage import caption_prompts, seen_drawings
 from lattejax.weights import shards, trees
 from lattejax.weights.pretrained import Pretrained
+
+MOST_INITIAL = 0.25  # of the initial weights in the final average, without a warning
 
 
 def refuse_other_data(config: Config, workdir: Workdir, source: Source, autoencoder: Identity) -> None:
@@ -33,16 +35,18 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
     """Raises `UserError` if the workdir belongs to another config, and shows the difference, or is an export."""
     if shards.are_stored(workdir.path):
         raise UserError(f"{workdir.path} holds exported weights; use another --workdir, and set init_from to this one")
-    if workdir.config.exists():
-        theirs = configuration.load(workdir.config)
-        # Another mesh computes the same results, and the latents' identity covers the pictures they were made from.
-        free = {name: getattr(theirs, name) for name in ("images", "mesh", "most_skipped_steps")}
-        different = configuration.differences(dataclasses.replace(config, **free), theirs)
-        if different:
-            raise UserError(
-                f"{workdir.path} belongs to another config ({'; '.join(different)}); use another --workdir, "
-                "or set init_from to start from its weights"
-            )
+    if workdir.config.exists() and (different := changes(config, configuration.load(workdir.config))):
+        raise UserError(
+            f"{workdir.path} belongs to another config ({'; '.join(different)}); use another --workdir, "
+            "or set init_from to start from its weights"
+        )
+
+
+def changes(config: Config, theirs: Config) -> list[str]:
+    """Lists the keys, as `key: theirs -> ours`, with which a run of `theirs` must not resume."""
+    # Another mesh computes the same results, and the latents' identity covers the pictures they were made from.
+    free = {name: getattr(theirs, name) for name in ("images", "mesh", "most_skipped_steps", "profile")}
+    return configuration.differences(dataclasses.replace(config, **free), theirs)
 
 
 def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenizers.Tokenizer:
@@ -57,11 +61,24 @@ def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenize
     return tokenizers.train(source.texts(), config.tokenizer.vocab_size)
 
 
-def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity) -> None:
-    """Raises `UserError` if the tokenizer or the weights to start from do not fit the config."""
+def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity, *, has_all_weights: bool = False) -> None:
+    """Checks that the tokenizer and the weights to start from fit the config.
+
+    Args:
+      config: the run's config.
+      encoder: the prompt encoder, with the run's tokenizer.
+      autoencoder: that of the run's latents.
+      has_all_weights: whether the run no longer needs the weights to start from, which may be gone.
+
+    Raises:
+      UserError: the tokenizer has too many entries; the VLM of `pretrain.init_from` has another geometry or
+        preprocessing; or the pathway of `train.init_from` has other shapes, or draws latents of another autoencoder.
+    """
     entries, room = len(encoder.tokenizer), config.model.text.vocab_size
     if entries > room:
         raise UserError(f"the tokenizer has {entries} entries, more than config.model.text.vocab_size={room}")
+    if has_all_weights:
+        return
     if config.pretrain.init_from:
         check_same_vlm(config, encoder, open_vlm(config.pretrain.init_from))
     if config.train.init_from:
@@ -79,6 +96,29 @@ def warn_of_another_pathway(config: Config, theirs: Config) -> None:
         logging.warning("the weights of %s were trained with %s", config.train.init_from, "; ".join(different))
 
 
+def warn_of_settings(config: Config) -> None:
+    """Warns of settings that are valid, but that together do not do what each is for; a line for each stage."""
+    for name in ("pretrain", "train"):
+        stage, found = getattr(config, name), []
+        initial = stage.ema_decay**stage.steps
+        if stage.steps and initial > MOST_INITIAL:
+            found.append(
+                f"{name}.ema_decay={stage.ema_decay:g} leaves {initial:.0%} of the initial weights in the average, "
+                "which is what is scored and sampled"
+            )
+        if stage.steps and stage.warmup_steps >= stage.steps:
+            found.append(f"{name}.warmup_steps={stage.warmup_steps} never lets the learning rate reach its value")
+        if found:
+            keys = f"{name}.ema_decay and {name}.warmup_steps"
+            logging.warning("in %s steps, %s; lower %s", f"{stage.steps:,}", "; ".join(found), keys)
+    if config.train.steps and not config.train.prompt_dropout and config.eval.guidance != 1:
+        logging.warning(
+            "train.prompt_dropout=0 never trains the empty prompt, which eval.guidance=%g guides away from; set "
+            "eval.guidance=1, or a train.prompt_dropout such as 0.1",
+            config.eval.guidance,
+        )
+
+
 def check_records(config: Config, source: Source) -> None:
     """Raises `UserError` if the config trains on drawings or on questions but the data has none."""
     asked = {"pretrain.steps": bool(config.pretrain.steps), "model.variant='blend'": config.trains_answers}
@@ -90,6 +130,18 @@ def check_records(config: Config, source: Source) -> None:
         raise UserError(
             f"config.train.steps={config.train.steps} would train on drawings, and {config.data.latents} has none; set "
             "train.steps=0 to train the VLM alone"
+        )
+
+
+def check_unseen(config: Config, encoder: PromptEncoder, source: Source) -> None:
+    """Raises `UserError` if `data.unseen` leaves out all captioned pictures, or none."""
+    if not config.data.unseen or not config.train.steps:
+        return
+    drawings = source.drawings("train", encoder)
+    if len(seen_drawings(config, drawings)) == len(drawings):
+        raise UserError(
+            f"config.data.unseen={config.data.unseen!r} matches no caption of {len(drawings):,} captioned pictures: "
+            "nothing is left out; correct it, or leave it empty"
         )
 
 

@@ -78,6 +78,10 @@ def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
         subject = Subject(config, source, encoder, run.mesh, weights, losses, lambda: (autoencoder, decoder))
         return take_scores(due(scheduled, "train", int(hosts.fetch(state.step))), subject)
 
+    seen = seen_drawings(config, drawings)
+    if seen is not None and hosts.is_first():
+        left_out = len(drawings) - len(seen)
+        print(f"data.unseen leaves out {left_out:,} of {len(drawings):,} captioned pictures", flush=True)
     batches = {
         "images": Batches(
             drawings,
@@ -86,7 +90,7 @@ def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
             seed=config.seed,
             threads=config.data.threads,
             rows=rows["images"].of_process(run.mesh),
-            chosen=seen_drawings(config, drawings),
+            chosen=seen,
         )
     }
     if config.trains_answers:

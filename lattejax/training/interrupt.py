@@ -3,7 +3,7 @@
 On SIGTERM, SIGINT or a preemption notice, training saves after the current step and exits. Python runs signal handlers
 only between its own instructions, so not while XLA compiles or the process waits for a device. Therefore a thread
 watches for signals; if nothing is unsaved, it ends the process at once, and with it all others: they cannot be ahead by
-a whole step, which all compute together. Otherwise all stop after a step that they agree on (`loop.Stop`).
+a complete step, which all compute together. Otherwise all stop after a step that they agree on (`loop.Stop`).
 """
 
 import http.client

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lattejax.configuration import Config, Profile, Stage
@@ -18,7 +19,7 @@ from lattejax.data.pipeline import Streams
 from lattejax.errors import UserError
 from lattejax.evaluation.protocol import Report
 from lattejax.interrupts import Interrupted
-from lattejax.models.functional import Params
+from lattejax.models.functional import Params, parameter_count
 from lattejax.parallel import hosts, memory, rules
 from lattejax.parallel.rows import Rows
 from lattejax.runs.checkpoints import Checkpoints
@@ -121,14 +122,13 @@ def run_stage(
         log.write(step, report.figures)
         checkpoints.keep_step(log.best_step(keep.best, checkpoints.steps))
 
+    trace = Trace(recipe.profile, workdir.path / "profile")
     checkpoints.keep_step(log.best_step(keep.best, checkpoints.steps))
     if first_step and is_evaluated(first_step) and not log.has_evaluation(first_step):
         evaluate(first_step)  # an earlier process stopped before it
     for step in range(first_step + 1, settings.steps + 1):
         last = step == settings.steps
-        if recipe.profile.steps and step == recipe.profile.start:
-            jax.profiler.start_trace(str(workdir.path / "profile"))
-
+        trace.start(step)
         window.start_waiting()
         batch = recipe.place(next(recipe.batches))
         window.stop_waiting()
@@ -137,9 +137,9 @@ def run_stage(
         window.add(step, metrics)
         log.advance()
 
-        if recipe.profile.steps and step == recipe.profile.start + recipe.profile.steps - 1:
+        if trace.is_last(step):
             jax.block_until_ready(state)
-            jax.profiler.stop_trace()
+            trace.stop()
         if step % config.log_every == 0 or last:
             means, skipped, timing = window.close(settings.batch_size, recipe.flops_per_example)
             remarks = {"skipped_records": {n: recipe.batches.records(n - 1) for n in skipped}} if skipped else {}
@@ -148,6 +148,7 @@ def run_stage(
             for n, records in remarks.get("skipped_records", {}).items():
                 log.print(f"{recipe.name} {n}: skipped, loss or gradient is not finite; {first_few(records)}")
             if skipped_before > config.most_skipped_steps:
+                trace.stop()
                 checkpoints.close()
                 raise UserError(
                     f"{recipe.name}: {skipped_before} steps until step {step} had a loss or a gradient that is not "
@@ -158,12 +159,14 @@ def run_stage(
         if is_evaluated(step) or step % keep.every == 0 or asked:
             save(step)
         if asked and not last:
+            trace.stop()
             checkpoints.close()
             log.close()
             raise Interrupted(guard.signum)
         if is_evaluated(step):
             with window.excluded():
                 evaluate(step)
+    trace.stop()
     if recipe.name == "train" and keep.best and log.best_step(keep.best, checkpoints.steps) is None:
         log.print(f"config.checkpoint.best={keep.best!r} is no figure of an evaluation; no checkpoint was kept for it")
     checkpoints.close()
@@ -200,11 +203,42 @@ class Stop:
         return bool(answer)
 
 
+class Trace:
+    """The profiler's record of the chosen steps; of those that are left, if the run resumes among them."""
+
+    def __init__(self, profile: Profile, directory: epath.Path):
+        self._steps, self._directory = range(profile.start, profile.start + profile.steps), directory
+        self._is_running = False
+
+    def start(self, step: int) -> None:
+        """Starts the record, before the first of its steps that this process takes."""
+        if step in self._steps and not self._is_running:
+            jax.profiler.start_trace(str(self._directory))
+            self._is_running = True
+
+    def is_last(self, step: int) -> bool:
+        return self._is_running and step + 1 not in self._steps
+
+    def stop(self) -> None:
+        """Writes the record, if there is one that is not written yet."""
+        if self._is_running:
+            jax.profiler.stop_trace()
+            self._is_running = False
+
+
 class Window:
-    """The steps since the last line of metrics: their means and rates. Only `close` waits for the device."""
+    """The steps since the last line of metrics: their means and rates. Only `close` waits for the device.
+
+    Means are over all of its steps, rates and waiting over those of this process: nobody knows how long an earlier one
+    took for the steps that it saved.
+    """
 
     def __init__(self):
-        self._metrics: dict[int, dict[str, jax.Array]] = {}
+        self._open()
+
+    def _open(self) -> None:
+        self._metrics: dict[int, dict[str, jax.Array | np.ndarray]] = {}
+        self._restored = 0  # of its steps, those of an earlier process
         self._started = time.perf_counter()
         self._waited = 0.0
 
@@ -225,6 +259,7 @@ class Window:
         window = cls()
         for step, metrics in values.items():
             window.add(int(step), {name: np.asarray(value, np.float32) for name, value in metrics.items()})
+        window._restored = len(values)
         return window
 
     def skipped(self) -> list[int]:
@@ -244,20 +279,26 @@ class Window:
     def close(
         self, batch_size: int, flops_per_example: float
     ) -> tuple[dict[str, np.ndarray | np.floating], list[int], dict[str, float]]:
-        """Returns the means over the window's steps without the skipped ones, the skipped steps, and rates; starts a
-        new window."""
+        """Returns the means over the window's steps without the skipped ones, the skipped steps, and rates; opens the
+        next window.
+
+        Args:
+          batch_size: images in a step.
+          flops_per_example: the FLOPs of training on an image, in closed form.
+        """
         fetched = hosts.fetch(self._metrics)
         skipped = [step for step, metrics in fetched.items() if metrics.pop("skipped")]
         finite = [metrics for step, metrics in fetched.items() if step not in skipped]
         means = {name: np.mean([metrics[name] for metrics in finite], axis=0) for name in finite[0]} if finite else {}
-        images_per_second = len(fetched) * batch_size / (time.perf_counter() - self._started)
+        timed = len(fetched) - self._restored
+        images_per_second = timed * batch_size / (time.perf_counter() - self._started)
         timing = {
             "skipped_steps": len(skipped),
             "images_per_second": images_per_second,
             "data_wait_seconds": self._waited,
             "model_flops_per_second": images_per_second * flops_per_example,
         }
-        self.__init__()
+        self._open()
         return means, skipped, timing
 
 
@@ -267,8 +308,3 @@ def first_few(records: dict[str, list[int]], most: int = 8) -> str:
         f"{name}: records {', '.join(map(str, indices[:most]))}{', …' * (len(indices) > most)}"
         for name, indices in records.items()
     )
-
-
-def parameter_count(params: Params) -> int:
-    """The number of parameters in a tree of weights."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

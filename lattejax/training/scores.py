@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from lattejax.data.examples import Source, image_batcher
 from lattejax.errors import UserError
-from lattejax.evaluation.held_out import HeldOutLoss
+from lattejax.evaluation.held_out import HeldOutFlowLoss, HeldOutLoss
 from lattejax.evaluation.protocol import Report, Subject
 from lattejax.evaluation.registry import due, open_evaluator, open_evaluators, take_scores
 from lattejax.files import write_with
@@ -26,21 +26,28 @@ from lattejax.training.generation_stage import flow_loss, frozen_inputs
 
 
 def final_scores(run: Run) -> dict[str, Any]:
-    """Returns the last held-out loss and the scores at the end of a run; writes their pictures."""
-    source = open_data(run.config)
+    """Returns the final held-out loss, if training took any, and the scores at the end of a run; writes their pictures.
+
+    The loss is the last evaluation's. If that was before the last step, because `every` left it out, it is measured.
+    """
+    config, source = run.config, open_data(run.config)
     evaluated = [record for record in read_records(run.workdir.metrics) if "held_out_loss" in record]
+    is_final = bool(evaluated) and evaluated[-1]["step"] == config.train.steps
 
     def losses() -> Float[np.ndarray, "K"]:
-        return np.asarray(evaluated[-1]["held_out_loss_per_group"]) if evaluated else measure_losses(run, source)
+        return np.asarray(evaluated[-1]["held_out_loss_per_group"]) if is_final else measure_losses(run, source)
 
-    scheduled = open_evaluators(run.config, source)
-    report = take_scores(due(scheduled, "end"), _subject(run, source, losses))
+    subject = _subject(run, source, losses)
+    report = take_scores(due(open_evaluators(config, source), "end"), subject)
     if hosts.is_first():
         for name, picture in report.pictures.items():
-            path = run.workdir.image(name, "end", run.config.train.steps)
+            path = run.workdir.image(name, "end", config.train.steps)
             write_with(path, lambda file, picture=picture: picture.save(file, format="PNG"))
     figures = as_json(report.figures)
-    return {"held_out_loss": evaluated[-1]["held_out_loss"]} | figures if evaluated else figures
+    if not evaluated:
+        return figures
+    final = evaluated[-1] if is_final else as_json(HeldOutFlowLoss.open(config, source)(subject).figures)
+    return {"held_out_loss": final["held_out_loss"]} | figures
 
 
 def scores_on_demand(run: Run, names: Sequence[str]) -> Report:

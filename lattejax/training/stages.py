@@ -23,9 +23,11 @@ from lattejax.training.checks import (
     check_fit,
     check_lengths,
     check_records,
+    check_unseen,
     find_tokenizer,
     refuse_another_config,
     refuse_other_data,
+    warn_of_settings,
 )
 from lattejax.training.generation_stage import generation_recipe
 from lattejax.training.interrupt import InterruptGuard
@@ -113,12 +115,15 @@ def open_workdir(config: Config, path: epath.PathLike) -> tuple[Run, RunClock]:
     open_evaluators(config, source)
     encoder = prompt_encoder(config, find_tokenizer(config, workdir, source))
     autoencoder = StoredAutoencoder.open_for(config.data).identity
-    check_fit(config, encoder, autoencoder)
     is_new = not workdir.config.exists()
+    check_fit(config, encoder, autoencoder, has_all_weights=not is_new and Run.open(workdir.path).has_all_weights)
     if is_new:
+        check_unseen(config, encoder, source)
         check_lengths(config, encoder, source)
     else:
         refuse_other_data(config, workdir, source, autoencoder)
+    if hosts.is_first():
+        warn_of_settings(config)
     hosts.wait_for_all("the workdir is checked")
     if is_new and hosts.is_first():
         tokenizers.save(encoder.tokenizer, workdir.tokenizer)

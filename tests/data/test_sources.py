@@ -82,9 +82,21 @@ def test_captions_that_are_to_stay_unseen_are_not_trained_on(registered):
         generation_stage.seen_drawings(tiny_config(**SETTINGS, data__unseen="."), drawings)
 
 
-def test_it_can_be_trained_on_and_drawn(registered, tmp_path):
-    config = tiny_config(**SETTINGS, train__steps=2, eval__prompts=("dark",))
+@pytest.mark.parametrize(
+    "unseen, named", [("drak", "matches no caption of 20 captioned pictures"), (".", "all captions")]
+)
+def test_a_pattern_of_unseen_captions_that_leaves_out_none_or_all_is_refused_before_any_training(
+    unseen, named, registered, tmp_path
+):
+    with pytest.raises(UserError, match=named):
+        stages.open_workdir(tiny_config(**SETTINGS, data__unseen=unseen), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_can_be_trained_on_and_drawn(registered, tmp_path, capsys):
+    config = tiny_config(**SETTINGS, train__steps=2, eval__prompts=("dark",), data__unseen="light")
     results = stages.train(config, tmp_path, InterruptGuard())
+    assert "data.unseen leaves out 10 of 20 captioned pictures" in capsys.readouterr().out
     assert set(results) == {"held_out_loss", "seconds"}, "only the scores that it supports"
     sampler = ImageSampler.of(Run.open(tmp_path), Run.open(tmp_path).params())
     drawn = sampler([sampler.encoder.drawing("light")], Sampling(2), images_per_prompt=2, batch_size=2)

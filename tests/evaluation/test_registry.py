@@ -1,25 +1,24 @@
 """Scores: a new one needs a file and a line of registration, and the config chooses it; bad settings are refused."""
 
+import contextlib
 import dataclasses
 import json
 import sys
 import types
 
-import jax
 import numpy as np
 import pytest
 
+from lattejax.configuration.sections import Settings
 from lattejax.errors import UserError
 from lattejax.evaluation import registry
-from lattejax.evaluation.protocol import Report, Subject
-from lattejax.models import latte_flow, qwen2_vl
-from lattejax.parallel.mesh import one_device
+from lattejax.evaluation.protocol import Report
 from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
-from lattejax.training.scores import scores_on_demand
-from tests.helpers import encoder_for, tiny_config
+from lattejax.training.scores import final_scores, scores_on_demand
+from tests.helpers import tiny_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +75,16 @@ def test_scores_are_taken_as_the_config_schedules_them(registered, tmp_path):
     with pytest.raises(UserError, match="two evaluators return brightness"):  # `last` and `on_demand`
         scores_on_demand(run, [])
 
+    # As if the last evaluation had left the loss out, as `every` may: the loss of step 6 is not the final one.
+    kept = [line for line in lines if line["step"] < 8 or "held_out_loss" not in line]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    evaluation = dataclasses.replace(run.config.eval, evaluators=Settings(held_out_loss={"every": 6}))
+    again = final_scores(dataclasses.replace(run, config=dataclasses.replace(run.config, eval=evaluation)))
+    assert set(again) == {"held_out_loss"}
+    assert again["held_out_loss"] == pytest.approx(results["held_out_loss"], rel=1e-6)
+    stale = [line["held_out_loss"] for line in kept if "held_out_loss" in line][-1]
+    assert again["held_out_loss"] != pytest.approx(stale, rel=1e-6)
+
 
 @pytest.mark.parametrize(
     "evaluators, named",
@@ -100,10 +109,43 @@ def test_evaluators_that_do_not_fit_are_refused(evaluators, named, registered):
         registry.open_evaluators(config, open_data(config))
 
 
-def test_two_figures_of_one_name_are_refused(registered):
-    config = tiny_config(eval__evaluators={name: {"type": "answers", "examples": 1} for name in ("one", "two")})
-    source, encoder = open_data(config), encoder_for(config)
-    vlm = {"vlm": qwen2_vl.init(config.model_config.vlm, jax.random.key(0))}
-    subject = Subject(config, source, encoder, one_device(), lambda: latte_flow.unstack(vlm))
-    with pytest.raises(UserError, match="two evaluators return answer_accuracy"):
-        registry.take_scores(registry.due(registry.open_evaluators(config, source), "pretrain"), subject)
+DIGITS = {"type": "digits", "images": 10}
+BRIGHT = {"type": "brightness", "images": 2}
+
+
+@pytest.mark.parametrize(
+    "one, two, is_refused",
+    [
+        ({"type": "answers", "examples": 1}, {"type": "answers", "turn": "first"}, True),
+        ({"type": "answers"}, {"type": "answers", "at": "end"}, False),
+        (DIGITS, DIGITS | {"guidance": (1, 2)}, False),
+        (
+            DIGITS | {"at": "end", "guidance": (1,)},
+            DIGITS | {"at": "end", "guidance": (2,)},
+            True,
+        ),  # frechet_train_test
+        (BRIGHT, BRIGHT, True),
+        (BRIGHT, BRIGHT | {"images": 3}, False),  # perhaps part of its figures' names
+        (BRIGHT | {"at": "demand"}, BRIGHT | {"at": "demand"}, False),  # a user can name one
+    ],
+)
+def test_two_scores_whose_figures_have_the_same_names_are_refused_before_training(one, two, is_refused, registered):
+    config = tiny_config(eval__evaluators={"one": one, "two": two})
+    message = "config.eval.evaluators.one and config.eval.evaluators.two would return figures of the same names"
+    with pytest.raises(UserError, match=message) if is_refused else contextlib.nullcontext():
+        assert len(registry.open_evaluators(config, open_data(config))) == 2
+
+
+@pytest.mark.parametrize(
+    "kind, one, two, are_shared",
+    [
+        ("words", {"prefix": "unseen_"}, {}, False),
+        ("words", {"guidance": (1, 3)}, {"guidance": (3.0, 5)}, True),
+        ("words", {"guidance": (1, 3)}, {}, False),
+        ("asked", {"vlm": "weights/one"}, {"vlm": "weights/two"}, True),
+        ("asked", {"vlm": "weights/one"}, {}, False),
+        ("fid", {"images": 2000}, {"images": 1000}, False),
+    ],
+)
+def test_names_of_figures_depend_on_some_settings(kind, one, two, are_shared):
+    assert bool(registry.named_by(kind, one) & registry.named_by(kind, two)) == are_shared

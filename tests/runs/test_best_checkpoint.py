@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import sys
 import types
 
@@ -88,6 +89,13 @@ def test_the_best_is_the_lowest_or_the_highest_figure_of_a_checkpoint_that_exist
     assert [best_step(records, f"{which} given", [8, 10, 12]) for which in ("lowest", "highest")] == [10, 12]
     assert best_step(records, "lowest nothing", every) is best_step(records, "lowest given", []) is None
     assert best_step(records, "", every) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_figure_that_is_not_finite_is_never_the_best(bad):
+    records = [{"stage": "train", "step": step, "given": value} for step, value in ((2, bad), (4, 1.0), (6, bad))]
+    assert [best_step(records, f"{which} given", [2, 4, 6]) for which in ("lowest", "highest")] == [4, 4]
+    assert best_step(records, "lowest given", [2, 6]) is None
 
 
 def test_a_figure_that_nothing_returns_is_named(given, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """A config that starts from weights has their geometry, without a key of it in the experiment's file."""
 
 import dataclasses
+import shutil
 
 import pytest
 
@@ -36,7 +37,16 @@ def test_the_weights_alone_decide_the_geometry(vlm, tmp_path):
     assert config.model_config.vlm == Pretrained.open(vlm).vlm_config
     assert "held_out_loss" in stages.train(config, tmp_path / "run", InterruptGuard())
     again = experiment(tmp_path / "run")
-    assert resolve_config(again).model_config.vlm == config.model_config.vlm, "a run's weights too"
+    resolved = resolve_config(again)
+    assert resolved.model_config.vlm == config.model_config.vlm, "a run's weights too"
+
+    # It has its own pathway, and a VLM, when the run that it started from is removed: it can resume.
+    stages.train(resolved, tmp_path / "again", InterruptGuard())
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match="is not the workdir of a run"):
+        resolve_config(again)
+    assert resolve_config(again, workdir=tmp_path / "again") == resolved
+    assert stages.open_workdir(resolved, tmp_path / "again")[0].trained_step == 1
 
 
 def test_what_a_config_names_is_not_changed_and_refused_if_it_differs(vlm, tmp_path):

@@ -2,17 +2,18 @@
 
 import csv
 import json
+import types
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lattejax import configuration
 from lattejax.errors import UserError
 from lattejax.interrupts import Interrupted
 from lattejax.runs.run import Run
 from lattejax.sweeps import sweep
-from lattejax.sweeps.sweep import resolve_sweep, run_sweep
+from lattejax.sweeps.sweep import load_samplers, resolve_sweep, run_sweep
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from tests.helpers import assert_same_bits, config_file, tiny_dict
@@ -30,6 +31,14 @@ def sweep_config(**overrides) -> ConfigDict:
     return ConfigDict(values)
 
 
+def test_a_mesh_that_does_not_fit_a_variant_is_refused_before_anything_is_trained(tmp_path):
+    data = 2 * jax.device_count()
+    variants = (*TWO, ("meshed", {"mesh.data": data}))
+    with pytest.raises(UserError, match=rf"variant meshed: config\.mesh: .*data={data} .* does not fit"):
+        run_sweep(resolve_sweep(sweep_config(variants=variants)), tmp_path, InterruptGuard())
+    assert not (tmp_path / "vlm").exists()
+
+
 def test_prompts_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path):
     pictures = {"data.prompts": "pictures", "train.share_contexts": False}
     with pytest.raises(UserError, match="more than the config's limit of 24"):
@@ -37,7 +46,7 @@ def test_prompts_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path
     assert not (tmp_path / "vlm").exists()
 
 
-def test_a_killed_sweep_resumes_without_retraining_and_ends_with_the_comparison(tmp_path, monkeypatch):
+def test_a_killed_sweep_resumes_elsewhere_without_retraining_and_ends_with_the_comparison(tmp_path, monkeypatch):
     trained, guard = [], InterruptGuard()
 
     def recorded(config, path, guard):
@@ -47,11 +56,12 @@ def test_a_killed_sweep_resumes_without_retraining_and_ends_with_the_comparison(
         return stages.train(config, path, guard)
 
     monkeypatch.setattr(sweep, "train", recorded)
-    plan = resolve_sweep(sweep_config())
+    plan, tmp_path = resolve_sweep(sweep_config()), tmp_path / "sweep"
     with pytest.raises(Interrupted):
         run_sweep(plan, tmp_path, guard)
     assert trained == ["base_0", "no_residual_0"]
     assert not (tmp_path / "table.csv").exists()
+    tmp_path = tmp_path.rename(tmp_path.parent / "moved")
     table = run_sweep(plan, tmp_path, InterruptGuard())
     assert trained == ["base_0", "no_residual_0", "no_residual_0", "base_1", "no_residual_1"]
 
@@ -110,6 +120,22 @@ def test_an_invalid_sweep_is_refused_before_it_starts(overrides, message):
         resolve_sweep(sweep_config(**overrides))
 
 
+def test_a_trained_pathway_to_start_from_is_refused_since_a_sweep_has_a_vlm_of_its_own(earlier):
+    run = str(earlier / "run")
+    config = sweep_config()
+    config.base.pretrain.update(init_from=run, steps=0)
+    config.base.train.init_from = run
+    with pytest.raises(UserError, match=r"train\.init_from=.* does not fit a sweep"):
+        resolve_sweep(config)
+
+
+def test_variants_of_couple_share_the_vlm_in_memory(earlier):
+    couple, blend = (Run.open(earlier / "sweep" / "runs" / name) for name in ("couple_0", "blend_0"))
+    samplers = load_samplers({"couple": couple, "blend": blend, "another": couple})
+    assert samplers["another"].vlm is samplers["couple"].vlm is not samplers["blend"].vlm
+    assert samplers["another"].pathway is not samplers["couple"].pathway
+
+
 @pytest.mark.parametrize("experiment", ["ablations", "ablations:compute", "ablations:depth", "switches"])
 def test_the_experiments_resolve(experiment):
     name, *variants = experiment.split(":")
@@ -138,12 +164,19 @@ def test_an_unknown_list_is_refused_in_one_line(tmp_path, forked_command):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "paper" in done.stderr, done.stderr
 
 
-def test_the_variants_of_coloured_shapes_resolve_and_use_all_their_groups():
-    """Without their data, which docs/coloured-shapes.md makes."""
+def test_a_group_that_takes_no_step_is_named_with_its_variant_and_the_number_of_steps(caplog):
+    late = {"model.interval_edges": (0.0, 0.9, 1.0)}
+    resolve_sweep(sweep_config(variants=(("base", {}), ("late", late)), sample_steps=(2, 5, 40)))
+    (warning,) = caplog.messages
+    assert "variant late: some groups take no step when it draws with few (2 steps: 1; 5 steps: 1)" in warning
+
+
+def test_the_variants_of_coloured_shapes_resolve_and_use_all_their_groups(monkeypatch):
+    """Without their data, which docs/coloured-shapes.md makes: so their score is not opened."""
+    score = types.SimpleNamespace(num_prompts=100, images=500)
+    monkeypatch.setattr(sweep, "drawing_score", lambda config, name: score)
     config = config_file("shapes_ablations")
     config.base.pretrain.init_from = ""
-    values = configuration.to_dict(config)
-    for name, overrides in values["variants"]:
-        variant = sweep._override(values["base"], name, overrides)
+    for name, variant in resolve_sweep(config).variants.items():
         steps = variant.model_config.generation.intervals.schedule(variant.eval.sample_steps, variant.eval.shift)
         assert all(steps), f"{name} has a group without a step"
