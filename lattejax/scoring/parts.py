@@ -1,18 +1,22 @@
 """A set of pictures and their features on disk, in parts: a killed command resumes at the part it was working on.
 
 set.json     the settings that determine the set
-00007.npz    part 7: `pool`, `spatial` and `logits` of its pictures, and in `pictures` those that are kept
+00007.npz    part 7: `pool`, `spatial` and `logits` of its pictures, in `pictures` those that are kept, and in `set` a
+             hash of set.json: a part of other settings is not taken for one of these
 
 Every part is written atomically by the first process.
 """
 
+import contextlib
 import dataclasses
 import functools
+import glob
+import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,11 +25,19 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from lattejax.errors import UserError, parsing
 from lattejax.evaluation.features import FeatureExtractor
-from lattejax.files import check_file, check_space, read_json, remove_leftovers, write_atomically, write_with
+from lattejax.files import (
+    check_file,
+    check_space,
+    read_json,
+    remove_directory,
+    remove_leftovers,
+    write_atomically,
+    write_with,
+)
 from lattejax.models.inception import CLASSES, POOL, SPATIAL, Features
 from lattejax.parallel import hosts
 
-SET, PICTURES = "set.json", "pictures"
+SET, PICTURES, IDENTITY = "set.json", "pictures", "set"
 BYTES = 4 * (POOL + SPATIAL + CLASSES)  # of a picture's features
 BLOCKS_IN_MEMORY = 64  # of pool_3 features, for precision and recall
 
@@ -39,6 +51,7 @@ class Parts:
     directory: epath.Path
     part: int
     kept: Bool[np.ndarray, "N"]
+    identity: str  # a hash of its settings
 
     @classmethod
     def open(
@@ -73,11 +86,15 @@ class Parts:
         elif hosts.is_first():
             size = len(kept) * BYTES + int(kept.sum()) * int(np.prod(picture))
             check_space(directory, size, f"{len(kept):,} pictures' features in {directory}")
+            for part_of_others in directory.glob("*.npz") if directory.exists() else ():
+                part_of_others.unlink()
             write_atomically(directory / SET, (json.dumps(settings, indent=2) + "\n").encode())
         hosts.wait_for_all(f"{directory} is open")
         if hosts.is_first():
             remove_leftovers(directory)
-        return cls(directory, part, kept)
+            remove_leftovers(directory.parent, glob.escape(directory.name))
+        identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return cls(directory, part, kept, identity)
 
     def __len__(self) -> int:
         """The number of parts."""
@@ -95,7 +112,8 @@ class Parts:
           extractor: computes their features.
           name: what is made, for progress on standard error.
         """
-        exist = hosts.from_first(np.array([self._file(i).exists() for i in range(len(self))], bool))
+        exist = np.array([hosts.is_first() and self._is_made(i) for i in range(len(self))], bool)
+        exist = hosts.from_first(exist)
         missing, started = np.flatnonzero(~exist).tolist(), time.monotonic()
         for done, index in enumerate(missing, 1):
             rows = self.rows(index)
@@ -103,7 +121,7 @@ class Parts:
             features = extractor(pictures)
             if not hosts.is_first():
                 continue
-            arrays = features._asdict() | {PICTURES: pictures[self.kept[rows]]}
+            arrays = features._asdict() | {PICTURES: pictures[self.kept[rows]], IDENTITY: np.array(self.identity)}
             write_with(self._file(index), lambda file, arrays=arrays: np.savez(file, **arrays))
             left = (time.monotonic() - started) / done * (len(missing) - done)
             ready = int(np.minimum(exist.sum() + done, len(self)) * self.part)
@@ -129,17 +147,27 @@ class Parts:
 
     def remove(self) -> None:
         """Removes the set."""
-        self.directory.rmtree()
+        remove_directory(self.directory)
+
+    def _is_made(self, index: int) -> bool:
+        if not self._file(index).exists():
+            return False
+        with self._open(index) as arrays:
+            return IDENTITY in arrays and str(arrays[IDENTITY]) == self.identity
 
     def _file(self, index: int) -> epath.Path:
         return self.directory / f"{index:05d}.npz"
 
     def _read(self, index: int, *names: str) -> list[np.ndarray]:
+        with self._open(index) as arrays:
+            return [arrays[name] for name in names]
+
+    @contextlib.contextmanager
+    def _open(self, index: int) -> Iterator[Mapping[str, np.ndarray]]:
         file = self._file(index)
         check_file(file, math.inf)
         with parsing(f"{file}, which may be removed to make it again,"), file.open("rb") as opened:
-            arrays = np.load(opened, allow_pickle=False)
-            return [arrays[name] for name in names]
+            yield np.load(opened, allow_pickle=False)
 
 
 class PoolBlocks:

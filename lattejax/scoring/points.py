@@ -5,6 +5,7 @@ The file of results is written after each set. Sets that it already has are not 
 
 import contextlib
 import dataclasses
+import glob
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from lattejax.errors import UserError, parsing
 from lattejax.evaluation.adm import ReferenceFile, write_samples
 from lattejax.evaluation.features import PRECISION, FeatureExtractor
 from lattejax.evaluation.pictures import FEWEST, PUBLISHED, Reference, score_pictures
-from lattejax.files import read_json, write_atomically
+from lattejax.files import read_json, remove_directory, remove_leftovers, write_atomically
 from lattejax.leases import one_writer
 from lattejax.parallel import hosts
 from lattejax.scoring.parts import Parts, ReadPictures
@@ -68,6 +69,8 @@ def score_points(
     wanted = [json.loads(json.dumps(point.settings | judged)) for point in points]
     directory = parts_directory(out)
     with one_writer(directory, str(out)) if hosts.is_first() else contextlib.nullcontext():
+        if hosts.is_first():
+            remove_leftovers(directory.parent, glob.escape(directory.name))
         results = _earlier(out, wanted[0])
         missing = [(p, own) for p, own in zip(points, wanted, strict=True) if _find(results, own) is None]
         hosts.wait_for_all("earlier results are read")
@@ -162,8 +165,11 @@ def _find(results: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[s
 
 def _remove(directory: epath.Path, names: Sequence[str]) -> None:
     """Removes the parts of these sets, and those of the reference unless another set is unfinished."""
+    if not directory.exists():
+        return
+    remove_leftovers(directory)
     for name in names:
         if (directory / name).exists():
-            (directory / name).rmtree()
-    if directory.exists() and not any(each.name != REFERENCE for each in directory.iterdir()):
-        directory.rmtree()
+            remove_directory(directory / name)
+    if not any(each.name != REFERENCE for each in directory.iterdir()):
+        remove_directory(directory)

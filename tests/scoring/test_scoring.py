@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import random
+import shutil
 import types
 import zipfile
 
@@ -24,6 +26,7 @@ from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.inception import POOL, SPATIAL
 from lattejax.models.pixels import PixelConfig
 from lattejax.sampling.images import ImageSampler
+from lattejax.scoring.parts import Parts
 from lattejax.scoring.points import Point, score_points
 from lattejax.scoring.reference import make_reference
 from lattejax.scoring.sources import open_folder, open_reference_source, open_samples
@@ -197,6 +200,44 @@ def test_too_few_pictures_and_other_parts_are_refused(reference, tmp_path):
         score([point(stopped, 30)], reference, tmp_path / "a.json")
     with pytest.raises(UserError, match="parts of another set, with another num, total, kept; remove it"):
         score([point(stopped, 20)], reference, tmp_path / "a.json", part=16)
+
+
+def filled(directory, level: int, seed: int) -> Parts:
+    """A set of 30 pictures of one grey level, in two parts."""
+    pictures, every = np.full((30, 8, 8, 3), level, np.uint8), np.ones(30, bool)
+    parts = Parts.open(resolve_path(directory), {"seed": seed}, part=16, kept=every, picture=(8, 8, 3))
+    parts.fill(lambda rows: pictures[rows], PixelFeatures(), "a test")
+    return parts
+
+
+def levels(parts: Parts) -> set[int]:
+    return set(np.unique(np.concatenate(list(parts.pictures()))).tolist())
+
+
+@pytest.mark.parametrize("gone", [["set.json"], ["00001.npz"], ["set.json", "00000.npz"], []], ids="+".join)
+def test_parts_of_a_set_whose_removal_was_killed_are_not_taken_for_another(gone, tmp_path, monkeypatch):
+    black = filled(tmp_path / "a", 0, seed=1)
+
+    def killed(path):
+        for name in gone:
+            os.unlink(os.path.join(path, name))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        black.remove()
+    assert levels(filled(tmp_path / "a", 255, seed=2)) == {255}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "what the killed removal has left is removed"
+
+
+def test_parts_without_their_set_or_of_other_settings_are_made_again(tmp_path):
+    filled(tmp_path / "a", 0, seed=1)
+    (tmp_path / "a" / "set.json").unlink()
+    assert levels(filled(tmp_path / "a", 255, seed=2)) == {255}
+    text = (tmp_path / "a" / "set.json").read_text()
+    (tmp_path / "a" / "set.json").write_text(text.replace('"seed": 2', '"seed": 3'))
+    assert levels(filled(tmp_path / "a", 7, seed=3)) == {7}
+    assert levels(filled(tmp_path / "a", 8, seed=3)) == {7}, "and not again"
 
 
 # ---- Files of ADM's evaluator
