@@ -21,7 +21,7 @@ from absl import flags
 from lattejax import cli
 from lattejax.data.stored import SPLITS
 from lattejax.errors import UserError
-from lattejax.evaluation.adm import ReferenceFile
+from lattejax.evaluation.adm import FEWEST, ReferenceFile
 from lattejax.evaluation.features import FeatureExtractor
 from lattejax.evaluation.pictures import PUBLISHED
 from lattejax.files import output_file, write_atomically, write_with
@@ -65,7 +65,10 @@ MAKE_REFERENCE = cli.define_path(
 SPLIT = flags.DEFINE_enum("split", "train", SPLITS, "The split of latents or of a run's data.")
 IMAGE_SIZE = cli.define_number("image_size", None, "The side of squares that a folder's pictures are cropped to.", Size)
 REFERENCE_PICTURES = cli.define_number(
-    "reference_pictures", 10_000, "Pictures in the reference itself, for precision and recall.", Positive
+    "reference_pictures",
+    10_000,
+    "Pictures in the reference itself, for precision and recall.",
+    Annotated[int, Range(FEWEST)],
 )
 connect = cli.define_cluster_flags()
 

@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 
 from lattejax.errors import UserError, parsing
 from lattejax.evaluation.frechet import Gaussian
+from lattejax.evaluation.precision_recall import NEIGHBOURS
 from lattejax.files import check_file, resolve_path, writing
 from lattejax.models.inception import POOL, SPATIAL
 
@@ -29,6 +30,7 @@ PICTURES = "arr_0"
 STATISTICS = {"pool": ("mu", "sigma", POOL), "spatial": ("mu_s", "sigma_s", SPATIAL)}
 DESCRIPTION = "description"
 BLOCK = 1000  # pictures
+FEWEST = NEIGHBOURS + 1  # pictures in a reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,8 @@ class ReferenceFile:
         """Reads everything but the pictures.
 
         Raises:
-          UserError: it is no npz, or has neither statistics nor pictures, or they have another shape.
+          UserError: it is no npz, or has neither statistics nor pictures, or they have another shape, or the pictures
+            are fewer than `FEWEST`.
         """
         file = resolve_path(path)
         check_file(file, math.inf)
@@ -131,6 +134,11 @@ class ReferenceFile:
                 }
                 description = json.loads(str(arrays[DESCRIPTION])) if DESCRIPTION in names else {}
         pictures = SampleFile.open(path) if PICTURES in names else None
+        if pictures is not None and len(pictures) < FEWEST:
+            raise UserError(
+                f"{path} has {len(pictures)} pictures ({PICTURES}); precision and recall need at least {FEWEST} in a "
+                "reference"
+            )
         if "pool" not in gaussians and pictures is None:
             raise UserError(f"{path} has neither mu and sigma nor {PICTURES}; it has {', '.join(sorted(names))}")
         return cls(file, sha256, gaussians.get("pool"), gaussians.get("spatial"), pictures, description)

@@ -6,7 +6,8 @@ import numpy as np
 from etils import epath
 
 import lattejax
-from lattejax.evaluation.adm import ReferenceFile, write_reference
+from lattejax.errors import UserError
+from lattejax.evaluation.adm import FEWEST, ReferenceFile, write_reference
 from lattejax.evaluation.features import PRECISION, FeatureExtractor
 from lattejax.evaluation.pictures import Reference, Statistics
 from lattejax.files import resolve_path
@@ -27,16 +28,18 @@ def make_reference(
     """Writes a reference file: statistics of all pictures, and some of them, for precision and recall.
 
     Args:
-      source: the pictures, at least two.
+      source: the pictures.
       out: the file to write.
       extractor: computes their features.
       pictures: how many pictures the file has itself, at most: a fixed random choice.
       part: pictures in a part of the work.
 
     Raises:
-      UserError: they cannot be read, or another process makes the same file.
+      UserError: they are too few, they cannot be read, or another process makes the same file.
     """
     total = source.shape[0]
+    if min(total, pictures) < FEWEST:
+        raise UserError(f"{min(total, pictures)} pictures are too few for a reference; at least {FEWEST} are needed")
     kept = np.zeros(total, bool)
     kept[np.random.default_rng(0).permutation(total)[:pictures]] = True
     settings = {"source": source.identity, "inception": extractor.weights.sha256}

@@ -299,6 +299,7 @@ BAD_REFERENCES = {
     "floats": ({"arr_0": np.ones((2, 8, 8, 3))}, r"arr_0 of float64 \[2, 8, 8, 3\]; expected uint8"),
     "another network": ({"mu": np.ones(3), "sigma": np.ones((3, 3))}, r"shapes \(3,\) and \(3, 3\), not \(2048,\)"),
     "not finite": ({"mu": np.full(POOL, np.nan), "sigma": np.ones((POOL, POOL))}, "not finite"),
+    "too few for balls": ({"arr_0": random_pictures(3)}, r"3 pictures \(arr_0\); precision and recall need at least 4"),
     "objects": ({"mu": np.array([{}]), "sigma": np.ones(3)}, "cannot be read: ValueError: Object arrays"),
 }
 
@@ -332,6 +333,15 @@ def test_damaged_files_are_read_or_refused(tmp_path):
             assert sum(map(len, SampleFile.open(str(small)).blocks())) in (1, 2)
         except UserError as error:
             assert "small.npz" in str(error)
+
+
+@pytest.mark.parametrize("total, pictures", [(1, 10), (3, 10), (20, 3)])
+def test_a_reference_is_not_made_of_too_few_pictures(total, pictures, tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=random_pictures(total))
+    source, out = open_samples(str(tmp_path / "a.npz"), 10, None), resolve_path(tmp_path / "ref.npz")
+    with pytest.raises(UserError, match=rf"^{min(total, pictures)} pictures are too few for a reference; at least 4"):
+        make_reference(source, out, PixelFeatures(), pictures=pictures, part=10)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
 # ---- Sources
