@@ -112,6 +112,11 @@ class ReferenceFile:
     pictures: SampleFile | None
     description: dict[str, Any]
 
+    @property
+    def is_pytorch_fids(self) -> bool:
+        """Whether it has what pytorch-fid writes, which resizes pictures in another way than ADM's evaluator."""
+        return self.spatial is None and self.pictures is None and not self.description
+
     @classmethod
     def open(cls, path: str) -> "ReferenceFile":
         """Reads everything but the pictures.
@@ -132,7 +137,7 @@ class ReferenceFile:
                     for kind, (mean, covariance, size) in STATISTICS.items()
                     if {mean, covariance} <= names
                 }
-                description = json.loads(str(arrays[DESCRIPTION])) if DESCRIPTION in names else {}
+                description = dict(json.loads(str(arrays[DESCRIPTION]))) if DESCRIPTION in names else {}
         pictures = SampleFile.open(path) if PICTURES in names else None
         if pictures is not None and len(pictures) < FEWEST:
             raise UserError(

@@ -17,6 +17,8 @@ from lattejax.parallel import hosts
 from lattejax.parallel.mesh import batches_of
 from lattejax.sampling.images import ImageSampler
 
+OF_A_FILE = "a file"  # `Asked.what` of a user's prompts
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Asked:

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Sequence
 
 from lattejax.errors import UserError
-from lattejax.evaluation.sample_sets import Asked, SetDrawer
+from lattejax.evaluation.sample_sets import OF_A_FILE, Asked, SetDrawer
 from lattejax.files import read_text, resolve_path
 from lattejax.runs.checkpoints import fingerprints
 from lattejax.runs.data import open_data
@@ -26,7 +26,7 @@ def read_prompts(run: Run, path: str | None) -> Asked:
     lines = read_text(resolve_path(path)).splitlines()
     if not lines or not all(map(str.strip, lines)):
         raise UserError(f"--prompts={path} must have a prompt on each line, and no empty line")
-    return Asked.texts(run.encoder, lines, "a file")
+    return Asked.texts(run.encoder, lines, OF_A_FILE)
 
 
 def drawn_points(

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import glob
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from lattejax.errors import UserError, parsing
 from lattejax.evaluation.adm import ReferenceFile, write_samples
 from lattejax.evaluation.features import PRECISION, FeatureExtractor
 from lattejax.evaluation.pictures import FEWEST, PUBLISHED, Reference, score_pictures
+from lattejax.evaluation.sample_sets import OF_A_FILE
 from lattejax.files import read_json, remove_directory, remove_leftovers, write_atomically
 from lattejax.leases import one_writer
 from lattejax.parallel import hosts
@@ -26,6 +27,7 @@ from lattejax.scoring.parts import Parts, ReadPictures
 from lattejax.scoring.reference import open_reference, parts_directory
 
 REFERENCE = "reference"  # the directory of its parts
+PICTURES = 10_000  # pictures of published references, for precision and recall
 OF_POINTS = ("guidance", "num_steps")  # settings that may differ between the results of a file
 
 
@@ -79,7 +81,7 @@ def score_points(
         for point, settings in missing:
             figures = _score(point, compared, extractor, out, directory / point.name, part, keep_pictures)
             if hosts.is_first():
-                results.append(_record(figures, settings, extractor, reference, compared))
+                results.append(_record(figures, point, settings, extractor, reference, compared))
                 write_atomically(out, (json.dumps({"results": results}, indent=2) + "\n").encode())
         if hosts.is_first():
             _remove(directory, [point.name for point in points])
@@ -110,28 +112,54 @@ def _score(
 
 def _record(
     figures: dict[str, float],
+    point: Point,
     settings: dict[str, Any],
     extractor: FeatureExtractor,
     file: ReferenceFile,
     reference: Reference,
 ) -> dict[str, Any]:
     """A result: figures, what determined them, and where they were computed."""
-    monitor = []
-    if settings["num"] != PUBLISHED:
-        monitor.append(f"{settings['num']:,} pictures, not {PUBLISHED:,}")
-    if not extractor.weights.are_published:
-        monitor.append("the Inception weights are not the published ones")
     return {
         "figures": figures,
-        "only_a_monitor_because": monitor,
+        "only_a_monitor_because": list(_only_a_monitor_because(point, extractor, file)),
         "left_out": reference.left_out,
         "settings": settings,
+        "shape": list(point.shape),
         "reference": {
             "file": str(file.path),
+            "pictures": 0 if file.pictures is None else len(file.pictures),
             "description": file.description or "the file does not say how it was made",
         },
         "inception_precision": PRECISION,
     } | computed_on()
+
+
+def _only_a_monitor_because(point: Point, extractor: FeatureExtractor, file: ReferenceFile) -> Iterator[str]:
+    """Why a result must not be published as FID-50K."""
+    num, *picture = point.shape
+    if num != PUBLISHED:
+        yield f"{num:,} pictures, not {PUBLISHED:,}"
+    if not extractor.weights.are_published:
+        yield "the Inception weights are not the published ones"
+    if prompts := point.settings.get("num_prompts"):
+        if num % prompts:
+            yield f"{num:,} pictures are not the same number for each of {prompts:,} prompts"
+        if point.settings["prompts"] == OF_A_FILE:
+            yield "the prompts are those of a file, not of the data"
+    if file.pictures is not None:
+        if file.pictures.shape[1:] != tuple(picture):
+            sizes = ("x".join(map(str, shape[:2])) for shape in (picture, file.pictures.shape[1:]))
+            yield "pictures of {} pixels, a reference of {}".format(*sizes)
+        if len(file.pictures) != PICTURES:
+            yield f"precision and recall are against {len(file.pictures):,} pictures, not {PICTURES:,}"
+    of_reference = file.description.get("inception_sha256", extractor.weights.sha256)
+    if of_reference != extractor.weights.sha256:
+        yield f"the reference was made with other Inception weights ({of_reference:.16})"
+    if file.is_pytorch_fids:
+        yield (
+            "the reference has only mu and sigma, as of pytorch-fid, which resizes pictures in another way unless they "
+            "have 299 pixels"
+        )
 
 
 def computed_on() -> dict[str, str]:

@@ -187,7 +187,8 @@ def test_scores_in_a_card_are_those_of_the_files(run, scores, tmp_path):
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     indexed = {each.metric_type: each for each in card.data.eval_results}
     assert {name: each.metric_value for name, each in indexed.items()} == result()["figures"]
-    assert indexed["fid"].dataset_name == "VIRTUAL_imagenet256_labeled.npz"
+    assert indexed["fid"].dataset_name == "VIRTUAL_imagenet256_labeled.npz (abababababab)"
+    assert indexed["fid"].dataset_type == "virtual_imagenet256_labeled-abababababab"
     assert indexed["fid"].metric_args["pictures"] == 50_000 and indexed["fid"].metric_args["steps"] == 40
     published, monitored = card.text.split("### Monitors")
     assert "| 50,000 | 5 | 40 | 5.8125 | 213.062 | 0.75 |" in published and "as \\| ADM &lt;has> it" in published

@@ -1,5 +1,6 @@
 """Published scores: sets that resume, files that ADM's evaluator shares, results that say what they are."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -27,7 +28,7 @@ from lattejax.models.inception import POOL, SPATIAL
 from lattejax.models.pixels import PixelConfig
 from lattejax.sampling.images import ImageSampler
 from lattejax.scoring.parts import Parts
-from lattejax.scoring.points import Point, score_points
+from lattejax.scoring.points import Point, _only_a_monitor_because, score_points
 from lattejax.scoring.reference import make_reference
 from lattejax.scoring.sources import open_folder, open_reference_source, open_samples
 from lattejax.scoring.table import write_table
@@ -166,7 +167,7 @@ def test_a_sweep_has_a_table_and_two_plots_and_adds_what_is_missing(sampler, ref
     assert table == (tmp_path / "scores.md").read_text()
     assert table.startswith("| guidance | steps | fid | sfid | inception score | precision | recall |")
     assert f"| 2 | 3 | {results[0]['figures']['fid']:.4g} |" in table
-    assert "Only a monitor: 12 pictures, not 50,000; the Inception weights are not the published ones." in table
+    assert "Only a monitor: 12 pictures, not 50,000; the Inception weights are not the published ones; " in table
     for name in ("guidance", "steps"):
         assert Image.open(tmp_path / f"scores_by_{name}.png").width > 1000
     with pytest.raises(UserError, match=r"results of other settings \(seed: None -> 1\); choose another --out"):
@@ -181,7 +182,8 @@ def test_a_result_is_what_its_pictures_give_and_names_what_determined_it(referen
     assert set(result["figures"]) == {"fid", "sfid", "inception_score", "precision", "recall"}
     assert result["settings"]["reference_sha256"] == reference.sha256
     assert result["settings"]["inception_sha256"] == "of pixels"
-    assert result["reference"]["description"]["num"] == 60
+    assert result["reference"]["description"]["num"] == 60 and result["reference"]["pictures"] == 20
+    assert result["shape"] == [30, 8, 8, 3]
     assert "cpu" in result["device"] and "highest" in result["inception_precision"]
     assert np.load(tmp_path / "a_guidance_2.npz")["arr_0"].tobytes() == pictures.tobytes()
     [same] = score([point(lambda rows: REFERENCE_PICTURES[rows], 60)], reference, tmp_path / "same.json")
@@ -200,6 +202,32 @@ def test_too_few_pictures_and_other_parts_are_refused(reference, tmp_path):
         score([point(stopped, 30)], reference, tmp_path / "a.json")
     with pytest.raises(UserError, match="parts of another set, with another num, total, kept; remove it"):
         score([point(stopped, 20)], reference, tmp_path / "a.json", part=16)
+
+
+def test_what_must_not_be_published_says_why(reference, tmp_path):
+    published = types.SimpleNamespace(weights=types.SimpleNamespace(sha256="67", are_published=True))
+    settings = {"prompts": "all captions of the data", "num_prompts": 1000}
+    drawn = Point("", settings, (50_000, 256, 256, 3), None)
+    pictures = SampleFile(None, (10_000, 256, 256, 3))
+    adms = dataclasses.replace(reference, pictures=pictures, description={})
+
+    def reasons(point=drawn, **changes) -> str:
+        return "; ".join(_only_a_monitor_because(point, published, dataclasses.replace(adms, **changes)))
+
+    def of(num=50_000, side=256, **changes) -> Point:
+        return Point("", settings | changes, (num, side, side, 3), None)
+
+    assert reasons() == reasons(Point("", {}, drawn.shape, None)) == ""
+    assert reasons(of(num=49_999)).startswith("49,999 pictures, not 50,000; 49,999 pictures are not the same number")
+    assert reasons(of(num_prompts=999)) == "50,000 pictures are not the same number for each of 999 prompts"
+    assert reasons(of(prompts="a file")) == "the prompts are those of a file, not of the data"
+    assert reasons(of(side=128)) == "pictures of 128x128 pixels, a reference of 256x256"
+    few = SampleFile(None, (50, 256, 256, 3))
+    assert reasons(pictures=few) == "precision and recall are against 50 pictures, not 10,000"
+    other = {"inception_sha256": "01" * 32}
+    assert reasons(description=other) == "the reference was made with other Inception weights (0101010101010101)"
+    assert reasons(pictures=None) == reasons(description={"inception_sha256": "67"}) == ""
+    assert "only mu and sigma, as of pytorch-fid" in reasons(spatial=None, pictures=None)
 
 
 def filled(directory, level: int, seed: int) -> Parts:
