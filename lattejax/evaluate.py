@@ -118,7 +118,7 @@ def take_scores() -> None:
     """The scores of the run's config."""
     out = None if OUT.value is None else output_file(OUT.value, ".json")
     connect()
-    run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value), CHECKPOINT.value)
+    run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value), CHECKPOINT.value).pinned()
     report = scores_on_demand(run, SCORES.value)
     figures = as_json(report.figures)
     settings = {} if out is None else settings_on_demand(run, SCORES.value)  # which reads the weights again

@@ -55,6 +55,7 @@ def drawn_points(
     Raises:
       UserError: the run cannot draw, or a number is out of its range.
     """
+    run = run.pinned()
     config = run.config
     params = run.params(config.dtype)
     identity = fingerprints({"weights": params})["weights"]

@@ -54,6 +54,7 @@ def scores_on_demand(run: Run, names: Sequence[str]) -> Report:
     Raises:
       UserError: one is unknown, or does not fit the config or the data.
     """
+    run = run.pinned()
     source, listed = open_data(run.config), run.config.eval.evaluators
     if names:
         evaluators = [open_evaluator(name, listed.get(name, {}), run.config, source).evaluator for name in names]

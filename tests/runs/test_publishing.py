@@ -25,6 +25,7 @@ from lattejax.scoring.reference import make_reference
 from lattejax.scoring.sources import open_samples
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
+from lattejax.training.scores import scores_on_demand, settings_on_demand
 from lattejax.weights import autoencoders, pretrained
 from tests import checkpoints
 from tests.helpers import NO_SCORES, assert_same_bits, tiny_config
@@ -68,6 +69,21 @@ def scores(run, tmp_path_factory):
     reference, out = ReferenceFile.open(str(directory / "ref.npz")), resolve_path(directory / "scores.json")
     score_points(points, reference, PixelFeatures(), out, part=12, keep_pictures=False)
     return out
+
+
+def test_scores_are_of_one_checkpoint(run, tmp_path):
+    """Also while the run trains on; and if its latest is damaged, none are taken, rather than those of an earlier."""
+    own = Run.open(shutil.copytree(run.workdir.path, tmp_path / "run"))
+    pinned, checkpoints = own.pinned(), own.workdir.checkpoints("train")
+    shutil.copytree(checkpoints / "2", checkpoints / "3")
+    assert (pinned.trained_step, own.trained_step) == (2, 3)
+    assert settings_on_demand(pinned, [])["trained_steps"] == 2
+    [item] = [name for name in ("params", "ema") if (checkpoints / "3" / name).exists()][-1:]
+    shutil.rmtree(checkpoints / "3" / item)
+    with pytest.raises(UserError, match="3 is damaged"):
+        drawn_points(own, read_prompts(own, None), num=12, guidance=[], steps=[], seed=0, batch_size=12)
+    with pytest.raises(UserError, match="3 is damaged"):
+        scores_on_demand(own, ["held_out_loss"])
 
 
 def in_hub_cache(monkeypatch, cache, name: str):
