@@ -29,7 +29,8 @@ from lattejax.parallel import hosts
 from lattejax.ranges import Positive, Range, Seed, Size
 from lattejax.runs.run import Run
 from lattejax.scoring.drawn import drawn_points, read_prompts
-from lattejax.scoring.points import Point, computed_on, score_points
+from lattejax.scoring.parts import computed_on
+from lattejax.scoring.points import Point, score_points
 from lattejax.scoring.reference import make_reference
 from lattejax.scoring.sources import open_reference_source, open_samples
 from lattejax.scoring.table import write_table

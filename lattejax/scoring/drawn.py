@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 
 from lattejax.errors import UserError
@@ -66,7 +67,9 @@ def drawn_points(
         "prompts": asked.what,
         "num_prompts": asked.count,
         "prompts_sha256": asked.identity,
+        "encoded_prompts_sha256": asked.encoded_identity(min(num, asked.count)),  # by the tokenizer and chat template
         "weights": identity,
+        "model_sha256": hashlib.sha256(repr(config.model_config).encode()).hexdigest(),
         "trained_steps": None if run.is_export else run.trained_step,
         "autoencoder": run.open_autoencoder(autoencoder).identity.sha256,
         "dtype": config.dtype,

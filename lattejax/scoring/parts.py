@@ -1,8 +1,9 @@
 """A set of pictures and their features on disk, in parts: a killed command resumes at the part it was working on.
 
 set.json     the settings that determine the set
-00007.npz    part 7: `pool`, `spatial` and `logits` of its pictures, in `pictures` those that are kept, and in `set` a
-             hash of set.json: a part of other settings is not taken for one of these
+00007.npz    part 7: `pool`, `spatial` and `logits` of its pictures; in `pictures` those that are kept; `digests`, a
+             SHA-256 of each; in `made` the device and the versions that made it; and in `set` a hash of set.json: a
+             part of other settings is not taken for one of these
 
 Every part is written atomically by the first process.
 """
@@ -19,10 +20,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float, Int, UInt8
 
+import lattejax
 from lattejax.errors import UserError, parsing
 from lattejax.evaluation.features import FeatureExtractor
 from lattejax.files import (
@@ -37,7 +40,7 @@ from lattejax.files import (
 from lattejax.models.inception import CLASSES, POOL, SPATIAL, Features
 from lattejax.parallel import hosts
 
-SET, PICTURES, IDENTITY = "set.json", "pictures", "set"
+SET, PICTURES, IDENTITY, DIGESTS, MADE = "set.json", "pictures", "set", "digests", "made"
 BYTES = 4 * (POOL + SPATIAL + CLASSES)  # of a picture's features
 BLOCKS_IN_MEMORY = 64  # of pool_3 features, for precision and recall
 
@@ -121,7 +124,14 @@ class Parts:
             features = extractor(pictures)
             if not hosts.is_first():
                 continue
-            arrays = features._asdict() | {PICTURES: pictures[self.kept[rows]], IDENTITY: np.array(self.identity)}
+            arrays = features._asdict() | {
+                PICTURES: pictures[self.kept[rows]],
+                DIGESTS: np.stack(
+                    [np.frombuffer(hashlib.sha256(each.tobytes()).digest(), np.uint8) for each in pictures]
+                ),
+                MADE: np.array(json.dumps(computed_on())),
+                IDENTITY: np.array(self.identity),
+            }
             write_with(self._file(index), lambda file, arrays=arrays: np.savez(file, **arrays))
             left = (time.monotonic() - started) / done * (len(missing) - done)
             ready = int(np.minimum(exist.sum() + done, len(self)) * self.part)
@@ -144,6 +154,17 @@ class Parts:
     @property
     def pool(self) -> "PoolBlocks":
         return PoolBlocks(self)
+
+    @property
+    def sha256(self) -> str:
+        """A hash of all pictures."""
+        return hashlib.sha256(b"".join(self._read(i, DIGESTS)[0].tobytes() for i in range(len(self)))).hexdigest()
+
+    @property
+    def computed_on(self) -> dict[str, str]:
+        """As `computed_on`, with all devices and versions that made a part, and those of this process."""
+        every = [json.loads(str(self._read(i, MADE)[0])) for i in range(len(self))] + [computed_on()]
+        return {key: "; ".join(dict.fromkeys(each[key] for each in every)) for key in computed_on()}
 
     def remove(self) -> None:
         """Removes the set."""
@@ -182,6 +203,16 @@ class PoolBlocks:
 
     def __getitem__(self, index: int) -> Float[np.ndarray, "n 2048"]:
         return self._read(index)
+
+
+def computed_on() -> dict[str, str]:
+    """The devices and versions of this process, as results have them."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
+        "lattejax_version": lattejax.__version__,
+        "jax_version": jax.__version__,
+    }
 
 
 def _remaining(seconds: float) -> str:

@@ -10,11 +10,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
-import lattejax
 from lattejax.errors import UserError, parsing
 from lattejax.evaluation.adm import ReferenceFile, write_samples
 from lattejax.evaluation.features import PRECISION, FeatureExtractor
@@ -79,9 +77,9 @@ def score_points(
         if missing:
             compared = open_reference(reference, directory / REFERENCE, extractor, part)
         for point, settings in missing:
-            figures = _score(point, compared, extractor, out, directory / point.name, part, keep_pictures)
+            found = _score(point, compared, extractor, out, directory / point.name, part, keep_pictures)
             if hosts.is_first():
-                results.append(_record(figures, point, settings, extractor, reference, compared))
+                results.append(found | _describe(point, settings, extractor, reference, compared))
                 write_atomically(out, (json.dumps({"results": results}, indent=2) + "\n").encode())
         if hosts.is_first():
             _remove(directory, [point.name for point in points])
@@ -97,8 +95,8 @@ def _score(
     directory: epath.Path,
     part: int,
     keep_pictures: bool,
-) -> dict[str, float]:
-    """Makes the set, and returns its figures on the first process."""
+) -> dict[str, Any]:
+    """Makes the set; returns its figures, and where they were computed, on the first process."""
     settings = point.settings | {"inception_sha256": extractor.weights.sha256}
     kept = np.full(point.shape[0], keep_pictures)
     parts = Parts.open(directory, settings, part=part, kept=kept, picture=point.shape[1:])
@@ -107,20 +105,19 @@ def _score(
         return {}
     if keep_pictures:
         write_samples(out.with_name(f"{out.stem}_{point.name}.npz"), point.shape, parts.pictures())
-    return score_pictures(parts.features(), point.shape[0], parts.pool, reference)
+    figures = score_pictures(parts.features(), point.shape[0], parts.pool, reference)
+    return {"figures": figures} | parts.computed_on
 
 
-def _record(
-    figures: dict[str, float],
+def _describe(
     point: Point,
     settings: dict[str, Any],
     extractor: FeatureExtractor,
     file: ReferenceFile,
     reference: Reference,
 ) -> dict[str, Any]:
-    """A result: figures, what determined them, and where they were computed."""
+    """What determined a result."""
     return {
-        "figures": figures,
         "only_a_monitor_because": list(_only_a_monitor_because(point, extractor, file)),
         "left_out": reference.left_out,
         "settings": settings,
@@ -131,7 +128,7 @@ def _record(
             "description": file.description or "the file does not say how it was made",
         },
         "inception_precision": PRECISION,
-    } | computed_on()
+    }
 
 
 def _only_a_monitor_because(point: Point, extractor: FeatureExtractor, file: ReferenceFile) -> Iterator[str]:
@@ -160,16 +157,6 @@ def _only_a_monitor_because(point: Point, extractor: FeatureExtractor, file: Ref
             "the reference has only mu and sigma, as of pytorch-fid, which resizes pictures in another way unless they "
             "have 299 pixels"
         )
-
-
-def computed_on() -> dict[str, str]:
-    """The devices and versions of this process, as results have them."""
-    device = jax.devices()[0]
-    return {
-        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
-        "lattejax_version": lattejax.__version__,
-        "jax_version": jax.__version__,
-    }
 
 
 def _earlier(out: epath.Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ import contextlib
 import numpy as np
 from etils import epath
 
-import lattejax
 from lattejax.errors import UserError
 from lattejax.evaluation.adm import FEWEST, ReferenceFile, write_reference
 from lattejax.evaluation.features import PRECISION, FeatureExtractor
@@ -42,7 +41,12 @@ def make_reference(
         raise UserError(f"{min(total, pictures)} pictures are too few for a reference; at least {FEWEST} are needed")
     kept = np.zeros(total, bool)
     kept[np.random.default_rng(0).permutation(total)[:pictures]] = True
-    settings = {"source": source.identity, "inception": extractor.weights.sha256}
+    settings = {
+        "source": source.identity,
+        "version": source.version,
+        "preprocessing": source.preprocessing,
+        "inception": extractor.weights.sha256,
+    }
     directory = parts_directory(out)
     with one_writer(directory, str(out)) if hosts.is_first() else contextlib.nullcontext():
         parts = Parts.open(directory, settings, part=part, kept=kept, picture=source.shape[1:])
@@ -56,10 +60,10 @@ def make_reference(
             "preprocessing": source.preprocessing,
             "num": total,
             "source": source.identity,
+            "pictures_sha256": parts.sha256,
             "inception_sha256": extractor.weights.sha256,
             "precision": PRECISION,
-            "lattejax_version": lattejax.__version__,
-        }
+        } | parts.computed_on
         shape = (int(kept.sum()), *source.shape[1:])
         write_reference(out, statistics.pool, statistics.spatial, shape, parts.pictures(), description)
         parts.remove()

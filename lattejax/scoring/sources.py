@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +16,7 @@ from lattejax.data.manifest import Manifest
 from lattejax.data.stored import MANIFEST, SPLITS
 from lattejax.errors import UserError, parsing
 from lattejax.evaluation.adm import SampleFile
-from lattejax.files import resolve_path
+from lattejax.files import is_remote, resolve_path
 from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
 from lattejax.sampling.images import decode_images
@@ -35,6 +36,7 @@ class PictureSource:
     read: ReadPictures
     identity: str  # a hash of what determines the pictures
     preprocessing: str
+    version: str = ""  # which of several with this identity, for as long as they are read
 
 
 def open_samples(path: str, part: int, num: int | None) -> PictureSource:
@@ -67,12 +69,19 @@ def open_folder(path: str, size: int) -> PictureSource:
     if not files:
         raise UserError(f"{path} has no pictures; a picture is a file {', '.join(SUFFIXES)}")
     names = [f"{file.relative_to(directory)} {file.stat().length}" for file in files]
-    identity = hashlib.sha256("\n".join([str(size), *names]).encode()).hexdigest()
+    identity, version = (
+        hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        for lines in ([str(size), *names], [str(_modified(file)) for file in files])
+    )
 
     def read(rows: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
         return np.stack([square(open_image(files[row]), size) for row in rows])
 
-    return PictureSource((len(files), size, size, 3), read, identity, f"{CROP} to {size} pixels")
+    return PictureSource((len(files), size, size, 3), read, identity, f"{CROP} to {size} pixels", version)
+
+
+def _modified(file: epath.Path) -> int:
+    return int(file.stat().mtime) if is_remote(file) else os.stat(file).st_mtime_ns
 
 
 def _files(directory: epath.Path) -> Iterator[epath.Path]:

@@ -1,6 +1,7 @@
 """Published scores: sets that resume, files that ADM's evaluator shares, results that say what they are."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import lattejax
 from lattejax.data.examples import Drawing, Prompt
 from lattejax.data.images import square
 from lattejax.errors import UserError
@@ -27,7 +29,8 @@ from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.inception import POOL, SPATIAL
 from lattejax.models.pixels import PixelConfig
 from lattejax.sampling.images import ImageSampler
-from lattejax.scoring.parts import Parts
+from lattejax.scoring import parts as parts_of_sets
+from lattejax.scoring.parts import Parts, computed_on
 from lattejax.scoring.points import Point, _only_a_monitor_because, score_points
 from lattejax.scoring.reference import make_reference
 from lattejax.scoring.sources import open_folder, open_reference_source, open_samples
@@ -145,6 +148,15 @@ def test_the_prompts_of_data_are_all_its_captions_or_those_of_held_out_pictures(
     assert held_out.encode([3])[0].input_ids.tolist() == ENCODER.drawing("a 3").input_ids.tolist()
 
 
+def test_the_hash_of_prompts_is_of_what_the_model_reads():
+    """The same texts by another tokenizer are other prompts; those that no sample has do not count."""
+    asked = Asked.texts(ENCODER, PROMPTS, "a test")
+    other = dataclasses.replace(asked, encode=lambda rows: [ENCODER.drawing(f"{PROMPTS[row]}!") for row in rows])
+    assert asked.encoded_identity(3) == Asked.texts(ENCODER, PROMPTS, "").encoded_identity(3)
+    assert other.identity == asked.identity and other.encoded_identity(3) != asked.encoded_identity(3)
+    assert asked.encoded_identity(2) == Asked.texts(ENCODER, PROMPTS[:2], "").encoded_identity(2)
+
+
 # ---- Results
 
 
@@ -182,7 +194,9 @@ def test_a_result_is_what_its_pictures_give_and_names_what_determined_it(referen
     assert set(result["figures"]) == {"fid", "sfid", "inception_score", "precision", "recall"}
     assert result["settings"]["reference_sha256"] == reference.sha256
     assert result["settings"]["inception_sha256"] == "of pixels"
-    assert result["reference"]["description"]["num"] == 60 and result["reference"]["pictures"] == 20
+    description = result["reference"]["description"]
+    assert description["pictures_sha256"] == hash_of_pictures(REFERENCE_PICTURES) and description["num"] == 60
+    assert result["reference"]["pictures"] == 20
     assert result["shape"] == [30, 8, 8, 3]
     assert "cpu" in result["device"] and "highest" in result["inception_precision"]
     assert np.load(tmp_path / "a_guidance_2.npz")["arr_0"].tobytes() == pictures.tobytes()
@@ -202,6 +216,11 @@ def test_too_few_pictures_and_other_parts_are_refused(reference, tmp_path):
         score([point(stopped, 30)], reference, tmp_path / "a.json")
     with pytest.raises(UserError, match="parts of another set, with another num, total, kept; remove it"):
         score([point(stopped, 20)], reference, tmp_path / "a.json", part=16)
+
+
+def hash_of_pictures(pictures: np.ndarray) -> str:
+    digests = [hashlib.sha256(picture.tobytes()).digest() for picture in pictures]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def test_what_must_not_be_published_says_why(reference, tmp_path):
@@ -230,11 +249,26 @@ def test_what_must_not_be_published_says_why(reference, tmp_path):
     assert "only mu and sigma, as of pytorch-fid" in reasons(spatial=None, pictures=None)
 
 
-def filled(directory, level: int, seed: int) -> Parts:
+def test_all_devices_and_versions_that_made_a_set_are_named(tmp_path, monkeypatch):
+    def killed(rows):
+        if rows[0]:
+            raise KeyboardInterrupt
+        return np.zeros((len(rows), 8, 8, 3), np.uint8)
+
+    earlier = {"device": "8 x tpu", "lattejax_version": "0.0.9", "jax_version": jax.__version__}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parts_of_sets, "computed_on", lambda: earlier)
+        filled(tmp_path / "a", 0, seed=1, read=killed)
+    found = filled(tmp_path / "a", 0, seed=1).computed_on
+    assert found["device"] == f"8 x tpu; {computed_on()['device']}" and found["jax_version"] == jax.__version__
+    assert found["lattejax_version"] == f"0.0.9; {lattejax.__version__}"
+
+
+def filled(directory, level: int, seed: int, read=None) -> Parts:
     """A set of 30 pictures of one grey level, in two parts."""
     pictures, every = np.full((30, 8, 8, 3), level, np.uint8), np.ones(30, bool)
     parts = Parts.open(resolve_path(directory), {"seed": seed}, part=16, kept=every, picture=(8, 8, 3))
-    parts.fill(lambda rows: pictures[rows], PixelFeatures(), "a test")
+    parts.fill(read or (lambda rows: pictures[rows]), PixelFeatures(), "a test")
     return parts
 
 
@@ -387,6 +421,9 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_cropped(tmp_path):
     for index, name in enumerate(["a.png", "b/1.jpg", "c.webp"]):
         assert np.array_equal(read[index], square(Image.open(tmp_path / name), 16))
     assert open_folder(str(tmp_path), 8).identity != source.identity
+    os.utime(tmp_path / "a.png", (1, 1))
+    changed = open_folder(str(tmp_path), 16)
+    assert changed.version != source.version, "what was read of it before is not taken for a part of it"
 
 
 def test_latents_are_decoded(earlier):
