@@ -24,7 +24,7 @@ from lattejax.errors import UserError
 from lattejax.evaluation.adm import FEWEST, ReferenceFile
 from lattejax.evaluation.features import FeatureExtractor
 from lattejax.evaluation.pictures import PUBLISHED
-from lattejax.files import output_file, write_atomically, write_with
+from lattejax.files import output_file, read_json, write_atomically, write_with
 from lattejax.parallel import hosts
 from lattejax.ranges import Positive, Range, Seed, Size
 from lattejax.runs.run import Run
@@ -173,7 +173,8 @@ def judge_pictures() -> None:
         )
     results = score_points(points, reference, extract, out, part=PART.value, keep_pictures=KEEP_PICTURES.value)
     if hosts.is_first():
-        print(write_table(out, results) if len(results) > 1 else json.dumps(results[0], indent=2))
+        every = read_json(out)["results"]  # also those of earlier commands; they differ in guidance and steps alone
+        print(write_table(out, every) if len(every) > 1 else json.dumps(results[0], indent=2))
 
 
 def main() -> None:

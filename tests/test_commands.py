@@ -236,6 +236,10 @@ def test_evaluate_makes_a_reference_and_judges_drawings_and_sample_files(workdir
     drawn, again, of_file = (json.loads(done.stdout) for done in results)
     assert drawn == again and drawn["figures"] == pytest.approx(of_file["figures"])
     assert drawn["only_a_monitor_because"][0] == "10 pictures, not 50,000"
+    more = [flag.replace("--steps=2", "--steps=1") for flag in draw]
+    added = forked_command("evaluate", *judge, *more)  # a point more, in another command
+    rows = (tmp_path / "drawn.md").read_text().splitlines()[2:4]
+    assert [row[:11] for row in rows] == ["| 1.5 | 1 |", "| 1.5 | 2 |"] and added.stdout.startswith("| guidance")
 
     sampler = ImageSampler.load(workdir)
     requests = [sampler.encoder.drawing(f"a handwritten {word}") for word in WORDS]

@@ -179,6 +179,7 @@ def test_a_sweep_has_a_table_and_two_plots_and_adds_what_is_missing(sampler, ref
     assert table == (tmp_path / "scores.md").read_text()
     assert table.startswith("| guidance | steps | fid | sfid | inception score | precision | recall |")
     assert f"| 2 | 3 | {results[0]['figures']['fid']:.4g} |" in table
+    assert [line[:5] for line in table.splitlines()[2:5]] == ["| 1 |", "| 2 |", "| 4 |"]
     assert "Only a monitor: 12 pictures, not 50,000; the Inception weights are not the published ones; " in table
     for name in ("guidance", "steps"):
         assert Image.open(tmp_path / f"scores_by_{name}.png").width > 1000
