@@ -73,28 +73,34 @@ REFERENCE_PICTURES = cli.define_number(
 )
 connect = cli.define_cluster_flags()
 
-# Which flags each of the three uses needs, and may have besides.
-COMMON = {"out", "mesh", "inception", "autoencoder", "part", "workdir"}
+# Which flags each of the uses needs, and may have besides; a flag of its name chooses it, the first of several.
+COMMON = {"out", "mesh", "inception", "part"}
 USES = {
-    "make_reference": ({"make_reference", "out"}, COMMON | {"split", "image_size", "reference_pictures"}),
+    "make_reference": (
+        {"make_reference", "out"},
+        COMMON | {"workdir", "autoencoder", "split", "image_size", "reference_pictures"},
+    ),
+    "npz": ({"npz", "reference", "out"}, COMMON | {"num"}),
     "reference": (
-        {"reference", "out"},
-        COMMON | {"npz", "num", "guidance", "steps", "prompts", "seed", "batch_size", "keep_pictures", "checkpoint"},
+        {"reference", "out", "workdir"},
+        COMMON
+        | {"autoencoder", "checkpoint", "num", "guidance", "steps", "prompts", "seed", "batch_size", "keep_pictures"},
     ),
     "scores": ({"workdir"}, {"workdir", "scores", "out", "mesh", "checkpoint"}),
 }
-OURS = {"scores", "make_reference", "reference"}.union(*(allowed for _, allowed in USES.values()))
+OURS = set(USES).union(*(allowed for _, allowed in USES.values()))
 
 
 def use() -> str:
-    """Which of the three uses the flags ask for; raises `UserError` if they do not fit it."""
+    """Which of the uses the flags ask for; raises `UserError` if they do not fit it."""
     given = {name for name in OURS if flags.FLAGS[name].present}
-    found = next((name for name in ("make_reference", "reference") if name in given), "scores")
+    found = next((name for name in USES if name in given), "scores")
     needed, allowed = USES[found]
     if missing := sorted(needed - given):
-        raise UserError(f"--{found} needs --{missing[0]}" if found in given else f"--{missing[0]} is missing")
+        instead = ", or --npz" if missing[0] == "workdir" and found == "reference" else ""
+        raise UserError(f"--{found} needs --{missing[0]}{instead}" if found in given else f"--{missing[0]} is missing")
     if others := sorted(given - needed - allowed):
-        where = f"without --{found}" if found in given else "with --reference"
+        where = "with --reference" if found == "scores" else f"without --{found}"
         raise UserError(f"--{others[0]} is used only {where}; leave it out, or see --help")
     return found
 
@@ -136,26 +142,12 @@ def take_scores() -> None:
 
 def judge_pictures() -> None:
     """The scores that are published."""
-    if (WORKDIR.value is None) == (NPZ.value is None):
-        raise UserError("give --workdir, whose pictures are drawn, or --npz, which has them")
     out = output_file(OUT.value, ".json")
     guidance, steps = numbers("guidance", GUIDANCE.value, float), numbers("steps", STEPS.value, int)
     inception.find(INCEPTION.value or "")
     connect()
     reference, extract = ReferenceFile.open(REFERENCE.value), extractor()
     if NPZ.value is not None:
-        of_drawings = {
-            "guidance",
-            "steps",
-            "prompts",
-            "seed",
-            "batch_size",
-            "keep_pictures",
-            "autoencoder",
-            "checkpoint",
-        }
-        if others := sorted(name for name in of_drawings if flags.FLAGS[name].present):
-            raise UserError(f"--{others[0]} is for pictures that are drawn; leave it out with --npz")
         source = open_samples(NPZ.value, PART.value, NUM.value)
         settings = {"num": source.shape[0], "npz_sha256": source.identity, "preprocessing": source.preprocessing}
         points = [Point("npz", settings, source.shape, lambda: source.read)]
@@ -181,7 +173,7 @@ def main() -> None:
     wanted = use()
     if wanted == "scores":
         take_scores()
-    elif wanted == "reference":
+    elif wanted in ("reference", "npz"):
         judge_pictures()
     else:
         out = output_file(OUT.value, ".npz")
@@ -190,7 +182,7 @@ def main() -> None:
         source = open_reference_source(
             MAKE_REFERENCE.value,
             workdir=WORKDIR.value,
-            split=SPLIT.value,
+            split=SPLIT.value if SPLIT.present else None,
             autoencoder=AUTOENCODER.value,
             size=IMAGE_SIZE.value,
             part=PART.value,

@@ -347,14 +347,22 @@ BAD_INPUT = {
         ["evaluate", "--make_reference=data", "--workdir={workdir}", "--out={tmp}/a.npz", "--inception={tmp}/none.pth"],
         "download https://github.com/mseitzer/pytorch-fid/releases",
     ),
-    "pictures to judge without a reference": (["evaluate", "--npz={tmp}/a.npz"], "--workdir is missing"),
+    "pictures to judge without a reference": (["evaluate", "--npz={tmp}/a.npz"], "--npz needs --out"),
     "scores and a reference": (
         ["evaluate", "--workdir={workdir}", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--scores=samples"],
         "--scores is used only with",
     ),
     "pictures of a run and of a file": (
         ["evaluate", "--workdir={workdir}", "--npz=b", "--reference={tmp}/a.npz", "--out={tmp}/a.json"],
-        "--workdir, whose pictures are drawn, or --npz",
+        "--workdir is used only without --npz",
+    ),
+    "a guidance scale of pictures in a file": (
+        ["evaluate", "--npz=b", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--guidance=1"],
+        "--guidance is used only without --npz",
+    ),
+    "a reference and nothing to judge": (
+        ["evaluate", "--reference={tmp}/a.npz", "--out={tmp}/a.json"],
+        "--reference needs --workdir, or --npz",
     ),
     "a guidance scale twice": (
         ["evaluate", "--workdir={workdir}", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--guidance=1,1.0"],

@@ -59,8 +59,8 @@ def score_points(
       keep_pictures: whether each set is also written as a sample file of ADM's evaluator, beside `out`.
 
     Raises:
-      UserError: a set has too few pictures, `out` has results that cannot be compared with these, or another process
-        writes them.
+      UserError: a set has too few pictures, `out` has results that cannot be compared with these, or one of a set
+        whose pictures were not kept and now should be, or another process writes them.
     """
     for point in points:
         if point.shape[0] < FEWEST:
@@ -73,6 +73,8 @@ def score_points(
             remove_leftovers(directory.parent, glob.escape(directory.name))
         results = _earlier(out, wanted[0])
         missing = [(p, own) for p, own in zip(points, wanted, strict=True) if _find(results, own) is None]
+        if keep_pictures and hosts.is_first():
+            _check_kept(points, [point for point, _ in missing], out)
         hosts.wait_for_all("earlier results are read")
         if missing:
             compared = open_reference(reference, directory / REFERENCE, extractor, part)
@@ -85,6 +87,20 @@ def score_points(
             _remove(directory, [point.name for point in points])
         hosts.wait_for_all("the results are written")
     return [found for settings in wanted if (found := _find(results, settings)) is not None]
+
+
+def _kept(point: Point, out: epath.Path) -> epath.Path:
+    """Where a set's pictures are kept."""
+    return out.with_name(f"{out.stem}_{point.name}.npz")
+
+
+def _check_kept(points: Sequence[Point], missing: Sequence[Point], out: epath.Path) -> None:
+    for point in points:
+        if point not in missing and not _kept(point, out).exists():
+            raise UserError(
+                f"{out} has the scores of {point.name} already, whose pictures were not kept; to draw them again, "
+                "choose another --out"
+            )
 
 
 def _score(
@@ -104,7 +120,7 @@ def _score(
     if not hosts.is_first():
         return {}
     if keep_pictures:
-        write_samples(out.with_name(f"{out.stem}_{point.name}.npz"), point.shape, parts.pictures())
+        write_samples(_kept(point, out), point.shape, parts.pictures())
     figures = score_pictures(parts.features(), point.shape[0], parts.pool, reference)
     return {"figures": figures} | parts.computed_on
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -106,14 +106,13 @@ def open_latents(path: str, split: str, autoencoder: str) -> PictureSource:
     return _decoded(source.drawings(split), manifest.views, stored, manifest.made["image_size"], identity, path)
 
 
-def open_run_data(run: Run, split: str) -> PictureSource:
-    """The same of a run's own data, with its autoencoder."""
+def open_run_data(run: Run, split: str, autoencoder: str = "") -> PictureSource:
+    """The same of a run's own data, with its autoencoder; for `autoencoder` see `Run.open_autoencoder`."""
     source = open_data(run.config)
     drawings, views = source.drawings(split, run.encoder), getattr(source, "views", 1)
     identity = f"{source.identities[0]} {split}"
-    return _decoded(
-        drawings, views, run.open_autoencoder(), run.config.data.image_size, identity, str(run.workdir.path)
-    )
+    stored = run.open_autoencoder(autoencoder)
+    return _decoded(drawings, views, stored, run.config.data.image_size, identity, str(run.workdir.path))
 
 
 def _decoded(
@@ -138,26 +137,51 @@ def _decoded(
 
 
 def open_reference_source(
-    path: str, *, workdir: str | None, split: str, autoencoder: str | None, size: int | None, part: int
+    path: str,
+    *,
+    workdir: str | None = None,
+    split: str | None = None,
+    autoencoder: str | None = None,
+    size: int | None = None,
+    part: int,
 ) -> PictureSource:
     """What reference statistics are made of: a run's own data if `path` is "data", otherwise what lies at `path`.
 
+    Args:
+      path: "data", a folder of pictures, latents, or an .npz of samples.
+      workdir: the run, of "data" alone.
+      split: that of the data or the latents; None: "train".
+      autoencoder: where that of the data or the latents is.
+      size: the side of squares that a folder's pictures are cropped to.
+      part: pictures that are read at a time.
+
     Raises:
-      UserError: it is nothing of these, or a flag that it needs is missing.
+      UserError: it is nothing of these, or a flag that it needs is missing, or has no effect.
     """
+    flags = {"workdir": workdir, "split": split, "autoencoder": autoencoder, "image_size": size}
+
+    def check(what: str, used: Sequence[str]) -> None:
+        if others := [name for name, value in flags.items() if value is not None and name not in used]:
+            raise UserError(f"--{others[0]} has no effect on {what} (--make_reference={path}); leave it out")
+
+    split = split or "train"
     if path == "data":
+        check("the data of a run", ("workdir", "split", "autoencoder"))
         if workdir is None:
             raise UserError("--make_reference=data is a run's own data; add its --workdir")
-        return open_run_data(Run.open(workdir), split)
+        return open_run_data(Run.open(workdir), split, autoencoder or "")
     place = resolve_path(path)
     if path.endswith(".npz"):
+        check("an .npz", ())
         return open_samples(path, part, None)
     if (place / MANIFEST).is_file():
+        check("latents", ("split", "autoencoder"))
         if autoencoder is None:
             raise UserError(f"{path} has latents; add --autoencoder, which they were encoded with")
         return open_latents(path, split, autoencoder)
     if not place.is_dir():
         raise UserError(f"--make_reference={path} is no folder of pictures, no latents and no .npz of samples")
+    check("a folder of pictures", ("image_size",))
     if size is None:
         raise UserError(f"{path} is a folder of pictures; add --image_size, to which they are cropped")
     return open_folder(path, size)

@@ -183,6 +183,8 @@ def test_a_sweep_has_a_table_and_two_plots_and_adds_what_is_missing(sampler, ref
     assert "Only a monitor: 12 pictures, not 50,000; the Inception weights are not the published ones; " in table
     for name in ("guidance", "steps"):
         assert Image.open(tmp_path / f"scores_by_{name}.png").width > 1000
+    with pytest.raises(UserError, match="has the scores of guidance_2 already, whose pictures were not kept; to draw"):
+        score(points(2.0), reference, out, keep_pictures=True)
     with pytest.raises(UserError, match=r"results of other settings \(seed: None -> 1\); choose another --out"):
         score([point(counted(1.0), 12, 1.0, seed=1)], reference, out)
 
@@ -438,7 +440,7 @@ def test_latents_are_decoded(earlier):
 
 
 def test_a_source_that_is_none_is_refused(tmp_path, earlier):
-    settings = dict(workdir=None, split="train", autoencoder=None, size=None, part=10)
+    settings = dict(part=10)
     (tmp_path / "empty").mkdir()
     for path, changes, named in (
         ("data", {}, "add its --workdir"),
@@ -446,6 +448,15 @@ def test_a_source_that_is_none_is_refused(tmp_path, earlier):
         (str(tmp_path / "empty"), {}, "add --image_size"),
         (str(tmp_path / "empty"), {"size": 8}, "has no pictures"),
         (str(earlier / "latents"), {}, "add --autoencoder"),
+        ("data", {"size": 8}, "--image_size has no effect on the data of a run"),
+        ("data", {"workdir": str(earlier / "run"), "autoencoder": str(tmp_path)}, "autoencoder"),
+        (str(tmp_path / "empty"), {"size": 8, "split": "test"}, "--split has no effect on a folder of pictures"),
+        (
+            str(tmp_path / "a.npz"),
+            {"workdir": "a"},
+            r"--workdir has no effect on an \.npz \(--make_reference=.*a\.npz\)",
+        ),
+        (str(earlier / "latents"), {"workdir": "a"}, "--workdir has no effect on latents"),
     ):
         with pytest.raises(UserError, match=named):
             open_reference_source(path, **settings | changes)
