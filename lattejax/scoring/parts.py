@@ -87,7 +87,7 @@ class Parts:
                     "another --out"
                 )
         elif hosts.is_first():
-            size = len(kept) * BYTES + int(kept.sum()) * int(np.prod(picture))
+            size = len(kept) * BYTES + 2 * int(kept.sum()) * math.prod(picture)  # kept here, then copied to one file
             check_space(directory, size, f"{len(kept):,} pictures' features in {directory}")
             for part_of_others in directory.glob("*.npz") if directory.exists() else ():
                 part_of_others.unlink()

@@ -83,6 +83,7 @@ def score_points(
             if hosts.is_first():
                 results.append(found | _describe(point, settings, extractor, reference, compared))
                 write_atomically(out, (json.dumps({"results": results}, indent=2) + "\n").encode())
+                remove_directory(directory / point.name)  # a sweep needs room for one set only
         if hosts.is_first():
             _remove(directory, [point.name for point in points])
         hosts.wait_for_all("the results are written")
@@ -195,7 +196,8 @@ def _find(results: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[s
 
 
 def _remove(directory: epath.Path, names: Sequence[str]) -> None:
-    """Removes the parts of these sets, and those of the reference unless another set is unfinished."""
+    """Removes the parts of these sets, which a killed process may have left, and those of the reference unless another
+    set is unfinished."""
     if not directory.exists():
         return
     remove_leftovers(directory)

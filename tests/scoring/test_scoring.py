@@ -26,7 +26,7 @@ from lattejax.files import resolve_path
 from lattejax.flow.schedule import Sampling
 from lattejax.models import latte_flow, qwen2_vl
 from lattejax.models.autoencoders import Autoencoder
-from lattejax.models.inception import POOL, SPATIAL
+from lattejax.models.inception import CLASSES, POOL, SPATIAL
 from lattejax.models.pixels import PixelConfig
 from lattejax.sampling.images import ImageSampler
 from lattejax.scoring import parts as parts_of_sets
@@ -165,7 +165,14 @@ def test_a_sweep_has_a_table_and_two_plots_and_adds_what_is_missing(sampler, ref
 
     def counted(guidance):
         draw = drawer(sampler, guidance=guidance)
-        return lambda samples: [drawn.append(guidance), draw(samples)][1]
+
+        def read(samples):
+            parts = (tmp_path / "scores.json.parts").iterdir()
+            assert {path.name for path in parts} == {"reference", f"guidance_{guidance:g}"}, "one set at a time"
+            drawn.append(guidance)
+            return draw(samples)
+
+        return read
 
     def points(*scales):
         return [point(counted(scale), 12, scale) for scale in scales]
@@ -303,6 +310,13 @@ def test_parts_without_their_set_or_of_other_settings_are_made_again(tmp_path):
     (tmp_path / "a" / "set.json").write_text(text.replace('"seed": 2', '"seed": 3'))
     assert levels(filled(tmp_path / "a", 7, seed=3)) == {7}
     assert levels(filled(tmp_path / "a", 8, seed=3)) == {7}, "and not again"
+
+
+def test_a_set_needs_room_for_its_features_and_for_its_pictures_twice(tmp_path, monkeypatch):
+    wanted = []
+    monkeypatch.setattr(parts_of_sets, "check_space", lambda path, size, name: wanted.append(size))
+    filled(tmp_path / "a", 0, seed=1)
+    assert wanted == [30 * (4 * (POOL + SPATIAL + CLASSES) + 2 * 8 * 8 * 3)]
 
 
 # ---- Files of ADM's evaluator
