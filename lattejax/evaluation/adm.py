@@ -155,6 +155,10 @@ def _gaussian(mean: np.ndarray, covariance: np.ndarray, size: int, name: str) ->
     gaussian = Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
     if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
         raise UserError(f"{name} have values that are not finite")
+    try:
+        _ = gaussian.factor  # which every distance needs
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
     return gaussian
 
 

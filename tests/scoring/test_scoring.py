@@ -379,6 +379,8 @@ BAD_REFERENCES = {
     "another network": ({"mu": np.ones(3), "sigma": np.ones((3, 3))}, r"shapes \(3,\) and \(3, 3\), not \(2048,\)"),
     "not finite": ({"mu": np.full(POOL, np.nan), "sigma": np.ones((POOL, POOL))}, "not finite"),
     "too few for balls": ({"arr_0": random_pictures(3)}, r"3 pictures \(arr_0\); precision and recall need at least 4"),
+    "not symmetric": ({"mu": np.ones(POOL), "sigma": np.tri(POOL)}, "mu and sigma: the covariance is not symmetric"),
+    "negative": ({"mu": np.ones(POOL), "sigma": np.diag([3.0] * (POOL - 1) + [-1])}, "not positive semi-definite"),
     "objects": ({"mu": np.array([{}]), "sigma": np.ones(3)}, "cannot be read: ValueError: Object arrays"),
 }
 
