@@ -48,7 +48,8 @@ def score_points(
     part: int,
     keep_pictures: bool,
 ) -> list[dict[str, Any]]:
-    """Scores every point, and returns the results, which are also in `out`; all processes must call it.
+    """Scores every point; all processes must call it. Returns the results on the first process, and none on others; they
+    are also in `out`, which only the first reads and writes.
 
     Args:
       points: the sets.
@@ -71,11 +72,11 @@ def score_points(
     with one_writer(directory, str(out)) if hosts.is_first() else contextlib.nullcontext():
         if hosts.is_first():
             remove_leftovers(directory.parent, glob.escape(directory.name))
-        results = _earlier(out, wanted[0])
-        missing = [(p, own) for p, own in zip(points, wanted, strict=True) if _find(results, own) is None]
+        results = _earlier(out, wanted[0]) if hosts.is_first() else []
+        exist = hosts.from_first(np.array([_find(results, own) is not None for own in wanted]))
+        missing = [(p, own) for p, own, there in zip(points, wanted, exist, strict=True) if not there]
         if keep_pictures and hosts.is_first():
             _check_kept(points, [point for point, _ in missing], out)
-        hosts.wait_for_all("earlier results are read")
         if missing:
             compared = open_reference(reference, directory / REFERENCE, extractor, part)
         for point, settings in missing:

@@ -30,6 +30,7 @@ from lattejax.models.inception import CLASSES, POOL, SPATIAL
 from lattejax.models.pixels import PixelConfig
 from lattejax.sampling.images import ImageSampler
 from lattejax.scoring import parts as parts_of_sets
+from lattejax.scoring import points as points_of_sets
 from lattejax.scoring.parts import Parts, computed_on
 from lattejax.scoring.points import Point, _only_a_monitor_because, score_points
 from lattejax.scoring.reference import make_reference
@@ -194,6 +195,17 @@ def test_a_sweep_has_a_table_and_two_plots_and_adds_what_is_missing(sampler, ref
         score(points(2.0), reference, out, keep_pictures=True)
     with pytest.raises(UserError, match=r"results of other settings \(seed: None -> 1\); choose another --out"):
         score([point(counted(1.0), 12, 1.0, seed=1)], reference, out)
+
+
+def test_only_the_first_process_reads_earlier_results(tmp_path, monkeypatch):
+    """The others may not see the file yet, or see an old one on their network disk."""
+    calls = []
+    monkeypatch.setattr(points_of_sets.hosts, "is_first", lambda: False)
+    monkeypatch.setattr(points_of_sets.hosts, "from_first", lambda found: calls.append(found.tolist()) or ~found)
+    (tmp_path / "a.json").write_text("half a fi")
+    reference = types.SimpleNamespace(sha256="")
+    assert score([point(None, 30), point(None, 30, 4.0)], reference, tmp_path / "a.json") == []
+    assert calls == [[False, False]]
 
 
 def test_a_result_is_what_its_pictures_give_and_names_what_determined_it(reference, tmp_path):
