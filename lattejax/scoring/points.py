@@ -17,6 +17,7 @@ from lattejax.errors import UserError, parsing
 from lattejax.evaluation.adm import ReferenceFile, write_samples
 from lattejax.evaluation.features import PRECISION, FeatureExtractor
 from lattejax.evaluation.pictures import FEWEST, PUBLISHED, Reference, score_pictures
+from lattejax.evaluation.precision_recall import DISTANCES
 from lattejax.evaluation.sample_sets import OF_A_FILE
 from lattejax.files import read_json, remove_directory, remove_leftovers, write_atomically
 from lattejax.leases import one_writer
@@ -146,6 +147,7 @@ def _describe(
             "description": file.description or "the file does not say how it was made",
         },
         "inception_precision": PRECISION,
+        "distances": DISTANCES,
     }
 
 

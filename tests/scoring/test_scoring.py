@@ -219,7 +219,7 @@ def test_a_result_is_what_its_pictures_give_and_names_what_determined_it(referen
     description = result["reference"]["description"]
     assert description["pictures_sha256"] == hash_of_pictures(REFERENCE_PICTURES) and description["num"] == 60
     assert result["reference"]["pictures"] == 20
-    assert result["shape"] == [30, 8, 8, 3]
+    assert result["shape"] == [30, 8, 8, 3] and result["distances"] == "float32"
     assert "cpu" in result["device"] and "highest" in result["inception_precision"]
     assert np.load(tmp_path / "a_guidance_2.npz")["arr_0"].tobytes() == pictures.tobytes()
     [same] = score([point(lambda rows: REFERENCE_PICTURES[rows], 60)], reference, tmp_path / "same.json")
