@@ -26,7 +26,7 @@ from lattejax.evaluation.features import FeatureExtractor
 from lattejax.evaluation.pictures import PUBLISHED
 from lattejax.files import output_file, read_json, write_atomically, write_with
 from lattejax.parallel import hosts
-from lattejax.ranges import Positive, Range, Seed, Size
+from lattejax.ranges import Range, Seed, Size
 from lattejax.runs.run import Run
 from lattejax.scoring.drawn import drawn_points, read_prompts
 from lattejax.scoring.parts import computed_on
@@ -56,7 +56,9 @@ BATCH_SIZE = cli.define_number("batch_size", None, "Pictures drawn at a time; by
 KEEP_PICTURES = flags.DEFINE_bool("keep_pictures", False, "Also write each drawn set as an .npz beside --out.")
 INCEPTION = cli.define_path("inception", None, "The Inception weights; by default where PyTorch's tools keep them.")
 AUTOENCODER = cli.define_path("autoencoder", None, "The autoencoder of the run or the latents, if it has moved.")
-PART = cli.define_number("part", 1000, "Pictures between two points at which the command can resume.", Positive)
+PART = cli.define_number(
+    "part", 1000, "Pictures between two points at which the command can resume.", Annotated[int, Range(1, 10_000)]
+)
 
 MAKE_REFERENCE = cli.define_path(
     "make_reference",

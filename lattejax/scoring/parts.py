@@ -42,7 +42,7 @@ from lattejax.parallel import hosts
 
 SET, PICTURES, IDENTITY, DIGESTS, MADE = "set.json", "pictures", "set", "digests", "made"
 BYTES = 4 * (POOL + SPATIAL + CLASSES)  # of a picture's features
-BLOCKS_IN_MEMORY = 64  # of pool_3 features, for precision and recall
+IN_MEMORY = 64_000  # pool_3 features, for precision and recall: 0.5 GB
 
 ReadPictures = Callable[[Int[np.ndarray, "n"]], UInt8[np.ndarray, "n H W 3"]]
 
@@ -196,7 +196,7 @@ class PoolBlocks:
 
     def __init__(self, parts: Parts):
         self._parts = parts
-        self._read = functools.lru_cache(maxsize=BLOCKS_IN_MEMORY)(lambda index: parts._read(index, "pool")[0])
+        self._read = functools.lru_cache(max(1, IN_MEMORY // parts.part))(lambda index: parts._read(index, "pool")[0])
 
     def __len__(self) -> int:
         return len(self._parts)

@@ -49,8 +49,9 @@ def score_points(
     part: int,
     keep_pictures: bool,
 ) -> list[dict[str, Any]]:
-    """Scores every point; all processes must call it. Returns the results on the first process, and none on others; they
-    are also in `out`, which only the first reads and writes.
+    """Scores every point; all processes must call it.
+
+    Returns the results on the first process, and none on others. They are also in `out`, which only the first reads.
 
     Args:
       points: the sets.

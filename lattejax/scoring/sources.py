@@ -50,12 +50,16 @@ def open_samples(path: str, part: int, num: int | None) -> PictureSource:
         raise UserError(f"--num={num}, but {path} has {len(file):,} pictures")
     with file.path.open("rb") as opened:
         identity = hashlib.file_digest(opened, "sha256").hexdigest()
-    blocks: Iterator[tuple[int, np.ndarray]] = enumerate(file.blocks(part))
+    total, opened = num or len(file), file.blocks(part)
+    blocks = enumerate(opened)
 
     def read(rows: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
-        return next(block for index, block in blocks if index == rows[0] // part)[: len(rows)]
+        pictures = next(block for index, block in blocks if index == rows[0] // part)[: len(rows)]
+        if rows[-1] == total - 1:
+            opened.close()  # the file, too
+        return pictures
 
-    return PictureSource((num or len(file), *file.shape[1:]), read, identity, "none: the file's pictures as they are")
+    return PictureSource((total, *file.shape[1:]), read, identity, "none: the file's pictures as they are")
 
 
 def open_folder(path: str, size: int) -> PictureSource:

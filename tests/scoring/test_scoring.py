@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import types
 import zipfile
 
@@ -347,6 +348,21 @@ def test_sample_files_are_read_in_blocks(save, tmp_path):
     assert np.array_equal(source.read(np.arange(8, 9)), pictures[8:9])
     with pytest.raises(UserError, match=r"--num=12, but .* has 11 pictures"):
         open_samples(str(tmp_path / "samples.npz"), 4, 12)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are listed in /proc")
+def test_a_sample_file_is_closed_after_the_last_picture_that_is_read(tmp_path):
+    file = tmp_path / "samples.npz"
+    np.savez(file, arr_0=random_pictures(11))
+
+    def is_open() -> bool:
+        return str(file) in [os.path.realpath(each.path) for each in os.scandir("/proc/self/fd")]
+
+    source, found = open_samples(str(file), 4, 9), []
+    for rows in (np.arange(4), np.arange(4, 8), np.arange(8, 9)):
+        assert len(source.read(rows)) == len(rows)
+        found.append(is_open())
+    assert found == [True, True, False]
 
 
 def test_files_are_written_as_numpy_reads_them_and_always_the_same(tmp_path):
