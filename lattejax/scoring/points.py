@@ -172,7 +172,7 @@ def _only_a_monitor_because(point: Point, extractor: FeatureExtractor, file: Ref
             yield f"precision and recall are against {len(file.pictures):,} pictures, not {PICTURES:,}"
     of_reference = file.description.get("inception_sha256", extractor.weights.sha256)
     if of_reference != extractor.weights.sha256:
-        yield f"the reference was made with other Inception weights ({of_reference:.16})"
+        yield f"the reference was made with other Inception weights ({of_reference!s:.16})"
     if file.is_pytorch_fids:
         yield (
             "the reference has only mu and sigma, as of pytorch-fid, which resizes pictures in another way unless they "
