@@ -157,7 +157,7 @@ def judge_pictures() -> None:
         run = Run.open(WORKDIR.value, extract.mesh, CHECKPOINT.value)
         points = drawn_points(
             run,
-            read_prompts(run, PROMPTS.value),
+            read_prompts(run, PROMPTS.value, AUTOENCODER.value or ""),
             num=PUBLISHED if NUM.value is None else NUM.value,
             guidance=guidance,
             steps=steps,

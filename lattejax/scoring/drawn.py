@@ -16,14 +16,14 @@ from lattejax.scoring.points import Point
 from lattejax.scoring.sources import QUANTISATION
 
 
-def read_prompts(run: Run, path: str | None) -> Asked:
-    """The prompts in a text file, one on each line, or those of the run's data.
+def read_prompts(run: Run, path: str | None, autoencoder: str = "") -> Asked:
+    """The prompts in a text file, one on each line, or those of the run's data, for which see `open_data`.
 
     Raises:
       UserError: the file has none, or a line is empty.
     """
     if path is None:
-        return Asked.of_data(run.config, open_data(run.config), run.encoder)
+        return Asked.of_data(run.config, open_data(run.config, autoencoder), run.encoder)
     lines = read_text(resolve_path(path)).splitlines()
     if not lines or not all(map(str.strip, lines)):
         raise UserError(f"--prompts={path} must have a prompt on each line, and no empty line")

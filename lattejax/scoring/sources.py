@@ -50,13 +50,13 @@ def open_samples(path: str, part: int, num: int | None) -> PictureSource:
         raise UserError(f"--num={num}, but {path} has {len(file):,} pictures")
     with file.path.open("rb") as opened:
         identity = hashlib.file_digest(opened, "sha256").hexdigest()
-    total, opened = num or len(file), file.blocks(part)
-    blocks = enumerate(opened)
+    total, stream = num or len(file), file.blocks(part)
+    blocks = enumerate(stream)
 
     def read(rows: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
         pictures = next(block for index, block in blocks if index == rows[0] // part)[: len(rows)]
         if rows[-1] == total - 1:
-            opened.close()  # the file, too
+            stream.close()  # and the file
         return pictures
 
     return PictureSource((total, *file.shape[1:]), read, identity, "none: the file's pictures as they are")
@@ -112,7 +112,7 @@ def open_latents(path: str, split: str, autoencoder: str) -> PictureSource:
 
 def open_run_data(run: Run, split: str, autoencoder: str = "") -> PictureSource:
     """The same of a run's own data, with its autoencoder; for `autoencoder` see `Run.open_autoencoder`."""
-    source = open_data(run.config)
+    source = open_data(run.config, autoencoder)
     drawings, views = source.drawings(split, run.encoder), getattr(source, "views", 1)
     identity = f"{source.identities[0]} {split}"
     stored = run.open_autoencoder(autoencoder)

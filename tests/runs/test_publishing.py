@@ -22,7 +22,7 @@ from lattejax.sampling.images import ImageSampler
 from lattejax.scoring.drawn import drawn_points, read_prompts
 from lattejax.scoring.points import score_points
 from lattejax.scoring.reference import make_reference
-from lattejax.scoring.sources import open_samples
+from lattejax.scoring.sources import open_run_data, open_samples
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.scores import scores_on_demand, settings_on_demand
@@ -84,6 +84,17 @@ def test_scores_are_of_one_checkpoint(run, tmp_path):
         drawn_points(own, read_prompts(own, None), num=12, guidance=[], steps=[], seed=0, batch_size=12)
     with pytest.raises(UserError, match="3 is damaged"):
         scores_on_demand(own, ["held_out_loss"])
+
+
+def test_a_moved_autoencoder_is_found_where_the_flag_says(run, earlier, tmp_path):
+    own = changed(run, tmp_path / "run", source="latents", latents=str(earlier / "latents"), autoencoder="moved")
+    for open_with in (
+        lambda *autoencoder: read_prompts(own, None, *autoencoder),
+        lambda *autoencoder: open_run_data(own, "test", *autoencoder),
+    ):
+        with pytest.raises(UserError, match="moved"):
+            open_with()
+        open_with("pixels")
 
 
 def in_hub_cache(monkeypatch, cache, name: str):
