@@ -21,15 +21,16 @@ from absl import flags
 from lattejax import cli
 from lattejax.data.stored import SPLITS
 from lattejax.errors import UserError
-from lattejax.evaluation.adm import ReferenceFile
+from lattejax.evaluation.adm import FEWEST, ReferenceFile
 from lattejax.evaluation.features import FeatureExtractor
 from lattejax.evaluation.pictures import PUBLISHED
-from lattejax.files import output_file, write_atomically, write_with
+from lattejax.files import output_file, read_json, write_atomically, write_with
 from lattejax.parallel import hosts
-from lattejax.ranges import Positive, Range, Seed, Size
+from lattejax.ranges import Range, Seed, Size
 from lattejax.runs.run import Run
 from lattejax.scoring.drawn import drawn_points, read_prompts
-from lattejax.scoring.points import Point, computed_on, score_points
+from lattejax.scoring.parts import computed_on
+from lattejax.scoring.points import Point, score_points
 from lattejax.scoring.reference import make_reference
 from lattejax.scoring.sources import open_reference_source, open_samples
 from lattejax.scoring.table import write_table
@@ -55,7 +56,9 @@ BATCH_SIZE = cli.define_number("batch_size", None, "Pictures drawn at a time; by
 KEEP_PICTURES = flags.DEFINE_bool("keep_pictures", False, "Also write each drawn set as an .npz beside --out.")
 INCEPTION = cli.define_path("inception", None, "The Inception weights; by default where PyTorch's tools keep them.")
 AUTOENCODER = cli.define_path("autoencoder", None, "The autoencoder of the run or the latents, if it has moved.")
-PART = cli.define_number("part", 1000, "Pictures between two points at which the command can resume.", Positive)
+PART = cli.define_number(
+    "part", 1000, "Pictures between two points at which the command can resume.", Annotated[int, Range(1, 10_000)]
+)
 
 MAKE_REFERENCE = cli.define_path(
     "make_reference",
@@ -65,32 +68,41 @@ MAKE_REFERENCE = cli.define_path(
 SPLIT = flags.DEFINE_enum("split", "train", SPLITS, "The split of latents or of a run's data.")
 IMAGE_SIZE = cli.define_number("image_size", None, "The side of squares that a folder's pictures are cropped to.", Size)
 REFERENCE_PICTURES = cli.define_number(
-    "reference_pictures", 10_000, "Pictures in the reference itself, for precision and recall.", Positive
+    "reference_pictures",
+    10_000,
+    "Pictures in the reference itself, for precision and recall.",
+    Annotated[int, Range(FEWEST)],
 )
 connect = cli.define_cluster_flags()
 
-# Which flags each of the three uses needs, and may have besides.
-COMMON = {"out", "mesh", "inception", "autoencoder", "part", "workdir"}
+# Which flags each of the uses needs, and may have besides; a flag of its name chooses it, the first of several.
+COMMON = {"out", "mesh", "inception", "part"}
 USES = {
-    "make_reference": ({"make_reference", "out"}, COMMON | {"split", "image_size", "reference_pictures"}),
+    "make_reference": (
+        {"make_reference", "out"},
+        COMMON | {"workdir", "autoencoder", "split", "image_size", "reference_pictures"},
+    ),
+    "npz": ({"npz", "reference", "out"}, COMMON | {"num"}),
     "reference": (
-        {"reference", "out"},
-        COMMON | {"npz", "num", "guidance", "steps", "prompts", "seed", "batch_size", "keep_pictures", "checkpoint"},
+        {"reference", "out", "workdir"},
+        COMMON
+        | {"autoencoder", "checkpoint", "num", "guidance", "steps", "prompts", "seed", "batch_size", "keep_pictures"},
     ),
     "scores": ({"workdir"}, {"workdir", "scores", "out", "mesh", "checkpoint"}),
 }
-OURS = {"scores", "make_reference", "reference"}.union(*(allowed for _, allowed in USES.values()))
+OURS = set(USES).union(*(allowed for _, allowed in USES.values()))
 
 
 def use() -> str:
-    """Which of the three uses the flags ask for; raises `UserError` if they do not fit it."""
+    """Which of the uses the flags ask for; raises `UserError` if they do not fit it."""
     given = {name for name in OURS if flags.FLAGS[name].present}
-    found = next((name for name in ("make_reference", "reference") if name in given), "scores")
+    found = next((name for name in USES if name in given), "scores")
     needed, allowed = USES[found]
     if missing := sorted(needed - given):
-        raise UserError(f"--{found} needs --{missing[0]}" if found in given else f"--{missing[0]} is missing")
+        instead = ", or --npz" if missing[0] == "workdir" and found == "reference" else ""
+        raise UserError(f"--{found} needs --{missing[0]}{instead}" if found in given else f"--{missing[0]} is missing")
     if others := sorted(given - needed - allowed):
-        where = f"without --{found}" if found in given else "with --reference"
+        where = "with --reference" if found == "scores" else f"without --{found}"
         raise UserError(f"--{others[0]} is used only {where}; leave it out, or see --help")
     return found
 
@@ -115,7 +127,7 @@ def take_scores() -> None:
     """The scores of the run's config."""
     out = None if OUT.value is None else output_file(OUT.value, ".json")
     connect()
-    run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value), CHECKPOINT.value)
+    run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value), CHECKPOINT.value).pinned()
     report = scores_on_demand(run, SCORES.value)
     figures = as_json(report.figures)
     settings = {} if out is None else settings_on_demand(run, SCORES.value)  # which reads the weights again
@@ -132,26 +144,12 @@ def take_scores() -> None:
 
 def judge_pictures() -> None:
     """The scores that are published."""
-    if (WORKDIR.value is None) == (NPZ.value is None):
-        raise UserError("give --workdir, whose pictures are drawn, or --npz, which has them")
     out = output_file(OUT.value, ".json")
     guidance, steps = numbers("guidance", GUIDANCE.value, float), numbers("steps", STEPS.value, int)
     inception.find(INCEPTION.value or "")
     connect()
     reference, extract = ReferenceFile.open(REFERENCE.value), extractor()
     if NPZ.value is not None:
-        of_drawings = {
-            "guidance",
-            "steps",
-            "prompts",
-            "seed",
-            "batch_size",
-            "keep_pictures",
-            "autoencoder",
-            "checkpoint",
-        }
-        if others := sorted(name for name in of_drawings if flags.FLAGS[name].present):
-            raise UserError(f"--{others[0]} is for pictures that are drawn; leave it out with --npz")
         source = open_samples(NPZ.value, PART.value, NUM.value)
         settings = {"num": source.shape[0], "npz_sha256": source.identity, "preprocessing": source.preprocessing}
         points = [Point("npz", settings, source.shape, lambda: source.read)]
@@ -159,7 +157,7 @@ def judge_pictures() -> None:
         run = Run.open(WORKDIR.value, extract.mesh, CHECKPOINT.value)
         points = drawn_points(
             run,
-            read_prompts(run, PROMPTS.value),
+            read_prompts(run, PROMPTS.value, AUTOENCODER.value or ""),
             num=PUBLISHED if NUM.value is None else NUM.value,
             guidance=guidance,
             steps=steps,
@@ -169,14 +167,15 @@ def judge_pictures() -> None:
         )
     results = score_points(points, reference, extract, out, part=PART.value, keep_pictures=KEEP_PICTURES.value)
     if hosts.is_first():
-        print(write_table(out, results) if len(results) > 1 else json.dumps(results[0], indent=2))
+        every = read_json(out)["results"]  # also those of earlier commands; they differ in guidance and steps alone
+        print(write_table(out, every) if len(every) > 1 else json.dumps(results[0], indent=2))
 
 
 def main() -> None:
     wanted = use()
     if wanted == "scores":
         take_scores()
-    elif wanted == "reference":
+    elif wanted in ("reference", "npz"):
         judge_pictures()
     else:
         out = output_file(OUT.value, ".npz")
@@ -185,7 +184,7 @@ def main() -> None:
         source = open_reference_source(
             MAKE_REFERENCE.value,
             workdir=WORKDIR.value,
-            split=SPLIT.value,
+            split=SPLIT.value if SPLIT.present else None,
             autoencoder=AUTOENCODER.value,
             size=IMAGE_SIZE.value,
             part=PART.value,

@@ -256,6 +256,19 @@ def remove_leftovers(directory: epath.Path, pattern: str = "*") -> None:
                 left.unlink(missing_ok=True)
 
 
+def remove_directory(path: epath.Path) -> None:
+    """Removes a directory: a killed process leaves all of it or nothing at `path`. On a disk, see `remove_leftovers`.
+
+    A remote store has no rename: there readers must not take a directory that lacks a file for a complete one.
+    """
+    if is_remote(path):
+        path.rmtree()
+        return
+    away = path.with_name(f"{path.name}{PARTIAL}{secrets.token_hex(4)}")
+    path.replace(away)
+    away.rmtree()
+
+
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
     """Yields a directory to fill, which becomes `path` when the block succeeds; an exception leaves nothing at `path`.

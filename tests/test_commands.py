@@ -236,6 +236,10 @@ def test_evaluate_makes_a_reference_and_judges_drawings_and_sample_files(workdir
     drawn, again, of_file = (json.loads(done.stdout) for done in results)
     assert drawn == again and drawn["figures"] == pytest.approx(of_file["figures"])
     assert drawn["only_a_monitor_because"][0] == "10 pictures, not 50,000"
+    more = [flag.replace("--steps=2", "--steps=1") for flag in draw]
+    added = forked_command("evaluate", *judge, *more)  # a point more, in another command
+    rows = (tmp_path / "drawn.md").read_text().splitlines()[2:4]
+    assert [row[:11] for row in rows] == ["| 1.5 | 1 |", "| 1.5 | 2 |"] and added.stdout.startswith("| guidance")
 
     sampler = ImageSampler.load(workdir)
     requests = [sampler.encoder.drawing(f"a handwritten {word}") for word in WORDS]
@@ -343,14 +347,22 @@ BAD_INPUT = {
         ["evaluate", "--make_reference=data", "--workdir={workdir}", "--out={tmp}/a.npz", "--inception={tmp}/none.pth"],
         "download https://github.com/mseitzer/pytorch-fid/releases",
     ),
-    "pictures to judge without a reference": (["evaluate", "--npz={tmp}/a.npz"], "--workdir is missing"),
+    "pictures to judge without a reference": (["evaluate", "--npz={tmp}/a.npz"], "--npz needs --out"),
     "scores and a reference": (
         ["evaluate", "--workdir={workdir}", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--scores=samples"],
         "--scores is used only with",
     ),
     "pictures of a run and of a file": (
         ["evaluate", "--workdir={workdir}", "--npz=b", "--reference={tmp}/a.npz", "--out={tmp}/a.json"],
-        "--workdir, whose pictures are drawn, or --npz",
+        "--workdir is used only without --npz",
+    ),
+    "a guidance scale of pictures in a file": (
+        ["evaluate", "--npz=b", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--guidance=1"],
+        "--guidance is used only without --npz",
+    ),
+    "a reference and nothing to judge": (
+        ["evaluate", "--reference={tmp}/a.npz", "--out={tmp}/a.json"],
+        "--reference needs --workdir, or --npz",
     ),
     "a guidance scale twice": (
         ["evaluate", "--workdir={workdir}", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--guidance=1,1.0"],

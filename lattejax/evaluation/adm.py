@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 
 from lattejax.errors import UserError, parsing
 from lattejax.evaluation.frechet import Gaussian
+from lattejax.evaluation.precision_recall import NEIGHBOURS
 from lattejax.files import check_file, resolve_path, writing
 from lattejax.models.inception import POOL, SPATIAL
 
@@ -29,6 +30,7 @@ PICTURES = "arr_0"
 STATISTICS = {"pool": ("mu", "sigma", POOL), "spatial": ("mu_s", "sigma_s", SPATIAL)}
 DESCRIPTION = "description"
 BLOCK = 1000  # pictures
+FEWEST = NEIGHBOURS + 1  # pictures in a reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +112,18 @@ class ReferenceFile:
     pictures: SampleFile | None
     description: dict[str, Any]
 
+    @property
+    def is_pytorch_fids(self) -> bool:
+        """Whether it has what pytorch-fid writes, which resizes pictures in another way than ADM's evaluator."""
+        return self.spatial is None and self.pictures is None and not self.description
+
     @classmethod
     def open(cls, path: str) -> "ReferenceFile":
         """Reads everything but the pictures.
 
         Raises:
-          UserError: it is no npz, or has neither statistics nor pictures, or they have another shape.
+          UserError: it is no npz, or has neither statistics nor pictures, or they have another shape, or the pictures
+            are fewer than `FEWEST`.
         """
         file = resolve_path(path)
         check_file(file, math.inf)
@@ -129,8 +137,13 @@ class ReferenceFile:
                     for kind, (mean, covariance, size) in STATISTICS.items()
                     if {mean, covariance} <= names
                 }
-                description = json.loads(str(arrays[DESCRIPTION])) if DESCRIPTION in names else {}
+                description = dict(json.loads(str(arrays[DESCRIPTION]))) if DESCRIPTION in names else {}
         pictures = SampleFile.open(path) if PICTURES in names else None
+        if pictures is not None and len(pictures) < FEWEST:
+            raise UserError(
+                f"{path} has {len(pictures)} pictures ({PICTURES}); precision and recall need at least {FEWEST} in a "
+                "reference"
+            )
         if "pool" not in gaussians and pictures is None:
             raise UserError(f"{path} has neither mu and sigma nor {PICTURES}; it has {', '.join(sorted(names))}")
         return cls(file, sha256, gaussians.get("pool"), gaussians.get("spatial"), pictures, description)
@@ -142,6 +155,10 @@ def _gaussian(mean: np.ndarray, covariance: np.ndarray, size: int, name: str) ->
     gaussian = Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
     if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
         raise UserError(f"{name} have values that are not finite")
+    try:
+        _ = gaussian.factor  # which every distance needs
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
     return gaussian
 
 

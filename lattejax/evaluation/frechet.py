@@ -1,10 +1,15 @@
 """The Fréchet distance between two sets of vectors, each modelled as a Gaussian (Heusel et al., arXiv 1706.08500)."""
 
 import dataclasses
+import functools
 
 import numpy as np
 from jaxtyping import Float
 from scipy.linalg.lapack import dpstrf
+
+# How far a covariance may be from a symmetric, positive semi-definite one, as a share of its largest variance; one of
+# few vectors, stored in float32, is off by 1e-5.
+TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,20 +24,31 @@ class Gaussian:
 
         The trace of the root is the sum of the square roots of the eigenvalues of Σa Σb. With Σ = R Rᵀ these are the
         singular values of Raᵀ Rb, exact to rounding also where a covariance is singular; no matrix root is computed.
+
+        Raises:
+          ValueError: one of them is not symmetric or not positive semi-definite.
         """
-        product = _factor(self.covariance).T @ _factor(other.covariance)
+        product = self.factor.T @ other.factor
         trace_of_root = np.linalg.svd(product, compute_uv=False).sum()
         traces = np.trace(self.covariance) + np.trace(other.covariance)
         return float(np.sum((self.mean - other.mean) ** 2) + traces - 2 * trace_of_root)
 
+    @functools.cached_property
+    def factor(self) -> Float[np.ndarray, "d r"]:
+        """R with R Rᵀ = Σ, and as many columns as Σ has rank: Cholesky's method with pivots.
 
-def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
-    """R with R Rᵀ = Σ, and as many columns as Σ has rank: Cholesky's method with pivots."""
-    tolerance = np.finfo(np.float64).eps * covariance.diagonal().max()
-    packed, pivots, rank, _ = dpstrf(covariance, lower=1, tol=tolerance)
-    factor = np.empty((len(covariance), rank))
-    factor[pivots - 1] = np.tril(packed)[:, :rank]
-    return factor
+        Raises:
+          ValueError: Σ is not symmetric or not positive semi-definite.
+        """
+        largest = self.covariance.diagonal().max()
+        packed, pivots, rank, _ = dpstrf(self.covariance, lower=1, tol=np.finfo(np.float64).eps * largest)
+        factor = np.empty((len(self.covariance), rank))
+        factor[pivots - 1] = np.tril(packed)[:, :rank]
+        if np.abs(self.covariance - self.covariance.T).max() > TOLERANCE * largest:
+            raise ValueError("the covariance is not symmetric")
+        if np.abs(factor @ factor.T - self.covariance).max() > TOLERANCE * largest:
+            raise ValueError("the covariance is not positive semi-definite")
+        return factor
 
 
 class Moments:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 NEIGHBOURS = 3
+DISTANCES = "float32"  # as it is recorded
 ROWS = "rows"  # the mesh axis that the first block's features are sharded over
 
 
@@ -90,7 +91,7 @@ Block = tuple[Float[Array, "n d"], Bool[Array, "n"]]
 
 
 def _squared_distances(u: Float[Array, "n d"], v: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """|u|² − 2·u·v + |v|², as the original evaluator computes them."""
+    """|u|² − 2·u·v + |v|², the original evaluator's formula, in float32; it casts the features to float16."""
     product = jnp.matmul(u, v.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.maximum(jnp.sum(u * u, axis=1)[:, None] - 2 * product + jnp.sum(v * v, axis=1), 0)
 

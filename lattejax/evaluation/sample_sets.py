@@ -17,6 +17,9 @@ from lattejax.parallel import hosts
 from lattejax.parallel.mesh import batches_of
 from lattejax.sampling.images import ImageSampler
 
+AT_A_TIME = 1000  # prompts that are encoded, for their hash
+OF_A_FILE = "a file"  # `Asked.what` of a user's prompts
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Asked:
@@ -48,6 +51,16 @@ class Asked:
             return encode_prompts(encoder, [drawing.prompts[0] for drawing in drawings.__getitems__(list(rows))])
 
         return cls(len(drawings), encode, source.identities[0], "the captions of held-out pictures")
+
+    def encoded_identity(self, count: int) -> str:
+        """A hash of the first `count` prompts as the model reads them: their tokens and images."""
+        digest = hashlib.sha256()
+        for start in range(0, count, AT_A_TIME):
+            for prompt in self.encode(list(range(start, min(start + AT_A_TIME, count)))):
+                images = [array for image in prompt.images for array in (np.asarray(image.grid), image.patches)]
+                for array in (prompt.input_ids.astype(np.int32), *images):
+                    digest.update(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
+        return digest.hexdigest()
 
 
 class SetDrawer:

@@ -243,7 +243,7 @@ def _autoencoder(run: Run) -> tuple[str, str]:
 
 def _index(result: Result) -> Iterator[EvalResult]:
     """A publishable result's entries in the model-index."""
-    own = result.settings
+    own, sha256 = result.settings, result.settings["reference_sha256"][:12]  # files of one name may differ
     args = {
         "pictures": own["num"],
         "guidance": own["guidance"],
@@ -255,8 +255,8 @@ def _index(result: Result) -> Iterator[EvalResult]:
     for name, value in result.figures.items():
         yield EvalResult(
             task_type=TASK,
-            dataset_type=re.sub(r"\W+", "-", result.reference.rpartition(".")[0] or result.reference).lower(),
-            dataset_name=result.reference,
+            dataset_type=re.sub(r"\W+", "-", f"{result.reference.removesuffix('.npz')}-{sha256}").lower(),
+            dataset_name=f"{result.reference} ({sha256})",
             metric_type=name,
             metric_name=FIGURES.get(name, name),
             metric_value=value,

@@ -8,7 +8,6 @@ autoencoder.json the identity of the latents' autoencoder, whose weights are not
 generation_config.json, of a converted VLM: how it decodes
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -51,8 +50,7 @@ def export(run: Run, out: epath.PathLike, licence: str = UNKNOWN, scores: Sequen
     check_licence(licence)
     results = read_results(scores)
     shards.check_local(resolve_path(out))
-    if not run.is_export and run.trained_step is not None:
-        run = dataclasses.replace(run, checkpoint=str(run.trained_step))  # never an earlier one than the card says
+    run = run.pinned()  # never an earlier one than the card says
     with new_directory(out) as directory:
         params = run.params()
         _check_weights(run, params, results)

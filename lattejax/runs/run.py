@@ -5,6 +5,7 @@ import functools
 import json
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -18,7 +19,7 @@ from lattejax.files import read_json, resolve_path, write_atomically
 from lattejax.models import functional, latte_flow
 from lattejax.models.functional import Params
 from lattejax.models.qwen2_vl import VLMConfig
-from lattejax.parallel import rules
+from lattejax.parallel import hosts, rules
 from lattejax.parallel.mesh import make_mesh, one_device
 from lattejax.runs import exports
 from lattejax.runs.checkpoints import Checkpoints
@@ -50,6 +51,15 @@ class Run:
         if checkpoint:
             _ = run.trained_step  # raises if there is none
         return run
+
+    def pinned(self) -> "Run":
+        """This run at the checkpoint that is its latest now, or that was asked for; all processes must call it.
+
+        What is read twice is the same, also while the run trains on. If the checkpoint is damaged, reading it raises.
+        """
+        step = None if self.is_export else self.trained_step
+        step = int(hosts.from_first(np.asarray(-1 if step is None else step)))
+        return self if step < 0 else dataclasses.replace(self, checkpoint=str(step))
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 
 from lattejax.errors import UserError
-from lattejax.evaluation.sample_sets import Asked, SetDrawer
+from lattejax.evaluation.sample_sets import OF_A_FILE, Asked, SetDrawer
 from lattejax.files import read_text, resolve_path
 from lattejax.runs.checkpoints import fingerprints
 from lattejax.runs.data import open_data
@@ -15,18 +16,18 @@ from lattejax.scoring.points import Point
 from lattejax.scoring.sources import QUANTISATION
 
 
-def read_prompts(run: Run, path: str | None) -> Asked:
-    """The prompts in a text file, one on each line, or those of the run's data.
+def read_prompts(run: Run, path: str | None, autoencoder: str = "") -> Asked:
+    """The prompts in a text file, one on each line, or those of the run's data, for which see `open_data`.
 
     Raises:
       UserError: the file has none, or a line is empty.
     """
     if path is None:
-        return Asked.of_data(run.config, open_data(run.config), run.encoder)
+        return Asked.of_data(run.config, open_data(run.config, autoencoder), run.encoder)
     lines = read_text(resolve_path(path)).splitlines()
     if not lines or not all(map(str.strip, lines)):
         raise UserError(f"--prompts={path} must have a prompt on each line, and no empty line")
-    return Asked.texts(run.encoder, lines, "a file")
+    return Asked.texts(run.encoder, lines, OF_A_FILE)
 
 
 def drawn_points(
@@ -55,6 +56,7 @@ def drawn_points(
     Raises:
       UserError: the run cannot draw, or a number is out of its range.
     """
+    run = run.pinned()
     config = run.config
     params = run.params(config.dtype)
     identity = fingerprints({"weights": params})["weights"]
@@ -65,7 +67,9 @@ def drawn_points(
         "prompts": asked.what,
         "num_prompts": asked.count,
         "prompts_sha256": asked.identity,
+        "encoded_prompts_sha256": asked.encoded_identity(min(num, asked.count)),  # by the tokenizer and chat template
         "weights": identity,
+        "model_sha256": hashlib.sha256(repr(config.model_config).encode()).hexdigest(),
         "trained_steps": None if run.is_export else run.trained_step,
         "autoencoder": run.open_autoencoder(autoencoder).identity.sha256,
         "dtype": config.dtype,

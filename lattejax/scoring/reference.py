@@ -5,8 +5,8 @@ import contextlib
 import numpy as np
 from etils import epath
 
-import lattejax
-from lattejax.evaluation.adm import ReferenceFile, write_reference
+from lattejax.errors import UserError
+from lattejax.evaluation.adm import FEWEST, ReferenceFile, write_reference
 from lattejax.evaluation.features import PRECISION, FeatureExtractor
 from lattejax.evaluation.pictures import Reference, Statistics
 from lattejax.files import resolve_path
@@ -27,19 +27,26 @@ def make_reference(
     """Writes a reference file: statistics of all pictures, and some of them, for precision and recall.
 
     Args:
-      source: the pictures, at least two.
+      source: the pictures.
       out: the file to write.
       extractor: computes their features.
       pictures: how many pictures the file has itself, at most: a fixed random choice.
       part: pictures in a part of the work.
 
     Raises:
-      UserError: they cannot be read, or another process makes the same file.
+      UserError: they are too few, they cannot be read, or another process makes the same file.
     """
     total = source.shape[0]
+    if min(total, pictures) < FEWEST:
+        raise UserError(f"{min(total, pictures)} pictures are too few for a reference; at least {FEWEST} are needed")
     kept = np.zeros(total, bool)
     kept[np.random.default_rng(0).permutation(total)[:pictures]] = True
-    settings = {"source": source.identity, "inception": extractor.weights.sha256}
+    settings = {
+        "source": source.identity,
+        "version": source.version,
+        "preprocessing": source.preprocessing,
+        "inception": extractor.weights.sha256,
+    }
     directory = parts_directory(out)
     with one_writer(directory, str(out)) if hosts.is_first() else contextlib.nullcontext():
         parts = Parts.open(directory, settings, part=part, kept=kept, picture=source.shape[1:])
@@ -53,10 +60,10 @@ def make_reference(
             "preprocessing": source.preprocessing,
             "num": total,
             "source": source.identity,
+            "pictures_sha256": parts.sha256,
             "inception_sha256": extractor.weights.sha256,
             "precision": PRECISION,
-            "lattejax_version": lattejax.__version__,
-        }
+        } | parts.computed_on
         shape = (int(kept.sum()), *source.shape[1:])
         write_reference(out, statistics.pool, statistics.spatial, shape, parts.pictures(), description)
         parts.remove()

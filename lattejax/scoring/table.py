@@ -1,4 +1,4 @@
-"""The table and the plots of scores by guidance scale and number of steps."""
+"""The table and the plots of scores by guidance scale and number of steps: of all that a file of results has."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ AXES = {"guidance": "guidance scale", "num_steps": "sampling steps"}
 def write_table(out: epath.Path, results: Sequence[dict[str, Any]]) -> str:
     """Writes <out>.md with a row for each result, and two plots, <out>_by_guidance.png and <out>_by_steps.png.
 
-    Returns the table as Markdown.
+    Returns the table as Markdown, in the order of guidance and steps.
     """
+    results = sorted(results, key=lambda result: [result["settings"][axis] for axis in AXES])
     names = list(results[0]["figures"])
     lines = [f"| guidance | steps | {' | '.join(name.replace('_', ' ') for name in names)} |"]
     lines.append("| --- " * (len(names) + 2) + "|")

@@ -61,6 +61,7 @@ def scores_on_demand(run: Run, names: Sequence[str]) -> Report:
     Raises:
       UserError: one is unknown, or does not fit the config or the data.
     """
+    run = run.pinned()
     source, listed = open_data(run.config), run.config.eval.evaluators
     if names:
         evaluators = [open_evaluator(name, listed.get(name, {}), run.config, source).evaluator for name in names]
@@ -74,13 +75,19 @@ def scores_on_demand(run: Run, names: Sequence[str]) -> Report:
 
 def settings_on_demand(run: Run, names: Sequence[str]) -> dict[str, Any]:
     """What determines the figures of `scores_on_demand`; all processes must call it."""
+    run = run.pinned()
     config, listed = run.config, run.config.eval.evaluators
+    moments = ("end", "demand")
+    names = names or [name for at in moments for name, each in listed.items() if each.get("at") == at]
     return {
         "weights": fingerprints({"weights": run.params(config.dtype)})["weights"],
         "trained_steps": None if run.is_export else run.trained_step,
         "dtype": config.dtype,
         "data": open_data(config).identities[0],
-        "scores": {name: listed.get(name, {}) for name in names or listed},
+        "scores": {name: listed.get(name, {}) for name in names},
+        "seed": config.seed,
+        "examples": config.eval.examples,
+        "batch_size": config.eval.batch_size,
         "sampling": dataclasses.asdict(config.eval.sampling),
     }
 

@@ -29,7 +29,7 @@ def reference(tmp_path, monkeypatch):
     features = PixelFeatures()(random_pictures(30))
     gaussians = [Gaussian(x.mean(axis=0), np.cov(x, rowvar=False)) for x in (features.pool, features.spatial)]
     path = tmp_path / "reference.npz"
-    write_reference(resolve_path(path), *gaussians, (2, 8, 8, 3), [random_pictures(2)], {})
+    write_reference(resolve_path(path), *gaussians, (4, 8, 8, 3), [random_pictures(4)], {})
     return str(path)
 
 

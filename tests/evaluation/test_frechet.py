@@ -6,7 +6,7 @@ import scipy.linalg
 
 from lattejax.data import digits
 from lattejax.evaluation.digits import DigitReader, frechet_train_test
-from lattejax.evaluation.frechet import frechet_distance
+from lattejax.evaluation.frechet import Gaussian, frechet_distance
 
 
 def test_shifted_and_scaled_sets_have_their_closed_form():
@@ -32,6 +32,24 @@ def test_constant_pixels_are_allowed():
     a = np.random.default_rng(0).standard_normal((100, 5))
     a[:, 2] = 1.0
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_what_is_no_covariance_is_refused():
+    def gaussian(covariance: np.ndarray) -> Gaussian:
+        return Gaussian(np.zeros(len(covariance)), covariance)
+
+    for covariance, problem in (
+        (np.diag([1.0, 2.0, 3.0, -4.0]), "not positive semi-definite"),
+        (np.array([[0.0, 1.0], [1.0, 0.0]]), "not positive semi-definite"),
+        (np.array([[2.0, 1.0], [0.5, 2.0]]), "not symmetric"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            gaussian(covariance).distance(gaussian(covariance))
+    few = np.random.default_rng(0).standard_normal((20, 100))
+    for dtype in (np.float32, np.float64):  # singular, and rounded
+        rounded = gaussian(np.cov(few, rowvar=False).astype(dtype).astype(np.float64))
+        assert rounded.distance(rounded) == pytest.approx(0, abs=1e-4)
+    assert gaussian(np.zeros((3, 3))).distance(gaussian(np.eye(3))) == pytest.approx(3)
 
 
 def test_real_digits_are_classified_correctly_and_noise_is_not():

@@ -1,8 +1,12 @@
-"""The scores from given features: equal to the formulas of torch-fidelity and of ADM's evaluator, in float64 NumPy."""
+"""The scores from given features: equal to the formulas of torch-fidelity and of ADM's evaluator, in float64 NumPy, and
+to torch-fidelity and pytorch-fid themselves."""
+
+import importlib
 
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 
 from lattejax.evaluation.frechet import Moments
 from lattejax.evaluation.inception_score import InceptionScore
@@ -80,6 +84,33 @@ def test_precision_and_recall_equal_their_definition(sizes):
     assert 0.05 < precision < 0.999 and 0.05 < recall < 0.999
     for size in (len(a), len(a) // 3 + 1):
         assert precision_recall(blocks(a, size), blocks(b, size)) == pytest.approx((precision, recall), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of SciPy, about pytorch-fid
+@pytest.mark.parametrize("size", [2048, 2023])
+def test_scores_equal_those_of_torch_fidelity_and_pytorch_fid(size, ports):
+    """Their own functions, on as many features as FID (2,048) and sFID (2,023) have, of full rank."""
+    a, b, logits = features(**FULL | {"size": size})
+    metrics = {name: importlib.import_module(f"torch_fidelity.metric_{name}") for name in ("fid", "isc", "prc")}
+    ours = gaussian(a, 1000).distance(gaussian(b, 1000))
+    statistics = [metrics["fid"].fid_features_to_statistics(torch.tensor(x).double()) for x in (a, b)]
+    theirs = metrics["fid"].fid_statistics_to_metric(*statistics, verbose=False)
+    assert ours == pytest.approx(theirs[metrics["fid"].KEY_METRIC_FID], rel=1e-6)
+    distance = importlib.import_module("pytorch_fid.fid_score").calculate_frechet_distance
+    moments = [(x.astype(np.float64).mean(axis=0), np.cov(x.astype(np.float64), rowvar=False)) for x in (a, b)]
+    assert ours == pytest.approx(distance(*moments[0], *moments[1]), rel=1e-6)
+
+    score = InceptionScore(*logits.shape)
+    for block in blocks(logits, 1000):
+        score.add(block)
+    theirs = metrics["isc"].isc_features_to_metric(torch.tensor(logits), splits=10, shuffle=False)
+    assert score.score == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+
+    settings = dict(prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False)
+    theirs = metrics["prc"].prc_features_to_metric(torch.tensor(a), torch.tensor(b), **settings)
+    found = precision_recall(blocks(a, 1000), blocks(b, 1000))
+    assert found == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-3), "distances near a radius round"
 
 
 def test_too_few_pictures_are_refused():

@@ -17,8 +17,8 @@ from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
-from lattejax.training.scores import final_scores, scores_on_demand
-from tests.helpers import tiny_config
+from lattejax.training.scores import final_scores, scores_on_demand, settings_on_demand
+from tests.helpers import encoder_for, tiny_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,11 @@ def test_scores_are_taken_as_the_config_schedules_them(registered, tmp_path):
     figures = scores_on_demand(run, ["on_demand", "held_out_loss"]).figures
     assert set(figures) == {"brightness", "worst_loss", "held_out_loss", "held_out_loss_per_group"}
     np.testing.assert_allclose(figures["held_out_loss_per_group"], last["held_out_loss_per_group"], rtol=1e-6)
+    assert set(settings_on_demand(run, ["on_demand"])["scores"]) == {"on_demand"}
+    settings = settings_on_demand(run, [])
+    assert set(settings["scores"]) == {"last", "answers", "on_demand"}, "those that are taken, and no others"
+    assert (settings["seed"], settings["examples"]) == (run.config.seed, run.config.eval.examples)
+    assert settings["batch_size"] == run.config.eval.batch_size
     with pytest.raises(UserError, match="two evaluators return brightness"):  # `last` and `on_demand`
         scores_on_demand(run, [])
 

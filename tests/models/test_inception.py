@@ -1,9 +1,5 @@
 """The features of pictures: equal to the graph rendered in PyTorch, and to the two ports that published scores use."""
 
-import importlib
-import subprocess
-import sys
-import types
 from pathlib import Path
 
 import jax
@@ -62,43 +58,6 @@ def test_features_of_floats_are_those_of_grey_levels(extract):
 
 
 # ---- The ports themselves
-
-
-@pytest.fixture(scope="module")
-def ports(tmp_path_factory, monkeypatch_module):
-    """torch-fidelity and pytorch-fid, installed apart and without torchvision, of which they need a few names.
-
-    Beside PyTorch for the CPU, PyPI's torchvision cannot be imported, and transformers fails where it is installed.
-    """
-    directory = tmp_path_factory.mktemp("ports")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"--target={directory}"]
-    subprocess.run([*command, "torch-fidelity==0.4.0", "pytorch-fid==0.3.0"], check=True)
-    monkeypatch_module.syspath_prepend(str(directory))
-    names = ["", ".models", ".models.inception", ".datasets", ".transforms", ".transforms.functional"]
-    for name in names:
-        module = types.ModuleType(f"torchvision{name}")
-        monkeypatch_module.setitem(sys.modules, module.__name__, module)
-        if name:
-            parent, _, last = module.__name__.rpartition(".")
-            setattr(sys.modules[parent], last, module)
-    sys.modules["torchvision"].__version__ = "0"
-    for name in ("CIFAR10", "CIFAR100", "STL10"):
-        setattr(sys.modules["torchvision.datasets"], name, object)
-    fidelity = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    # pytorch-fid overrides the forward passes of torchvision's blocks, whose parts torch-fidelity's have too.
-    blocks = sys.modules["torchvision.models.inception"]
-    blocks.InceptionA, blocks.InceptionC, blocks.InceptionE = (
-        fidelity.InceptionA,
-        fidelity.InceptionC,
-        fidelity.InceptionE_1,
-    )
-    return fidelity, importlib.import_module("pytorch_fid.inception")
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
 
 
 @pytest.mark.slow

@@ -22,9 +22,10 @@ from lattejax.sampling.images import ImageSampler
 from lattejax.scoring.drawn import drawn_points, read_prompts
 from lattejax.scoring.points import score_points
 from lattejax.scoring.reference import make_reference
-from lattejax.scoring.sources import open_samples
+from lattejax.scoring.sources import open_run_data, open_samples
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
+from lattejax.training.scores import scores_on_demand, settings_on_demand
 from lattejax.weights import autoencoders, pretrained
 from tests import checkpoints
 from tests.helpers import NO_SCORES, assert_same_bits, tiny_config
@@ -68,6 +69,32 @@ def scores(run, tmp_path_factory):
     reference, out = ReferenceFile.open(str(directory / "ref.npz")), resolve_path(directory / "scores.json")
     score_points(points, reference, PixelFeatures(), out, part=12, keep_pictures=False)
     return out
+
+
+def test_scores_are_of_one_checkpoint(run, tmp_path):
+    """Also while the run trains on; and if its latest is damaged, none are taken, rather than those of an earlier."""
+    own = Run.open(shutil.copytree(run.workdir.path, tmp_path / "run"))
+    pinned, checkpoints = own.pinned(), own.workdir.checkpoints("train")
+    shutil.copytree(checkpoints / "2", checkpoints / "3")
+    assert (pinned.trained_step, own.trained_step) == (2, 3)
+    assert settings_on_demand(pinned, [])["trained_steps"] == 2
+    [item] = [name for name in ("params", "ema") if (checkpoints / "3" / name).exists()][-1:]
+    shutil.rmtree(checkpoints / "3" / item)
+    with pytest.raises(UserError, match="3 is damaged"):
+        drawn_points(own, read_prompts(own, None), num=12, guidance=[], steps=[], seed=0, batch_size=12)
+    with pytest.raises(UserError, match="3 is damaged"):
+        scores_on_demand(own, ["held_out_loss"])
+
+
+def test_a_moved_autoencoder_is_found_where_the_flag_says(run, earlier, tmp_path):
+    own = changed(run, tmp_path / "run", source="latents", latents=str(earlier / "latents"), autoencoder="moved")
+    for open_with in (
+        lambda *autoencoder: read_prompts(own, None, *autoencoder),
+        lambda *autoencoder: open_run_data(own, "test", *autoencoder),
+    ):
+        with pytest.raises(UserError, match="moved"):
+            open_with()
+        open_with("pixels")
 
 
 def in_hub_cache(monkeypatch, cache, name: str):
@@ -187,7 +214,8 @@ def test_scores_in_a_card_are_those_of_the_files(run, scores, tmp_path):
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     indexed = {each.metric_type: each for each in card.data.eval_results}
     assert {name: each.metric_value for name, each in indexed.items()} == result()["figures"]
-    assert indexed["fid"].dataset_name == "VIRTUAL_imagenet256_labeled.npz"
+    assert indexed["fid"].dataset_name == "VIRTUAL_imagenet256_labeled.npz (abababababab)"
+    assert indexed["fid"].dataset_type == "virtual_imagenet256_labeled-abababababab"
     assert indexed["fid"].metric_args["pictures"] == 50_000 and indexed["fid"].metric_args["steps"] == 40
     published, monitored = card.text.split("### Monitors")
     assert "| 50,000 | 5 | 40 | 5.8125 | 213.062 | 0.75 |" in published and "as \\| ADM &lt;has> it" in published

@@ -1,8 +1,13 @@
 """Published scores: sets that resume, files that ADM's evaluator shares, results that say what they are."""
 
+import dataclasses
+import hashlib
 import itertools
 import json
+import os
 import random
+import shutil
+import sys
 import types
 import zipfile
 
@@ -11,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import lattejax
 from lattejax.data.examples import Drawing, Prompt
 from lattejax.data.images import square
 from lattejax.errors import UserError
@@ -21,10 +27,13 @@ from lattejax.files import resolve_path
 from lattejax.flow.schedule import Sampling
 from lattejax.models import latte_flow, qwen2_vl
 from lattejax.models.autoencoders import Autoencoder
-from lattejax.models.inception import POOL, SPATIAL
+from lattejax.models.inception import CLASSES, POOL, SPATIAL
 from lattejax.models.pixels import PixelConfig
 from lattejax.sampling.images import ImageSampler
-from lattejax.scoring.points import Point, score_points
+from lattejax.scoring import parts as parts_of_sets
+from lattejax.scoring import points as points_of_sets
+from lattejax.scoring.parts import Parts, computed_on
+from lattejax.scoring.points import Point, _only_a_monitor_because, score_points
 from lattejax.scoring.reference import make_reference
 from lattejax.scoring.sources import open_folder, open_reference_source, open_samples
 from lattejax.scoring.table import write_table
@@ -141,6 +150,15 @@ def test_the_prompts_of_data_are_all_its_captions_or_those_of_held_out_pictures(
     assert held_out.encode([3])[0].input_ids.tolist() == ENCODER.drawing("a 3").input_ids.tolist()
 
 
+def test_the_hash_of_prompts_is_of_what_the_model_reads():
+    """The same texts by another tokenizer are other prompts; those that no sample has do not count."""
+    asked = Asked.texts(ENCODER, PROMPTS, "a test")
+    other = dataclasses.replace(asked, encode=lambda rows: [ENCODER.drawing(f"{PROMPTS[row]}!") for row in rows])
+    assert asked.encoded_identity(3) == Asked.texts(ENCODER, PROMPTS, "").encoded_identity(3)
+    assert other.identity == asked.identity and other.encoded_identity(3) != asked.encoded_identity(3)
+    assert asked.encoded_identity(2) == Asked.texts(ENCODER, PROMPTS[:2], "").encoded_identity(2)
+
+
 # ---- Results
 
 
@@ -149,7 +167,14 @@ def test_a_sweep_has_a_table_and_two_plots_and_adds_what_is_missing(sampler, ref
 
     def counted(guidance):
         draw = drawer(sampler, guidance=guidance)
-        return lambda samples: [drawn.append(guidance), draw(samples)][1]
+
+        def read(samples):
+            parts = (tmp_path / "scores.json.parts").iterdir()
+            assert {path.name for path in parts} == {"reference", f"guidance_{guidance:g}"}, "one set at a time"
+            drawn.append(guidance)
+            return draw(samples)
+
+        return read
 
     def points(*scales):
         return [point(counted(scale), 12, scale) for scale in scales]
@@ -163,11 +188,25 @@ def test_a_sweep_has_a_table_and_two_plots_and_adds_what_is_missing(sampler, ref
     assert table == (tmp_path / "scores.md").read_text()
     assert table.startswith("| guidance | steps | fid | sfid | inception score | precision | recall |")
     assert f"| 2 | 3 | {results[0]['figures']['fid']:.4g} |" in table
-    assert "Only a monitor: 12 pictures, not 50,000; the Inception weights are not the published ones." in table
+    assert [line[:5] for line in table.splitlines()[2:5]] == ["| 1 |", "| 2 |", "| 4 |"]
+    assert "Only a monitor: 12 pictures, not 50,000; the Inception weights are not the published ones; " in table
     for name in ("guidance", "steps"):
         assert Image.open(tmp_path / f"scores_by_{name}.png").width > 1000
+    with pytest.raises(UserError, match="has the scores of guidance_2 already, whose pictures were not kept; to draw"):
+        score(points(2.0), reference, out, keep_pictures=True)
     with pytest.raises(UserError, match=r"results of other settings \(seed: None -> 1\); choose another --out"):
         score([point(counted(1.0), 12, 1.0, seed=1)], reference, out)
+
+
+def test_only_the_first_process_reads_earlier_results(tmp_path, monkeypatch):
+    """The others may not see the file yet, or see an old one on their network disk."""
+    calls = []
+    monkeypatch.setattr(points_of_sets.hosts, "is_first", lambda: False)
+    monkeypatch.setattr(points_of_sets.hosts, "from_first", lambda found: calls.append(found.tolist()) or ~found)
+    (tmp_path / "a.json").write_text("half a fi")
+    reference = types.SimpleNamespace(sha256="")
+    assert score([point(None, 30), point(None, 30, 4.0)], reference, tmp_path / "a.json") == []
+    assert calls == [[False, False]]
 
 
 def test_a_result_is_what_its_pictures_give_and_names_what_determined_it(reference, tmp_path):
@@ -178,7 +217,10 @@ def test_a_result_is_what_its_pictures_give_and_names_what_determined_it(referen
     assert set(result["figures"]) == {"fid", "sfid", "inception_score", "precision", "recall"}
     assert result["settings"]["reference_sha256"] == reference.sha256
     assert result["settings"]["inception_sha256"] == "of pixels"
-    assert result["reference"]["description"]["num"] == 60
+    description = result["reference"]["description"]
+    assert description["pictures_sha256"] == hash_of_pictures(REFERENCE_PICTURES) and description["num"] == 60
+    assert result["reference"]["pictures"] == 20
+    assert result["shape"] == [30, 8, 8, 3] and result["distances"] == "float32"
     assert "cpu" in result["device"] and "highest" in result["inception_precision"]
     assert np.load(tmp_path / "a_guidance_2.npz")["arr_0"].tobytes() == pictures.tobytes()
     [same] = score([point(lambda rows: REFERENCE_PICTURES[rows], 60)], reference, tmp_path / "same.json")
@@ -199,6 +241,97 @@ def test_too_few_pictures_and_other_parts_are_refused(reference, tmp_path):
         score([point(stopped, 20)], reference, tmp_path / "a.json", part=16)
 
 
+def hash_of_pictures(pictures: np.ndarray) -> str:
+    digests = [hashlib.sha256(picture.tobytes()).digest() for picture in pictures]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def test_what_must_not_be_published_says_why(reference, tmp_path):
+    published = types.SimpleNamespace(weights=types.SimpleNamespace(sha256="67", are_published=True))
+    settings = {"prompts": "all captions of the data", "num_prompts": 1000}
+    drawn = Point("", settings, (50_000, 256, 256, 3), None)
+    pictures = SampleFile(None, (10_000, 256, 256, 3))
+    adms = dataclasses.replace(reference, pictures=pictures, description={})
+
+    def reasons(point=drawn, **changes) -> str:
+        return "; ".join(_only_a_monitor_because(point, published, dataclasses.replace(adms, **changes)))
+
+    def of(num=50_000, side=256, **changes) -> Point:
+        return Point("", settings | changes, (num, side, side, 3), None)
+
+    assert reasons() == reasons(Point("", {}, drawn.shape, None)) == ""
+    assert reasons(of(num=49_999)).startswith("49,999 pictures, not 50,000; 49,999 pictures are not the same number")
+    assert reasons(of(num_prompts=999)) == "50,000 pictures are not the same number for each of 999 prompts"
+    assert reasons(of(prompts="a file")) == "the prompts are those of a file, not of the data"
+    assert reasons(of(side=128)) == "pictures of 128x128 pixels, a reference of 256x256"
+    few = SampleFile(None, (50, 256, 256, 3))
+    assert reasons(pictures=few) == "precision and recall are against 50 pictures, not 10,000"
+    other = {"inception_sha256": "01" * 32}
+    assert reasons(description=other) == "the reference was made with other Inception weights (0101010101010101)"
+    assert reasons(pictures=None) == reasons(description={"inception_sha256": "67"}) == ""
+    assert "only mu and sigma, as of pytorch-fid" in reasons(spatial=None, pictures=None)
+
+
+def test_all_devices_and_versions_that_made_a_set_are_named(tmp_path, monkeypatch):
+    def killed(rows):
+        if rows[0]:
+            raise KeyboardInterrupt
+        return np.zeros((len(rows), 8, 8, 3), np.uint8)
+
+    earlier = {"device": "8 x tpu", "lattejax_version": "0.0.9", "jax_version": jax.__version__}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parts_of_sets, "computed_on", lambda: earlier)
+        filled(tmp_path / "a", 0, seed=1, read=killed)
+    found = filled(tmp_path / "a", 0, seed=1).computed_on
+    assert found["device"] == f"8 x tpu; {computed_on()['device']}" and found["jax_version"] == jax.__version__
+    assert found["lattejax_version"] == f"0.0.9; {lattejax.__version__}"
+
+
+def filled(directory, level: int, seed: int, read=None) -> Parts:
+    """A set of 30 pictures of one grey level, in two parts."""
+    pictures, every = np.full((30, 8, 8, 3), level, np.uint8), np.ones(30, bool)
+    parts = Parts.open(resolve_path(directory), {"seed": seed}, part=16, kept=every, picture=(8, 8, 3))
+    parts.fill(read or (lambda rows: pictures[rows]), PixelFeatures(), "a test")
+    return parts
+
+
+def levels(parts: Parts) -> set[int]:
+    return set(np.unique(np.concatenate(list(parts.pictures()))).tolist())
+
+
+@pytest.mark.parametrize("gone", [["set.json"], ["00001.npz"], ["set.json", "00000.npz"], []], ids="+".join)
+def test_parts_of_a_set_whose_removal_was_killed_are_not_taken_for_another(gone, tmp_path, monkeypatch):
+    black = filled(tmp_path / "a", 0, seed=1)
+
+    def killed(path):
+        for name in gone:
+            os.unlink(os.path.join(path, name))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        black.remove()
+    assert levels(filled(tmp_path / "a", 255, seed=2)) == {255}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "what the killed removal has left is removed"
+
+
+def test_parts_without_their_set_or_of_other_settings_are_made_again(tmp_path):
+    filled(tmp_path / "a", 0, seed=1)
+    (tmp_path / "a" / "set.json").unlink()
+    assert levels(filled(tmp_path / "a", 255, seed=2)) == {255}
+    text = (tmp_path / "a" / "set.json").read_text()
+    (tmp_path / "a" / "set.json").write_text(text.replace('"seed": 2', '"seed": 3'))
+    assert levels(filled(tmp_path / "a", 7, seed=3)) == {7}
+    assert levels(filled(tmp_path / "a", 8, seed=3)) == {7}, "and not again"
+
+
+def test_a_set_needs_room_for_its_features_and_for_its_pictures_twice(tmp_path, monkeypatch):
+    wanted = []
+    monkeypatch.setattr(parts_of_sets, "check_space", lambda path, size, name: wanted.append(size))
+    filled(tmp_path / "a", 0, seed=1)
+    assert wanted == [30 * (4 * (POOL + SPATIAL + CLASSES) + 2 * 8 * 8 * 3)]
+
+
 # ---- Files of ADM's evaluator
 
 
@@ -215,6 +348,21 @@ def test_sample_files_are_read_in_blocks(save, tmp_path):
     assert np.array_equal(source.read(np.arange(8, 9)), pictures[8:9])
     with pytest.raises(UserError, match=r"--num=12, but .* has 11 pictures"):
         open_samples(str(tmp_path / "samples.npz"), 4, 12)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are listed in /proc")
+def test_a_sample_file_is_closed_after_the_last_picture_that_is_read(tmp_path):
+    file = tmp_path / "samples.npz"
+    np.savez(file, arr_0=random_pictures(11))
+
+    def is_open() -> bool:
+        return str(file) in [os.path.realpath(each.path) for each in os.scandir("/proc/self/fd")]
+
+    source, found = open_samples(str(file), 4, 9), []
+    for rows in (np.arange(4), np.arange(4, 8), np.arange(8, 9)):
+        assert len(source.read(rows)) == len(rows)
+        found.append(is_open())
+    assert found == [True, True, False]
 
 
 def test_files_are_written_as_numpy_reads_them_and_always_the_same(tmp_path):
@@ -258,6 +406,9 @@ BAD_REFERENCES = {
     "floats": ({"arr_0": np.ones((2, 8, 8, 3))}, r"arr_0 of float64 \[2, 8, 8, 3\]; expected uint8"),
     "another network": ({"mu": np.ones(3), "sigma": np.ones((3, 3))}, r"shapes \(3,\) and \(3, 3\), not \(2048,\)"),
     "not finite": ({"mu": np.full(POOL, np.nan), "sigma": np.ones((POOL, POOL))}, "not finite"),
+    "too few for balls": ({"arr_0": random_pictures(3)}, r"3 pictures \(arr_0\); precision and recall need at least 4"),
+    "not symmetric": ({"mu": np.ones(POOL), "sigma": np.tri(POOL)}, "mu and sigma: the covariance is not symmetric"),
+    "negative": ({"mu": np.ones(POOL), "sigma": np.diag([3.0] * (POOL - 1) + [-1])}, "not positive semi-definite"),
     "objects": ({"mu": np.array([{}]), "sigma": np.ones(3)}, "cannot be read: ValueError: Object arrays"),
 }
 
@@ -293,6 +444,15 @@ def test_damaged_files_are_read_or_refused(tmp_path):
             assert "small.npz" in str(error)
 
 
+@pytest.mark.parametrize("total, pictures", [(1, 10), (3, 10), (20, 3)])
+def test_a_reference_is_not_made_of_too_few_pictures(total, pictures, tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=random_pictures(total))
+    source, out = open_samples(str(tmp_path / "a.npz"), 10, None), resolve_path(tmp_path / "ref.npz")
+    with pytest.raises(UserError, match=rf"^{min(total, pictures)} pictures are too few for a reference; at least 4"):
+        make_reference(source, out, PixelFeatures(), pictures=pictures, part=10)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
 # ---- Sources
 
 
@@ -308,6 +468,9 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_cropped(tmp_path):
     for index, name in enumerate(["a.png", "b/1.jpg", "c.webp"]):
         assert np.array_equal(read[index], square(Image.open(tmp_path / name), 16))
     assert open_folder(str(tmp_path), 8).identity != source.identity
+    os.utime(tmp_path / "a.png", (1, 1))
+    changed = open_folder(str(tmp_path), 16)
+    assert changed.version != source.version, "what was read of it before is not taken for a part of it"
 
 
 def test_latents_are_decoded(earlier):
@@ -321,7 +484,7 @@ def test_latents_are_decoded(earlier):
 
 
 def test_a_source_that_is_none_is_refused(tmp_path, earlier):
-    settings = dict(workdir=None, split="train", autoencoder=None, size=None, part=10)
+    settings = dict(part=10)
     (tmp_path / "empty").mkdir()
     for path, changes, named in (
         ("data", {}, "add its --workdir"),
@@ -329,6 +492,15 @@ def test_a_source_that_is_none_is_refused(tmp_path, earlier):
         (str(tmp_path / "empty"), {}, "add --image_size"),
         (str(tmp_path / "empty"), {"size": 8}, "has no pictures"),
         (str(earlier / "latents"), {}, "add --autoencoder"),
+        ("data", {"size": 8}, "--image_size has no effect on the data of a run"),
+        ("data", {"workdir": str(earlier / "run"), "autoencoder": str(tmp_path)}, "autoencoder"),
+        (str(tmp_path / "empty"), {"size": 8, "split": "test"}, "--split has no effect on a folder of pictures"),
+        (
+            str(tmp_path / "a.npz"),
+            {"workdir": "a"},
+            r"--workdir has no effect on an \.npz \(--make_reference=.*a\.npz\)",
+        ),
+        (str(earlier / "latents"), {"workdir": "a"}, "--workdir has no effect on latents"),
     ):
         with pytest.raises(UserError, match=named):
             open_reference_source(path, **settings | changes)
