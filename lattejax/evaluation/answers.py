@@ -24,6 +24,7 @@ class AnswerAccuracy:
     examples: Natural
     turn: str = "last"
     judges = "vlm"
+    named_by = ("",)
 
     def __post_init__(self):
         check_ranges(self)

@@ -68,6 +68,10 @@ class AskedScore:
         if self.vlm:
             Pretrained.open(self.vlm)  # raises if there is none
 
+    @property
+    def named_by(self) -> list[tuple[bool, float | None]]:
+        return [(bool(self.vlm), scale) for scale in self.guidance or (None,)]
+
     @classmethod
     def open(
         cls,

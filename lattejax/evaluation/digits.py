@@ -76,6 +76,10 @@ class DigitScore:
         if self.images % CLASSES:
             raise ValueError(f"images={self.images} must be a multiple of {CLASSES}")
 
+    @property
+    def named_by(self) -> list[bool]:
+        return [bool(self.guidance)]  # with scales there is a figure of the training images, too
+
     @classmethod
     def open(cls, config: Config, source: Source, *, images: int, guidance: Sequence[float] = ()) -> "DigitScore":
         if config.data.source != "digits":

@@ -44,6 +44,10 @@ class FIDMonitor:
         if self.reference.pool is None:
             raise ValueError(f"reference={self.reference.path} has no mu and sigma")
 
+    @property
+    def named_by(self) -> list[int]:
+        return [self.images]
+
     @classmethod
     def open(
         cls, config: Config, source: Source, *, images: int, reference: str, inception_weights: str = ""

@@ -25,6 +25,7 @@ class HeldOutFlowLoss:
 
     lengths: tuple[float, ...]
     judges = "pathway"
+    named_by = ("",)
 
     @classmethod
     def open(cls, config: Config, source: Source) -> "HeldOutFlowLoss":

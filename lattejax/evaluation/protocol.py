@@ -67,6 +67,9 @@ class Evaluator(Protocol):
 
     `judges` is the part of the model that it evaluates. Scores of the "vlm" are taken while a stage trains the VLM,
     scores of the "pathway" in the second stage.
+
+    A class may also have `named_by`: what the names of its figures depend on, such as a prefix, one entry for each set
+    of names that it returns. Two scores of a type that share an entry are refused if they would be taken together.
     """
 
     judges: Literal["vlm", "pathway"]

@@ -36,7 +36,7 @@ class Scheduled:
     evaluator: Evaluator
     moments: Sequence[Moment]
     every: int = 0  # only at multiples of this step; 0: at every evaluation
-    named_by: frozenset[Any] = frozenset()  # see `named_by`
+    named_by: frozenset[Any] = frozenset()  # see `_named_by`
 
     def is_due(self, moment: Moment, step: int) -> bool:
         return moment in self.moments and not (self.every and step % self.every)
@@ -90,29 +90,13 @@ def open_evaluator(name: str, settings: dict[str, Any], config: Config, source: 
     except (UserError, ValueError) as error:
         raise UserError(f"{key}: {error}") from error
     moments = _in_training(evaluator, config) if at == "training" else [at]
-    return Scheduled(name, evaluator, moments, every, named_by(kind, settings))
+    return Scheduled(name, evaluator, moments, every, _named_by(kind, evaluator, settings))
 
 
-def named_by(kind: str, settings: dict[str, Any]) -> frozenset[Any]:
-    """What the names of a score's figures depend on. Two scores that share one of these return figures of the same
-    names. A score of a type that is not listed here shares them only with one of the same settings."""
-
-    def at_each_scale(key: Any) -> list[Any]:
-        return [(key, f"{scale:g}") for scale in settings.get("guidance", ())] or [(key, "")]
-
-    match kind:
-        case "held_out_loss" | "answers" | "samples":
-            keys = [""]
-        case "digits":  # with scales, it also returns a figure of the training images
-            keys = [bool(settings.get("guidance"))]
-        case "asked":
-            keys = at_each_scale(bool(settings.get("vlm")))
-        case "words":
-            keys = at_each_scale(settings.get("prefix", ""))
-        case "fid":
-            keys = [settings["images"]]
-        case _:
-            keys = [json.dumps(settings, sort_keys=True)]
+def _named_by(kind: str, evaluator: Evaluator, settings: dict[str, Any]) -> frozenset[Any]:
+    """What the names of its figures depend on. Two scores that share one of these return figures of the same names. A
+    class that does not tell (see `Evaluator`) shares them only with the same settings."""
+    keys = getattr(evaluator, "named_by", [json.dumps(settings, sort_keys=True)])
     return frozenset((kind, key) for key in keys)
 
 

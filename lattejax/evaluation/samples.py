@@ -13,6 +13,7 @@ class SampleGrid:
     """Images for the config's prompts, or, if prompts are pictures, for those that the data set suggests."""
 
     judges = "pathway"
+    named_by = ("",)
 
     @classmethod
     def open(cls, config: Config, source: Source) -> "SampleGrid":

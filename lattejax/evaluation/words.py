@@ -228,6 +228,10 @@ class WordScore:
         if len(self.captions) < self.num_prompts:
             raise ValueError(f"prompts={self.num_prompts}, but {len(self.captions)} different captions are held out")
 
+    @property
+    def named_by(self) -> list[tuple[str, float | None]]:
+        return [(self.prefix, scale) for scale in self.guidance or (None,)]
+
     @classmethod
     def open(
         cls,

@@ -12,13 +12,16 @@ import pytest
 from lattejax.configuration.sections import Settings
 from lattejax.errors import UserError
 from lattejax.evaluation import registry
+from lattejax.evaluation.asked import AskedScore
+from lattejax.evaluation.fid import FIDMonitor
 from lattejax.evaluation.protocol import Report
+from lattejax.evaluation.words import WordScore
 from lattejax.runs.data import open_data
 from lattejax.runs.run import Run
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.scores import final_scores, scores_on_demand, settings_on_demand
-from tests.helpers import encoder_for, tiny_config
+from tests.helpers import tiny_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +145,16 @@ def test_two_scores_whose_figures_have_the_same_names_are_refused_before_trainin
 
 
 @pytest.mark.parametrize(
-    "kind, one, two, are_shared",
+    "score, one, two, are_shared",
     [
-        ("words", {"prefix": "unseen_"}, {}, False),
-        ("words", {"guidance": (1, 3)}, {"guidance": (3.0, 5)}, True),
-        ("words", {"guidance": (1, 3)}, {}, False),
-        ("asked", {"vlm": "weights/one"}, {"vlm": "weights/two"}, True),
-        ("asked", {"vlm": "weights/one"}, {}, False),
-        ("fid", {"images": 2000}, {"images": 1000}, False),
+        (WordScore, dict(prefix="unseen_", guidance=()), dict(prefix="", guidance=()), False),
+        (WordScore, dict(prefix="", guidance=(1, 3)), dict(prefix="", guidance=(3.0, 5)), True),
+        (WordScore, dict(prefix="", guidance=(1, 3)), dict(prefix="", guidance=()), False),
+        (AskedScore, dict(vlm="weights/one", guidance=()), dict(vlm="weights/two", guidance=()), True),
+        (AskedScore, dict(vlm="weights/one", guidance=()), dict(vlm="", guidance=()), False),
+        (FIDMonitor, dict(images=2000), dict(images=1000), False),
     ],
 )
-def test_names_of_figures_depend_on_some_settings(kind, one, two, are_shared):
-    assert bool(registry.named_by(kind, one) & registry.named_by(kind, two)) == are_shared
+def test_names_of_figures_depend_on_some_settings(score, one, two, are_shared):
+    keys = [set(score.named_by.fget(types.SimpleNamespace(**settings))) for settings in (one, two)]
+    assert bool(keys[0] & keys[1]) == are_shared
