@@ -22,7 +22,12 @@ PAPER = {
 COMPUTE = {
     "k4_batch_x4": {"model.num_groups": 4, "train.batch_size": 480, "train.accumulation": 8},  # compute of k1
     "k1_batch_quarter": {"model.num_groups": 1, "train.batch_size": 30},  # compute of k4
-    "k1_steps_quarter": {"model.num_groups": 1, "train.steps": 120, "train.warmup_steps": 25},  # compute of k4
+    "k1_steps_quarter": {  # compute of k4
+        "model.num_groups": 1,
+        "train.steps": 120,
+        "train.warmup_steps": 25,
+        "train.ema_decay": 0.96,
+    },
 }
 
 # 16 layers, more steps, one seed; for comparison with 8 layers, --config.base.model.text.num_layers=8.

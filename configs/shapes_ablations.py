@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 from lattejax.experiments import shapes
 
 EQUAL_TIME = {"train.density": "uniform", "eval.shift": 1.0, "model.interval_edges": ()}
+K2 = {"model.num_groups": 2, "model.interval_edges": (0.0, 0.25, 1.0)}
+K1 = {"model.num_groups": 1, "model.interval_edges": ()}
 VARIANTS = {
     "k4": {},
     "k4_no_residual": {"model.residual_attention": "none"},
@@ -19,15 +21,10 @@ VARIANTS = {
     "k4_equal_time": EQUAL_TIME,
     "k4_equal_loss": EQUAL_TIME | {"model.interval_edges": (0.0, 0.32, 0.865, 0.96, 1.0), "eval.shift": 2.0},
     # The work of k4: an example runs through 3 layers in k4, 6 in k2, 12 in k1.
-    "k2_work_of_k4": {
-        "model.num_groups": 2,
-        "model.interval_edges": (0.0, 0.25, 1.0),
-        "train.steps": 1000,
-        "train.warmup_steps": 100,
-    },
-    "k1_work_of_k4": {"model.num_groups": 1, "model.interval_edges": (), "train.steps": 500, "train.warmup_steps": 50},
-    "k2": {"model.num_groups": 2, "model.interval_edges": (0.0, 0.25, 1.0)},
-    "k1": {"model.num_groups": 1, "model.interval_edges": ()},
+    "k2_work_of_k4": K2 | {"train.steps": 1000, "train.warmup_steps": 100, "train.ema_decay": 0.99},
+    "k1_work_of_k4": K1 | {"train.steps": 500, "train.warmup_steps": 50, "train.ema_decay": 0.98},
+    "k2": K2,
+    "k1": K1,
 }
 
 
