@@ -15,7 +15,8 @@ import pytest
 
 FASTER_TO_COMPILE = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib") < "0.11":  # newer versions fail on unknown flags
-    FASTER_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
+    # The older emitters; and no threads that divide a program's code among them, as all cores are busy anyway.
+    FASTER_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if FASTER_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):
