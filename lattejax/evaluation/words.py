@@ -136,8 +136,8 @@ class WordReader:
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> Int[np.ndarray, "N A"]:
         """Returns the index of each attribute's most probable word."""
-        whole = np.concatenate([images, np.repeat(images[:1], -len(images) % BATCH, axis=0)])
-        batches = whole.reshape(-1, BATCH, *images.shape[1:])
+        padded = np.concatenate([images, np.repeat(images[:1], -len(images) % BATCH, axis=0)])
+        batches = padded.reshape(-1, BATCH, *images.shape[1:])
         return np.concatenate([predict(self._geometry, self._params, batch) for batch in batches])[: len(images)]
 
 
