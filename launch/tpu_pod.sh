@@ -39,9 +39,15 @@ acquire() {
     esac
 }
 
+# This directory's files, null-terminated, without what was made here. Only files: tar fails if a directory changes.
+files() {
+    find . \( -name '.?*' -o -name __pycache__ -o -path ./runs -o -path ./weights -o -path ./latents -o -path ./tpu_compiler -o -path ./build \) \
+        -prune -o ! -type d -print0
+}
+
 # Installs this directory's lattejax on every host, with a Python for it.
 install() {
-    tar --exclude=./.git --exclude=./runs --exclude=./weights --exclude=./latents --exclude=./tpu_compiler -czf "$archive" . || return
+    files | tar --null -T - -czf "$archive" || return
     tpu scp "$archive" "$TPU:lattejax.tar.gz" --worker=all || return
     tpu ssh "$TPU" --worker=all --command="mkdir -p lattejax && tar -xzf lattejax.tar.gz -C lattejax && cd lattejax &&
         python3 -m pip install -q --user uv && uv=~/.local/bin/uv && \$uv venv -q --allow-existing --python=$python ~/env &&

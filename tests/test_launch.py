@@ -2,9 +2,11 @@
 
 import os
 import pathlib
+import re
 import stat
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
@@ -35,6 +37,7 @@ case "$*" in
         grep -q " create " "$calls" || exit 1
         [[ $trainings == 1 && ! -e $calls.back ]] && echo PREEMPTED || echo READY ;;
     *delete*) touch "$calls.back" ;;
+    *" scp "*) cp "$5" "$calls.tar.gz" ;;
     *lattejax.train*) case $trainings in 1) exit 255 ;; 2) exit 75 ;; *) exit "${LAST:-0}" ;; esac ;;
 esac
 """
@@ -58,6 +61,11 @@ def test_a_tpu_pod_is_recreated_after_a_preemption_and_training_resumes(played, 
     assert "--python=3.11.9 ~/env" in installed and ".[tpu,data]" in installed, "a host's own Python is 3.10"
     assert "--worker=all" in trained[0] and "--cluster=auto --preemption_notice=http://metadata." in trained[0]
     assert r"--workdir=gs://bucket/a\ run" in trained[0]
+    with tarfile.open(f"{calls}.tar.gz") as archive:
+        assert not any(member.isdir() for member in archive), "one that changes meanwhile would end the launch"
+        names = set(archive.getnames())
+    assert {"./pyproject.toml", "./README.md", "./lattejax/train.py", "./configs/imagenet256.py"} <= names
+    assert not any(re.match(r"\./(\.|runs/|weights/|latents/)|.*__pycache__", name) for name in names)
 
 
 def test_a_tpu_pod_needs_its_name():
