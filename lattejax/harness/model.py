@@ -48,7 +48,7 @@ class LatteJax(lmms):
       max_pixels: images with more pixels are reduced.
       system_prompt: the system turn; None: the chat template's.
       dtype: of converted weights and their computation; empty: bfloat16.
-      output_image_dir: where pictures are written.
+      output_image_dir: pictures are written to a directory in it, which is named by guidance scale, steps and seed.
       guidance: the guidance scale of drawings; None: the run's own.
       steps: their sampling steps; None: the run's own.
       seed: of their noise, and of tokens that are sampled.
@@ -101,6 +101,8 @@ class LatteJax(lmms):
         opened = open_model(str(workdir), str(checkpoint), dtype, autoencoder, draws)
         self._answerer, self._sampler, usual = opened
         self._sampling = dataclasses.replace(usual, **given)
+        if self._pictures is not None:  # other settings do not overwrite pictures that a task's log names
+            self._pictures /= f"guidance_{self._sampling.guidance:g}_steps_{self._sampling.num_steps}_seed_{seed}"
         self._encoder = self._answerer.encoder
         limit_pixels(self._encoder, min_pixels, max_pixels)
         opening = () if system_prompt is None else (Turn("system", str(system_prompt)),)

@@ -378,6 +378,7 @@ def test_drawings_are_files_that_the_task_finds(tasks, tmp_path):
     args = f"workdir={tmp_path / 'run'},mode=generation,steps=3,output_image_dir={tmp_path / 'pictures'}"
     done = command_line(tmp_path / "out", tasks, ("drawings",), args, "--batch_size=3")
     drawn = [json.loads(response)["images"][0] for response in done["responses"]["drawings"]]
-    assert [Path(path).name for path in drawn] == [f"drawings_{i}_0.png" for i in range(8)]
+    settings = tmp_path / "pictures" / "guidance_2_steps_3_seed_0"
+    assert drawn == [str(settings / f"drawings_{i}_0.png") for i in range(8)]
     pictures = [np.asarray(Image.open(path)) for path in drawn]
     assert {picture.shape for picture in pictures} == {(8, 8, 3)} and len({p.tobytes() for p in pictures}) == 8

@@ -293,7 +293,7 @@ def test_drawings_are_files_named_by_document_with_noise_of_their_own(harness, e
     requests = [ask(captions[i], {"max_new_tokens": 64}, lambda _: [], doc, "a/task", "test") for i, doc in places]
     made = [json.loads(response) for response in drawing.generate_until(requests)]
     assert [each["text"] for each in made] == [""] * 4
-    names = [f"a_task_{name}.png" for name in ("4_0", "7_0", "1_0", "4_1")]
+    names = [f"guidance_3_steps_3_seed_5/a_task_{name}.png" for name in ("4_0", "7_0", "1_0", "4_1")]
     assert [each["images"] for each in made] == [[str(tmp_path / "new" / name)] for name in names]
     pictures = [np.asarray(Image.open(each["images"][0])).astype(int) for each in made]
 
