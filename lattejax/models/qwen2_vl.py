@@ -4,10 +4,13 @@ Axes: B batch, T token, S cache slot, L layer, D width, V vocabulary.
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from lattejax.models import functional, text, vision
@@ -15,6 +18,8 @@ from lattejax.models.functional import Params
 from lattejax.models.layers import Layers
 from lattejax.models.text import KeysValues, TextConfig, Vocabulary
 from lattejax.models.vision import Images, VisionConfig
+
+LOGITS_AT_ONCE = 64  # tokens of a row: the logits of a whole prompt take 0.8 GB a row at 2B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,30 @@ def forward(
 def logits(config: VLMConfig, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Returns next-token logits for the hidden states of `forward`."""
     return functional.bind(Vocabulary, config.text, params=params["text"]["vocabulary"]).logits(hidden)
+
+
+def map_logits(
+    config: VLMConfig,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    function: Callable[[Float[Array, "B t V"], Int[Array, "B t"]], Any],
+) -> Any:
+    """Returns the arrays [B, T] of `function(logits, targets)`, with the logits of a block of tokens at a time, in
+    float32. The backward pass computes them again: at no time are all of them in memory."""
+    length = targets.shape[1]
+    size = min(LOGITS_AT_ONCE, length)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_block(block: tuple[Array, Array]) -> Any:
+        return function(logits(config, params, block[0]).astype(jnp.float32), block[1])
+
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, 0), (0, -length % size), *[(0, 0)] * (x.ndim - 2)])
+        return rearrange(padded, "B (n t) ... -> n B t ...", t=size)
+
+    found = jax.lax.map(of_block, (split(hidden), split(targets)))
+    return jax.tree.map(lambda x: rearrange(x, "n B t -> B (n t)")[:, :length], found)
 
 
 def prefill(

@@ -30,12 +30,16 @@ def weigh_answers(batch: dict[str, Any]) -> dict[str, Any]:
 def answer_loss(
     config: VLMConfig, vlm: Params, questions: dict[str, Any], remat: str, unroll: bool
 ) -> Float[Array, ""]:
-    """Cross-entropy of the answer tokens only."""
+    """Cross-entropy of the answer tokens only. With `remat` other than "none", logits are recomputed too."""
     prompts: Prompts = questions["prompts"]
     vlm = qwen2_vl.unstack(vlm) if unroll else vlm
     hidden, _ = qwen2_vl.forward(config, vlm, prompts, remat)
-    logits = qwen2_vl.logits(config, vlm, hidden[:, :-1]).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, prompts.input_ids[:, 1:])
+    hidden, targets = hidden[:, :-1], prompts.input_ids[:, 1:]
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    if remat == "none":
+        losses = cross_entropy(qwen2_vl.logits(config, vlm, hidden).astype(jnp.float32), targets)
+    else:
+        losses = qwen2_vl.map_logits(config, vlm, hidden, targets, cross_entropy)
     return jnp.mean(jnp.sum(losses * questions["target_weights"][:, 1:], axis=1))
 
 

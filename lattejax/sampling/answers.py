@@ -15,7 +15,6 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -33,7 +32,6 @@ from lattejax.sampling.padding import bucket, padded
 from lattejax.sampling.streams import TextStream
 from lattejax.weights.pretrained import Pretrained
 
-SCORED_AT_ONCE = 64  # tokens of a row: the logits of a whole prompt take 0.8 GB a row at 2B
 LEAST_TEMPERATURE = 1e-6  # below this, logits divided by it overflow float32
 MaxTokens = Annotated[int, Range(1, MOST_POSITIONS)]
 Temperature = Annotated[float, Range(0, 1000)]
@@ -147,21 +145,12 @@ def score_answers(
     """The log-probability of each row's answer tokens, and whether each of them is the likeliest."""
     hidden, _ = qwen2_vl.forward(config, params, prompts)
     targets, counted = prompts.input_ids[:, 1:], is_answer[:, 1:]
-    length = targets.shape[1]
-    size = min(SCORED_AT_ONCE, length)
 
-    def score(block: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, targets = block
-        logits = qwen2_vl.logits(config, params, hidden).astype(jnp.float32)
+    def score(logits: Array, targets: Array) -> tuple[Array, Array]:
         each = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
         return each, jnp.argmax(logits, axis=-1) == targets
 
-    def split(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, 0), (0, -length % size), *[(0, 0)] * (x.ndim - 2)])
-        return rearrange(padded, "B (n t) ... -> n B t ...", t=size)
-
-    scored = jax.lax.map(score, (split(hidden[:, :-1]), split(targets)))
-    each, likeliest = (rearrange(x, "n B t -> B (n t)")[:, :length] for x in scored)
+    each, likeliest = qwen2_vl.map_logits(config, params, hidden[:, :-1], targets, score)
     return jnp.sum(each, axis=1, where=counted), jnp.all(likeliest, axis=1, where=counted)
 
 
