@@ -14,7 +14,7 @@ from lattejax.errors import UserError
 from lattejax.evaluation.registry import open_evaluator
 from lattejax.models import qwen2_vl
 from lattejax.runs.data import open_data
-from lattejax.sampling.answers import SCORED_AT_ONCE, Answerer, Decoding
+from lattejax.sampling.answers import Answerer, Decoding
 from tests.helpers import encoder_for, randomize, tiny_config
 
 CONFIG = tiny_config()
@@ -54,7 +54,7 @@ def test_likelihoods_equal_float64_whatever_the_batch(answerer):
         ENCODER.question("Is it? " * 60, (), "no"),
     ]
     lengths = [len(prompt.input_ids) for prompt in complete]
-    assert min(lengths) < SCORED_AT_ONCE < max(lengths), "scored in one block and in several"
+    assert min(lengths) < qwen2_vl.LOGITS_AT_ONCE < max(lengths), "scored in one block and in several"
     expected = [log_likelihood(prompt) for prompt in complete]
     for size in (1, 2, 3):
         np.testing.assert_allclose(answerer.log_likelihoods(complete, size)[0], expected, atol=1e-4)

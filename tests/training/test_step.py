@@ -276,6 +276,24 @@ def test_blends_loss_is_the_weighted_sum_of_both_streams():
     assert metrics["loss"] == pytest.approx(float(alone), rel=1e-5), "Couple with equal weights has the same velocity"
 
 
+def test_recomputing_logits_in_blocks_changes_only_rounding(monkeypatch):
+    """Value and gradient of the answers' loss, with the last of the blocks incomplete."""
+    asked, vocabulary = questions(), MODEL.vlm.text.vocab_size
+    length = asked["prompts"].input_ids.shape[1] - 1
+    monkeypatch.setattr(qwen2_vl, "LOGITS_AT_ONCE", 10)
+    assert length % 10
+
+    def of(remat):
+        return jax.jit(jax.value_and_grad(lambda vlm: answer_loss(MODEL.vlm, vlm, asked, remat, False)))
+
+    (value, gradient), (expected, exact) = of("full")(VLM), of("none")(VLM)
+    assert value == pytest.approx(expected, rel=1e-6)
+    near = functools.partial(np.testing.assert_allclose, rtol=0)
+    jax.tree.map(lambda a, b: near(a, b, atol=1e-6 * np.abs(b).max()), gradient, jax.device_get(exact))
+    has_all = [f"x{length}x{vocabulary}xf32" in of(remat).lower(VLM).as_text() for remat in ("none", "full")]
+    assert has_all == [True, False], "an array of all logits"
+
+
 def test_flow_matching_reaches_the_shared_layers_through_image_tokens_and_through_contexts():
     """The gradient of only the flow's loss, with and without its part through the contexts."""
     trained, frozen, inputs = blend_inputs()
