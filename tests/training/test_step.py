@@ -287,7 +287,7 @@ def test_recomputing_logits_in_blocks_changes_only_rounding(monkeypatch):
         return jax.jit(jax.value_and_grad(lambda vlm: answer_loss(MODEL.vlm, vlm, asked, remat, False)))
 
     (value, gradient), (expected, exact) = of("full")(VLM), of("none")(VLM)
-    assert value == pytest.approx(expected, rel=1e-6)
+    assert value == pytest.approx(float(expected), rel=1e-6)
     near = functools.partial(np.testing.assert_allclose, rtol=0)
     jax.tree.map(lambda a, b: near(a, b, atol=1e-6 * np.abs(b).max()), gradient, jax.device_get(exact))
     has_all = [f"x{length}x{vocabulary}xf32" in of(remat).lower(VLM).as_text() for remat in ("none", "full")]
