@@ -133,7 +133,7 @@ def _members(attributes: str, num_devices: int) -> int:
 def _trip_count(line: str, condition: list[str]) -> int:
     if known := re.search(r"known_trip_count[^\d]*(\d+)", line):
         return int(known[1])
-    constants = dict(re.findall(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", "\n".join(condition)))
+    constants = dict(re.findall(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition)))
     for operand in re.findall(r"compare\(([^)]*)\), direction=LT", "\n".join(condition)):
         for name in operand.split(","):
             if name.strip().split(" ")[-1].lstrip("%") in constants:
