@@ -286,7 +286,7 @@ def test_couple_does_not_train_the_vlm():
     assert set(trained) == {"embedding", "time", "experts", "head"} and set(fixed) == {"vlm"}
 
 
-def test_one_step_costs_a_kth_of_vanillas():
+def test_one_step_costs_a_kth_of_vanillas_and_reads_no_vlm_weights():
     """The step of one group, compiled with its layers unrolled, against the same model with K = 1; within 10 %."""
     flops = {}
     for groups in (1, 4):
@@ -302,6 +302,8 @@ def test_one_step_costs_a_kth_of_vanillas():
         compiled = jax.jit(step).lower(own, context, x_t, t).compile()
         flops[groups] = compiled.cost_analysis()["flops"]
         assert set(own) == {"embedding", "time", "experts", "head"} and len(own["experts"]) == 4 // groups
+        vlm_leaves = {id(leaf) for leaf in jax.tree.leaves(params["vlm"])}  # with Blend's pathway, they would be read
+        assert not vlm_leaves & {id(leaf) for leaf in jax.tree.leaves((own, context, x_t, t))}
     assert flops[4] == pytest.approx(flops[1] / 4, rel=0.1)
 
 
