@@ -74,7 +74,7 @@ def read_geometry(directory: epath.Path) -> NetworkConfig:
         return CLASSES[values["_class_name"]](values)
 
 
-# How a DC-AE changes resolution, by name. The published checkpoint of sana-1.0 spells it "Conv".
+# How a DC-AE changes resolution, by name. diffusers takes every other name for a convolution; sana-1.0's is "Conv".
 DOWN = {"pixel_unshuffle": True, "conv": False, "Conv": False}
 UP = {"pixel_shuffle": True, "interpolate": False}
 
