@@ -195,6 +195,7 @@ def open_converted(directory: Path) -> None:
 def open_autoencoder(directory: Path) -> None:
     stored = StoredAutoencoder.open(str(directory))
     stored.weights("encoder")
+    stored.weights("decoder")
 
 
 def open_latents(directory: Path) -> None:
@@ -277,6 +278,16 @@ def assert_reads_or_refuses(read: Callable[[Path], None], directory: Path, file:
         assert str(error).strip()
     except Exception as error:
         raise AssertionError(f"{file} {what}: {type(error).__name__}: {error}") from error
+
+
+def test_a_pipe_among_converted_weights_does_not_stop_an_export(stored, tmp_path):
+    directory = shutil.copytree(stored["converted"][0], tmp_path / "copy")
+    file = next(file for file in sorted((directory / "params").rglob("*")) if file.is_file())
+    file.unlink()
+    os.mkfifo(file)
+    with at_most(20), pytest.raises(UserError, match=file.name):
+        Pretrained.open(directory).write_hugging_face(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 KINDS = ("run", "checkpoints", "export", "latents", "converted", "autoencoder", "scores")

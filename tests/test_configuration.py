@@ -94,7 +94,10 @@ def changed(section: str, name: str, value: object):
             r"final_images has been removed: use config\.eval\.evaluators\.final_digits\.images",
         ),
         (changed("data", "prompts", "pictures"), r"set train\.share_contexts=False"),
-        (changed("model", "num_groups", 3), "num_groups=3 does not divide the 8 layers .* use one of"),
+        (changed("model", "num_groups", 3), r"config\.model\.num_groups=3 does not divide the 8 layers .* use one of"),
+        (changed("mesh", "expert", -1), r"config\.mesh\.expert=-1, but data too; only one axis may be -1"),
+        (changed("train", 1, 2), r"unknown config key train\.1"),
+        (changed("", 1, 2), "unknown config key 1"),
         (changed("model", "residual_attention", "yes"), "residual_attention='yes' is unknown; use one of"),
         (changed("model", "patch_size", 3), r"patch_size=3 does not divide latents of shape \(8, 8, 1\)"),
         (changed("train", "batch_size", 122), "must be a multiple of .* equal share"),
@@ -123,6 +126,10 @@ def test_intervals_overlap_only_if_groups_have_their_own_rows():
     config = changed("train", "stratified", False)
     config["train"]["interval_overlap"] = 0.1
     with pytest.raises(UserError, match="interval_overlap needs stratified=True"):
+        configuration.resolve(config)
+    config = changed("model", "num_groups", 1)
+    config["train"]["interval_overlap"] = 0.1
+    with pytest.raises(UserError, match=r"config\.train\.interval_overlap=0\.1 has no effect with model\.num_groups=1"):
         configuration.resolve(config)
 
 

@@ -46,13 +46,21 @@ class Config:
     def __post_init__(self):
         check_ranges(self)
         check_one_of("dtype", self.dtype, DTYPES)
-        _ = self.model_config  # runs its own checks
+        try:
+            _ = self.model_config  # runs its own checks
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from error
         if self.mesh.expert != 1:
             if self.trains_answers or self.model.group_sizes:
                 what = "model.variant='blend'" if self.trains_answers else "model.group_sizes"
                 raise ValueError(f"mesh.expert={self.mesh.expert} must be 1 with {what}: its groups cannot be sharded")
             if self.model.num_groups % self.mesh.expert:
                 raise ValueError(f"mesh.expert={self.mesh.expert} does not divide the {self.model.num_groups} groups")
+        if self.train.interval_overlap and self.model.num_groups == 1:
+            raise ValueError(
+                f"train.interval_overlap={self.train.interval_overlap} has no effect with model.num_groups=1: a single "
+                "interval has no neighbours"
+            )
         groups, accumulation = self.model.num_groups if self.train.stratified else 1, self.train.accumulation
         if self.train.batch_size % (accumulation * groups):
             raise ValueError(

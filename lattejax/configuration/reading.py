@@ -88,7 +88,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     fields = _fields(cls)
     for name in values:
         if name not in fields:
-            check_key(prefix + name)
+            check_key(f"{prefix}{name}")
     # A key that was added later may be missing if its default keeps the earlier behaviour.
     added = {f.name: f.metadata[BEFORE] for f in dataclasses.fields(cls) if BEFORE in f.metadata}
     values = {f.name: f.default for f in dataclasses.fields(cls) if added.get(f.name, f) == f.default} | values
@@ -100,7 +100,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     try:
         return cls(**arguments)
     except ValueError as error:
-        raise UserError(f"config.{prefix}{error}" if prefix else f"config: {error}") from error
+        raise UserError(f"config.{prefix}{error}") from error
 
 
 def resolve(config: ConfigDict | dict[str, Any]) -> Config:

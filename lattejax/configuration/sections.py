@@ -66,8 +66,8 @@ class Mesh:
         check_ranges(self)
         for name, size in dataclasses.asdict(self).items():
             check(name, size, size != 0, "positive, or -1 for all remaining devices")
-        if list(dataclasses.asdict(self).values()).count(-1) > 1:
-            raise ValueError(f"{dataclasses.asdict(self)} has two axes of -1; only one may be -1")
+        if len(rest := [name for name, size in dataclasses.asdict(self).items() if size == -1]) > 1:
+            raise ValueError(f"{rest[0]}=-1, but {' and '.join(rest[1:])} too; only one axis may be -1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +169,8 @@ class Tokenizer:
 class Stage:
     """The keys that both stages of training share. The defaults are the VLM's: taken unchanged, with no steps."""
 
-    # A run's workdir, from whose latest checkpoint this stage's initial weights are taken, whether or not it has
-    # finished; or an export; for the first stage also converted weights. Empty: random weights.
+    # Where initial weights come from: a run's workdir (its latest checkpoint, finished or not), an export, or, in the
+    # first stage, converted weights. Empty: random weights.
     init_from: str = ""
     steps: Natural = 0
     batch_size: Size = 1

@@ -1,4 +1,4 @@
-"""Attention with memory that is bounded for any sequence length.
+"""Attention whose scores take a bounded amount of memory, for any sequence length. The caller's mask is not bounded.
 
 Axes: B batch, T query, S key, H query head, G KV head, d head dimension.
 """

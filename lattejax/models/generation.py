@@ -27,7 +27,8 @@ from lattejax.models.text import KeysValues
 
 
 class Context(NamedTuple):
-    """What image tokens attend to of prompts: the VLM's keys and values at each layer, and where images start."""
+    """The prompts' part in attention: the VLM's keys and values at each layer. Also the position where the image
+    starts."""
 
     layers: KeysValues | list[KeysValues]  # [L or M, B, T, G, d], or a list of L or M arrays [B, T, G, d]
     mask: Bool[Array, "B T"]
@@ -35,8 +36,7 @@ class Context(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """Each row's flow time, and one group's modulations, computed from its `Step`: from flow time, or another
-    conditioning."""
+    """Each row's flow time, and the modulations that one group computes from its `Step`."""
 
     t: Float[Array, "B"]
     layers: Modulation | list[Modulation]  # each layer's, in the form of the layers: stacked or a list
@@ -140,7 +140,7 @@ def velocity(
 def attention_maps(
     config: GenerationConfig, params: Params, context: Context, x_t: Float[Array, "B h w C"], conditioning: Conditioning
 ) -> Float[Array, "M B H N N"]:
-    """What each layer of one group hands on: its image-to-image map, or that map's logits, with what it has taken up.
+    """The map (or its logits) that each layer passes to the next, including the residual it added.
 
     Arguments are as in `velocity`. Without residual attention nothing is handed on: a ValueError.
     """

@@ -58,7 +58,7 @@ class LayerConfig:
     """Geometry and options; the geometry is that of the VLM layer whose weights a generation layer starts from."""
 
     text: TextConfig
-    residual_attention: str = "probabilities"  # what the next layer adds: the map, its "logits", or "none"
+    residual_attention: str = "probabilities"  # added from the layer before: its map, its "logits", or nothing ("none")
     residual_gate: str = "head"  # one gate for each "head", or one for the "layer"
 
     def __post_init__(self):

@@ -1,8 +1,13 @@
 """The complete LaTtE-Flow model: a VLM that reads, a generation pathway that draws, and the connection between them.
 
 LaTtE-Flow (arXiv 2506.06952) has two variants. How their weights differ is in this file: `VARIANTS`, `init` and
-`pathway`. All other code checks `ModelConfig.shares_layers`: whether a second stream of batches trains answers, whether
-contexts can be computed in advance, and which weights answer once that stage has begun.
+`pathway`. All other code checks `ModelConfig.shares_layers`, which decides
+
+- whether a second stream of batches trains answers;
+- whether contexts can be computed in advance;
+- which weights answer once the second stage has begun.
+
+The variants:
 
 - Couple: the VLM is frozen. Each generation layer has a trained replica of the VLM layer at its depth. Prompts never
   attend to image tokens, so their contexts depend on nothing that is trained, and are computed once.

@@ -36,8 +36,8 @@ def traffic(hlo: str, num_devices: int) -> dict[str, Traffic]:
 
     A collective in a loop counts as often as the loop runs. With n participating chips, each sends 2(n-1)/n of an
     all-reduce's data, (n-1)/n of an all-gather's output, a reduce-scatter's input or an all-to-all's data, and all of
-    a permutation's: the cost of the best ring algorithms. The TPU compiler may spread a collective over several
-    computations and name it in each of them, so a channel counts as one collective.
+    a permutation's: the cost of the best ring algorithms. The TPU compiler may list one collective in several
+    computations, so each channel id is counted once.
 
     Args:
       hlo: the program's text, `compiled.as_text()`.

@@ -12,7 +12,7 @@ import numpy as np
 from jax._src import distributed  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
-from lattejax.errors import UserError
+from lattejax.errors import UserError, first_line
 from lattejax.interrupts import Interrupted
 
 CLUSTERS = ("none", "auto", "explicit")
@@ -52,8 +52,7 @@ def connect(cluster: str, coordinator: str = "", processes: int = 0, process: in
     try:
         jax.distributed.initialize(**explicit, initialization_timeout=seconds)
     except (RuntimeError, ValueError, OSError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--cluster={cluster}: the processes cannot connect: {first_line}") from error
+        raise UserError(f"--cluster={cluster}: the processes cannot connect: {first_line(error)}") from error
     print(
         f"process {jax.process_index()} of {jax.process_count()}, with {jax.local_device_count()} devices", flush=True
     )
@@ -94,7 +93,7 @@ def end_all(code: int, reason: str) -> None:
 
 
 def all_fail(name: str) -> bool:
-    """Whether all processes fail at the same point, `name`, within seconds; those that fail call it."""
+    """Called by a process that fails at `name`: whether all others fail there too, within seconds."""
     if not is_one_of_several():
         return True
     try:
@@ -129,7 +128,7 @@ def _end_together(code: int) -> None:
         distributed.global_state.client.wait_at_barrier(END, 1000 * SECONDS_TO_END)
         time.sleep(SECONDS_BETWEEN_CHECKS * is_first())
     except jax.errors.JaxRuntimeError as error:  # a process is gone already
-        print(f"some processes did not answer: {str(error).splitlines()[0]:.200}", file=sys.stderr)
+        print(f"some processes did not answer: {first_line(error)}", file=sys.stderr)
     sys.stdout.flush()
     os._exit(code)
 

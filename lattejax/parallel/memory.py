@@ -3,8 +3,11 @@
 A GPU or a TPU reports that it has too little. A CPU does not: there the system kills the process without a word.
 """
 
+import contextlib
 import math
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,9 +17,17 @@ from lattejax.errors import UserError
 GIB = 2**30
 
 
-def machine_bytes() -> int:
-    """The memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+# Where Linux states how much memory a container may use, with control groups of version 2 and 1.
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def machine_bytes(limits: Sequence[str] = CONTAINER_LIMITS) -> int:
+    """The memory of this machine, or of the container that this process runs in, if that is less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in limits:
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            found.append(int(Path(path).read_text()))
+    return min(found)
 
 
 def device_bytes(device: jax.Device) -> int:
@@ -40,9 +51,16 @@ def check_compiled(compiled: jax.stages.Compiled, what: str) -> None:
     """Raises `UserError` if a compiled program needs more memory than one of its devices has."""
     if (memory := compiled.memory_analysis()) is None:  # not every backend knows
         return
-    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output
+    needed = memory.argument_size_in_bytes + bytes_beyond_arguments(memory)
     check_fits(needed, device_bytes(jax.local_devices()[0]), f"{what}, on each device,")
+
+
+def bytes_beyond_arguments(memory: Any) -> int:
+    """What a device needs for a program's temporaries, and for results that do not take an argument's place.
+
+    `memory` is what `compiled.memory_analysis()` returns.
+    """
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def call_checked(function: jax.stages.Wrapped, what: str, *arguments: Any, **static: Any) -> Any:

@@ -11,18 +11,17 @@ from typing import Any
 import jax
 
 from lattejax.configuration import Config
-from lattejax.errors import UserError
+from lattejax.errors import UserError, first_line
 from lattejax.flow.schedule import split_steps
 from lattejax.models import flops
 from lattejax.parallel import collectives
+from lattejax.parallel.memory import GIB, bytes_beyond_arguments, bytes_per_device
 from lattejax.parallel.mesh import make_mesh
 from lattejax.pods import programs
 from lattejax.pods.chips import open_topology
 from lattejax.sampling.padding import padded_length
 from lattejax.training.costs import generation_flops
 from lattejax.training.layout import check_mesh
-
-GIB = 2**30
 
 
 def make_plan(config: Config, topology: str, captions: int, sample: bool = False) -> dict[str, Any]:
@@ -49,14 +48,13 @@ def make_plan(config: Config, topology: str, captions: int, sample: bool = False
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"{topology} has too little memory: {str(error).splitlines()[0][:300]}") from error
+        raise UserError(f"{topology} has too little memory: {first_line(error)}") from error
 
     memory = compiled.memory_analysis()
-    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    hbm = {name: _on_a_chip(tree) / GIB for name, tree in parts.items()}
+    hbm = {name: bytes_per_device(tree) / GIB for name, tree in parts.items()}
     arguments = sum(size for name, size in hbm.items() if name != "vlm")  # the VLM has read the prompts before
     hbm["padding"] = memory.argument_size_in_bytes / GIB - arguments
-    hbm["activations"] = (memory.temp_size_in_bytes + output) / GIB
+    hbm["activations"] = bytes_beyond_arguments(memory) / GIB
     hbm["program"] = memory.generated_code_size_in_bytes / GIB
     sent = collectives.traffic(compiled.as_text(), mesh.size)
     if sample:
@@ -91,16 +89,11 @@ def make_plan(config: Config, topology: str, captions: int, sample: bool = False
     }
 
 
-def _on_a_chip(tree: Any) -> int:
-    """The bytes of a tree's arrays on one chip."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 ASSUMPTIONS = """compiled: memory, collectives and their counts, for exactly these chips and this mesh
 in closed form: model FLOPs, without recomputation
 from the data sheet: the chip's rates, with links in all directions busy at once
-assumed: arrays are read or written once, temporaries both, and nothing else; the slowest of the three bounds hides the
-  others. So no step is shorter than this; only a measurement on a chip can show how much longer it is
+assumed: each array is read or written once, each temporary written and read once; compute, memory and links overlap
+  perfectly. So no step is shorter than this; only a measurement on a chip can show how much longer it is
 not included: reading data, evaluations, checkpoints; for a sampling call, reading prompts and decoding images"""
 
 

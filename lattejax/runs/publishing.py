@@ -11,7 +11,6 @@ generation_config.json, of a converted VLM: how it decodes
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from flax import traverse_util
 
@@ -92,7 +91,7 @@ def _as_stored_before(run: Run, params: Params) -> Params:
 
     def cast(path: str, x: jax.Array) -> jax.Array:
         part, _, name = path.partition("/")
-        return x if part != "vlm" or path in trained else x.astype(jnp.dtype(converted.record["dtypes"][name]))
+        return x if part != "vlm" or path in trained else x.astype(converted.dtype(name))
 
     flat = traverse_util.flatten_dict(params, sep="/")
     return traverse_util.unflatten_dict({path: cast(path, x) for path, x in flat.items()}, sep="/")

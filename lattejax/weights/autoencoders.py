@@ -9,6 +9,7 @@ So these three are stored with latents, as an `Identity`, and compared whenever 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 
@@ -72,8 +73,12 @@ class StoredAutoencoder:
         """Reads the weights of the "encoder" or the "decoder"; raises `UserError` if they are damaged."""
         if self.directory is None:
             return {}
-        abstract = jax.eval_shape(self.autoencoder.init, jax.random.key(0))
-        return trees.load_weights(self.directory / part, abstract[part])
+        return trees.load_weights(self.directory / part, self._abstract[part])
+
+    @functools.cached_property
+    def _abstract(self) -> Params:
+        """Describes the weights of both parts; that takes longer than reading those of a small network."""
+        return jax.eval_shape(self.autoencoder.init, jax.random.key(0))
 
 
 def _fingerprint(hashes: dict[str, str], autoencoder: Autoencoder) -> str:

@@ -74,6 +74,25 @@ def read_geometry(directory: epath.Path) -> NetworkConfig:
         return CLASSES[values["_class_name"]](values)
 
 
+# How a DC-AE changes resolution, by name. diffusers takes every other name for a convolution; sana-1.0's is "Conv".
+DOWN = {"pixel_unshuffle": True, "conv": False, "Conv": False}
+UP = {"pixel_shuffle": True, "interpolate": False}
+
+
+def _known(values: dict, name: str, known: dict[Any, bool]) -> bool:
+    value = values[name]
+    if value not in known:
+        raise ValueError(f"{name}={value!r:.100} is not supported; only {', '.join(map(repr, known))}")
+    return known[value]
+
+
+def _switch(values: dict, name: str) -> bool:
+    value = values.get(name, True)
+    if type(value) is not bool:
+        raise ValueError(f"{name}={value!r:.100} must be true or false")
+    return value
+
+
 def _dc_ae(values: dict) -> DCAEConfig:
     return DCAEConfig(
         encoder=_stages(values, "encoder", norms="rms_norm", activations="silu"),
@@ -81,10 +100,10 @@ def _dc_ae(values: dict) -> DCAEConfig:
         in_channels=values["in_channels"],
         latent_channels=values["latent_channels"],
         head_dim=values["attention_head_dim"],
-        unshuffle=values["downsample_block_type"] == "pixel_unshuffle",
-        shuffle=values["upsample_block_type"] == "pixel_shuffle",
-        encoder_shortcut=values.get("encoder_out_shortcut", True),
-        decoder_shortcut=values.get("decoder_in_shortcut", True),
+        unshuffle=_known(values, "downsample_block_type", DOWN),
+        shuffle=_known(values, "upsample_block_type", UP),
+        encoder_shortcut=_switch(values, "encoder_out_shortcut"),
+        decoder_shortcut=_switch(values, "decoder_in_shortcut"),
         last_activation=values.get("decoder_conv_act_fn", "relu"),
     )
 
@@ -149,10 +168,23 @@ def read(directory: epath.Path) -> tuple[NetworkConfig, Params]:
     """Reads a checkpoint: its geometry and its float32 weights.
 
     Raises:
-      UserError: a name or a shape does not match the config, or a file is missing or truncated.
+      UserError: a name or a shape does not match the config, the config is of a network that cannot run, or a file is
+        missing or truncated.
     """
     config, stored = read_geometry(directory), Shards.open(directory, WEIGHTS)
+    _check_runs(config, directory / CONFIG)
     return config, _assemble(config, stored.shapes, stored.read, directory / CONFIG)
+
+
+def _check_runs(config: NetworkConfig, source: epath.Path) -> None:
+    """Raises `UserError` for a geometry that cannot encode and decode, such as channels that do not divide: encoding
+    would be the first to notice. Computes shapes only."""
+    autoencoder, side = Autoencoder(config), config.compression
+    with parsing(f"{source} describes a network that cannot run, so it"):
+        params = jax.eval_shape(autoencoder.init, jax.random.key(0))
+        images = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+        latents = jax.eval_shape(autoencoder.encode, params["encoder"], images)
+        jax.eval_shape(autoencoder.decode, params["decoder"], latents)
 
 
 def read_taesd(encoder: epath.Path, decoder: epath.Path) -> tuple[TAESDConfig, Params]:

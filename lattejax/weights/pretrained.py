@@ -55,16 +55,14 @@ def convert(source: str, out: epath.PathLike) -> None:
         checkpoint = Checkpoint.open(hugging_face.find(source))
         # These raise before hours of work, not after.
         read_encoder(checkpoint.directory, checkpoint.config, Generation.read(checkpoint.directory))
-        leaves, dtypes = naming.leaves(checkpoint.config), {}
         with _orbax():
-            for leaf in tqdm(leaves, desc="converting", unit="array", disable=None):
+            for leaf in tqdm(naming.leaves(checkpoint.config), desc="converting", unit="array", disable=None):
                 array = checkpoint.read(leaf)
-                dtypes[leaf.path] = array.dtype.name
                 ocp.partial.save(directory / "params", traverse_util.unflatten_dict({leaf.path: array}, sep="/"))
             ocp.partial.finalize(directory / "params")
         hugging_face.copy_files(checkpoint.side_files(), directory)
         record = {"source": source, "directory": str(checkpoint.directory), "sha256": checkpoint.shards.hashes()}
-        (directory / RECORD).write_text(json.dumps(record | {"dtypes": dtypes}, indent=2) + "\n")
+        (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _orbax() -> ocp.Context:
@@ -90,7 +88,7 @@ class Pretrained:
         if not is_converted(directory):
             raise UserError(f"{path} holds no converted weights: it has no {RECORD}; make it with lattejax.convert")
         record = read_json(directory / RECORD)
-        if not all(isinstance(record.get(key), dict) for key in ("sha256", "dtypes")):
+        if not isinstance(record.get("sha256"), dict):
             raise UserError(f"{directory / RECORD} was not written by lattejax.convert: {record!r:.200}")
         return cls(directory, hugging_face.read_geometry(directory), record)
 
@@ -132,12 +130,11 @@ class Pretrained:
           UserError: `out` exists or is remote, or the weights are damaged.
         """
         shards.check_local(resolve_path(out))
+        check_files(self.directory / "params", deep=True)
         here = SingleDeviceSharding(jax.devices("cpu")[0])
         shapes = traverse_util.flatten_dict(naming.abstract_vlm(self.vlm_config), sep="/")
         stored = {
-            leaf: jax.ShapeDtypeStruct(
-                shapes[leaf.path].shape, jnp.dtype(self.record["dtypes"][leaf.path]), sharding=here
-            )
+            leaf: jax.ShapeDtypeStruct(shapes[leaf.path].shape, self.dtype(leaf.path), sharding=here)
             for leaf in naming.leaves(self.vlm_config)
         }
         files = shards.split({leaf: array.size * array.dtype.itemsize for leaf, array in stored.items()})
@@ -155,13 +152,23 @@ class Pretrained:
     def _read(self, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         """Reads one array, with the dtype and sharding of `target`."""
         target = traverse_util.unflatten_dict({path: target}, sep="/")
+        shapes = {name: array.shape for name, array in self._stored.items()}
         with parsing(f"{path} in {self.directory}"), _orbax():  # Orbax raises a bare Exception for truncated files
-            read = ocp.load(self.directory / "params", layouts.as_stored(target, self._stored_shapes))
+            read = ocp.load(self.directory / "params", layouts.as_stored(target, shapes))
         return traverse_util.flatten_dict(layouts.as_wanted(read, target), sep="/")[path]
 
+    def dtype(self, path: str) -> np.dtype:
+        """The dtype that an array has in the files; raises `UserError` if they are damaged."""
+        if path not in self._stored:
+            raise UserError(f"the weights in {self.directory} are damaged: they lack {path}")
+        return self._stored[path].dtype
+
     @functools.cached_property
-    def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        return layouts.shapes(ocp.metadata(self.directory / "params").metadata)
+    def _stored(self) -> dict[str, Any]:
+        """Shape and dtype of each array in the files, by path."""
+        with parsing(f"the weights in {self.directory}"):
+            stored = ocp.metadata(self.directory / "params").metadata
+            return {layouts.keystr(path): array for path, array in jax.tree.leaves_with_path(stored)}
 
 
 def is_converted(directory: epath.Path) -> bool:

@@ -18,14 +18,26 @@ def test_a_compiled_program_is_compared_with_a_device(monkeypatch):
         memory.check_compiled(compiled, "a product")
 
 
-def test_a_call_is_compared_with_a_device_and_compiled_once(monkeypatch):
-    traced = []
-    double = jax.jit(lambda x: traced.append(x) or 2 * x)
-    assert memory.call_checked(double, "doubling", jnp.ones(10)).sum() == 20
-    assert len(traced) == 1
+def test_a_call_is_compared_with_a_device_and_compiled_once(monkeypatch, caplog):
+    double = jax.jit(lambda x: 2 * x)
+    x = jnp.ones(10)
+    with jax.log_compiles():
+        assert memory.call_checked(double, "doubling", x).sum() == 20
+    compiled = [record for record in caplog.records if "Finished XLA compilation of jit(<lambda>)" in record.message]
+    assert len(compiled) == 1
     monkeypatch.setattr(memory, "device_bytes", lambda device: 1000)
     with pytest.raises(UserError, match="doubling, on each device, needs"):
         memory.call_checked(double, "doubling", jnp.ones(1000))
+
+
+def test_a_container_may_have_less_memory_than_the_machine(tmp_path):
+    two, one = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
+    machine = memory.machine_bytes([str(two)])  # there is no such file
+    two.write_text("max\n")
+    one.write_text(f"{2**63 - 4096}\n")
+    assert memory.machine_bytes([str(two), str(one)]) == machine
+    two.write_text("4096000\n")
+    assert memory.machine_bytes([str(two), str(one)]) == 4_096_000
 
 
 @pytest.mark.parametrize(

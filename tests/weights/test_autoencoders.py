@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_image
 from lattejax.errors import UserError
 from lattejax.models.autoencoders import Autoencoder
 from lattejax.weights.autoencoders import StoredAutoencoder, convert
-from lattejax.weights.diffusers import WEIGHTS, read, read_taesd
+from lattejax.weights.diffusers import WEIGHTS, read, read_geometry, read_taesd
 from tests import checkpoints
 from tests.helpers import assert_same_bits, shared_data
 
@@ -125,6 +125,12 @@ def edit(path, change):
         (lambda d: edit(d, lambda c: c.update(encoder_layers_per_block=[1, 1, 1])), "unexpected: encoder.down_blocks"),
         (lambda d: edit(d, lambda c: c.update(decoder_act_fns="gelu")), "activation='gelu'"),
         (lambda d: edit(d, lambda c: c.pop("attention_head_dim")), "attention_head_dim"),
+        (lambda d: edit(d, lambda c: c.update(encoder_out_shortcut=None)), "encoder_out_shortcut=None must be true or"),
+        (lambda d: edit(d, lambda c: c.update(decoder_in_shortcut="no")), "decoder_in_shortcut='no' must be true or"),
+        (lambda d: edit(d, lambda c: c.update(upsample_block_type=7)), "upsample_block_type=7 is not supported"),
+        (lambda d: edit(d, lambda c: c.update(downsample_block_type="convolution")), "only 'pixel_unshuffle', 'conv'"),
+        (lambda d: edit(d, lambda c: c.update(latent_channels=7)), "a network that cannot run.* EinopsError"),
+        (lambda d: edit(d, lambda c: c.update(attention_head_dim=128)), "a network that cannot run"),
     ],
 )
 def test_a_broken_checkpoint_is_named(damage, named, tmp_path):
@@ -132,6 +138,13 @@ def test_a_broken_checkpoint_is_named(damage, named, tmp_path):
     damage(tmp_path)
     with pytest.raises(UserError, match=named):
         read(epath.Path(tmp_path))
+
+
+def test_the_published_spelling_of_a_strided_convolution_is_read(tmp_path):
+    AutoencoderDC(latent_channels=8, attention_head_dim=8, **checkpoints.DC_AE["sana-1.0"]).save_pretrained(tmp_path)
+    expected = read_geometry(epath.Path(tmp_path))
+    edit(tmp_path, lambda c: c.update(downsample_block_type="Conv"))
+    assert read_geometry(epath.Path(tmp_path)) == expected and not expected.unshuffle
 
 
 # ---- Converted

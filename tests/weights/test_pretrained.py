@@ -297,7 +297,8 @@ def test_a_hub_id_is_looked_up_in_the_hubs_cache(source, tmp_path):
 
 @pytest.fixture
 def converted_before(source, tmp_path, monkeypatch):
-    """The same weights as an earlier version converted them, without an axis for heads."""
+    """The same weights as an earlier version converted them: without an axis for heads, and with a record of dtypes,
+    which is not read. Here the record is damaged."""
     pack = Leaf.pack
 
     def merged(leaf: Leaf, tensors: Iterator) -> np.ndarray:
@@ -307,6 +308,7 @@ def converted_before(source, tmp_path, monkeypatch):
     pretrained.convert(str(source), tmp_path / "before")
     stored = ocp.metadata(tmp_path / "before" / "params").metadata
     assert stored["vision"]["blocks"]["attention"]["qkv"]["weight"].shape == (2, 96, 32)
+    edit(tmp_path / "before" / "conversion.json", lambda record: record.update(dtypes={"text/norm/scale": "int8"}))
     return tmp_path / "before"
 
 
