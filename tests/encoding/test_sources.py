@@ -1,6 +1,7 @@
 """Every form of captioned and questioned pictures, in its real format, with its awkward cases."""
 
 import dataclasses
+import io
 import json
 import re
 import tarfile
@@ -18,7 +19,7 @@ from lattejax.encoding.prepare import make_preparation
 from lattejax.encoding.sources import Records, open_records
 from lattejax.encoding.sources.json_records import CHUNK, JsonRecords
 from lattejax.encoding.sources.tfds import readable
-from lattejax.encoding.sources.webdataset import expand
+from lattejax.encoding.sources.webdataset import expand, read_tar
 from lattejax.errors import UserError
 from tests import forms, pictures
 from tests.helpers import tiny_config
@@ -236,6 +237,8 @@ def test_records_of_a_json_file_are_found_wherever_they_are(as_lines, indent, tm
         ('[{"a": 1} {"b": 2}]', "found '{' between two records"),
         ('[{"a": 1}, {"b": ]', "is not valid JSON, byte 11"),
         ("[" * 200_000, "nested too deeply"),
+        ('[{"a": 1}]\n[{"a": 2}]', r"byte 11: found '\[' after the array"),
+        ("[] 7", "byte 3: found '7' after the array"),
     ],
 )
 def test_a_damaged_json_array_is_named(text, named, tmp_path):
@@ -358,6 +361,50 @@ def test_a_truncated_tar_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:700])
     with pytest.raises(UserError, match=r"001\.tar cannot be read: ReadError"):
         read(settings(source="webdataset", name=str(tmp_path / "*.tar")))
+
+
+def tar_of(path, members, mode="w"):
+    """Writes a tar file; returns where its members begin."""
+    with tarfile.open(path, mode) as tar:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    with tarfile.open(path) as tar:
+        return [member.offset for member in tar]
+
+
+def test_no_record_of_a_damaged_tar_file_is_lost_silently(tmp_path):
+    """Cut within a header or exactly between two records, a wrong header, and damage inside a compressed file."""
+    members = [(f"{i}.{kind}", np.random.default_rng(i).bytes(700)) for i in range(9) for kind in ("jpg", "txt")]
+    file = tmp_path / "0.tar"
+    starts = tar_of(file, members)
+    whole = file.read_bytes()
+    assert [key for key, _ in read_tar(str(file))] == list("012345678")
+    wrong = bytearray(whole)
+    wrong[starts[12] + 10] ^= 1
+    for damaged in (whole[: starts[12]], whole[: starts[12] + 200], whole[: starts[13]], bytes(wrong)):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"0\.tar cannot be read: ReadError: it is truncated or damaged at byte"):
+            list(read_tar(str(file)))
+    for suffix, mode in ((".gz", "w:gz"), (".xz", "w:xz")):
+        file = tmp_path / f"0.tar{suffix}"
+        tar_of(file, members, mode)
+        whole = file.read_bytes()
+        for place in (len(whole) // 3, len(whole) // 2, len(whole) - 6):  # the last is the checksum, or the footer
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+            with pytest.raises(UserError, match=r"0\.tar\.\wz cannot be read"):
+                list(read_tar(str(file)))
+
+
+def test_questions_in_two_places_of_a_record_are_named(tmp_path):
+    described = {"questions": [{"question": "a", "answer": "b"}], "conversations": talk("c", "d")}
+    tar_of(tmp_path / "0.tar", [("a.jpg", forms.records()[0]["file"]), ("a.json", json.dumps(described).encode())])
+    tar_of(tmp_path / "1.tar", [])
+    items = read(settings(source="webdataset", name=str(tmp_path / "*.tar")))
+    assert [item.problem for item in items] == [
+        "0.tar, a: its json has questions and conversations; put all into one of them"
+    ]
 
 
 def test_a_record_of_a_tar_file_without_a_picture_or_text_is_named(tmp_path):
