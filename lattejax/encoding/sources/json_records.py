@@ -55,10 +55,14 @@ class JsonRecords:
         except UnicodeDecodeError as error:
             raise UserError(f"{self.where(index)} is not UTF-8: {error}") from error
 
-    def state(self) -> str:
-        """Changes if the file is written again."""
-        status = os.stat(self.path)
-        return f"{status.st_size} {status.st_mtime_ns}"
+
+def file_state(path: Path) -> str:
+    """A file's size and time, which change if it is written again."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # a ValueError: a name that no file can have
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def list_lines(opened: Any, start: int) -> Iterator[tuple[int, int]]:

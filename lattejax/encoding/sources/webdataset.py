@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 from lattejax.configuration import Images
 from lattejax.encoding.items import Item, Picture, checked
 from lattejax.encoding.order import Part
-from lattejax.encoding.sources.features import keyed_item
+from lattejax.encoding.sources.features import decoded, keyed_item
 from lattejax.errors import UserError, first_line, parsing
 from lattejax.files import parse_json
 
@@ -60,8 +60,8 @@ class WebDatasetRecords:
     def _item(self, name: str, fields: dict[str, bytes]) -> Item:
         record: dict[str, Any] = dict(fields)
         for key in record.keys() & {"json"}:
-            record[key] = parse_json(_decode(record[key], key), "its json")
-        return keyed_item(name, record, self._keys(record), _picture, lambda key, value: _decode(value, key))
+            record[key] = parse_json(decoded(record[key], key), "its json")
+        return keyed_item(name, record, self._keys(record), _picture, lambda key, value: decoded(value, key))
 
     def _keys(self, record: dict[str, Any]) -> Images:
         """The config's keys, or those that this record has."""
@@ -81,15 +81,6 @@ def _picture(value: Any, name: str) -> Picture:
     if not isinstance(value, bytes):
         raise UserError(f"{name} is no image")
     return Picture(name, lambda: value, len(value))
-
-
-def _decode(value: Any, key: str) -> Any:
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"its {key} is not UTF-8: {error}") from error
-    return value
 
 
 def expand(pattern: str) -> list[str]:
