@@ -228,6 +228,11 @@ def test_latents_of_another_config_are_refused(section, changes, named, config):
             open_data(change(config, section, **changes))
 
 
+def test_latents_must_be_named(config):
+    with pytest.raises(UserError, match=r"config\.data\.latents is empty; it must be a directory that"):
+        open_data(change(config, "data", latents=""))
+
+
 @pytest.mark.parametrize("family, scale, named", [("in-1.0", 0.5, "scale 0.25 of"), ("sana-1.0", 0.25, "sha256")])
 def test_latents_of_another_autoencoder_or_scale_are_refused(family, scale, named, config):
     other = change(config, "data", autoencoder=str(checkpoints.convert_autoencoder(family, scale)))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lattejax.data import conversations, digits
 from lattejax.encoding.items import Item, Picture, checked, make_item
-from lattejax.encoding.order import divide, first_order
+from lattejax.encoding.order import divide, extended, first_order
 from lattejax.encoding.prepare import find_encoder, make_preparation
 from lattejax.encoding.sources import Records, open_records
 from lattejax.encoding.sources.json_records import CHUNK, JsonRecords
@@ -200,6 +200,9 @@ def test_bad_splits_and_folders_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=named):
             open_records(dataclasses.replace(images, **change))
+    named = "it has 5 records in 'train'; it had 9 when it was encoded: restore them, or use another --out"
+    with pytest.raises(UserError, match=named):
+        extended(first_order({"train": 9}, None), {"train": 5}, None, "it")
     tokenizer = dataclasses.replace(tiny_config().tokenizer, path="~nobody_here/a")
     with pytest.raises(UserError, match="home directory of an unknown user"):
         find_encoder(dataclasses.replace(tiny_config(), tokenizer=tokenizer))
@@ -303,8 +306,10 @@ def test_llavas_marks_stand_where_the_pictures_are(tmp_path):
     none = {"conversations": talk("Hello", "Good day.")}
     drawn = {"image": "002.jpg", "conversations": talk("a flower", "<image>")}
     edited = {"image": ["002.jpg", "003.jpg"], "conversations": talk("<image>\nAt night", "<image>")}
-    items = of_llava(tmp_path / "mine", several, none, drawn, edited)
-    several, none, drawn, edited = sorted(items, key=lambda item: item.name)
+    told = {"image": "002.jpg", "conversations": [{"from": "system", "value": "See <image>"}, *talk("So?", "b")]}
+    items = of_llava(tmp_path / "mine", several, none, drawn, edited, told)
+    several, none, drawn, edited, told = sorted(items, key=lambda item: item.name)
+    assert told.conversations[0][0].content == ("See", 0) and told.drawn is None
     assert several.conversations[0][0].content == ("First", 0, "then", 1, "Which?")
     assert several.conversations[0][2].content == ("So?",) and several.drawn is None
     assert none.pictures == () and none.conversations[0][0].content == ("Hello",)
