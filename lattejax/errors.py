@@ -46,6 +46,9 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
 
 
+WRAPPERS = (RuntimeError, ValueError)  # what libraries raise while they handle what the system refused
+
+
 def refusal(error: BaseException | None) -> str | None:
     """What the system refused, if that is why an error was raised: a full disk, no permission, too little memory; or
     a package that is missing for a remote path."""
@@ -61,13 +64,15 @@ def refusal(error: BaseException | None) -> str | None:
             return str(error)
         if found := REFUSALS.search(str(error)):
             return f"{found[0]}: {first_line(error)}"
-        error = error.__cause__ or error.__context__
+        wraps = isinstance(error, WRAPPERS) and not error.__suppress_context__
+        error = error.__cause__ or (error.__context__ if wraps else None)
     return None
 
 
 def one_line(text: str) -> str:
-    """A text as one line of at most `LONGEST_LINE` characters: the middle of a longer one is left out."""
-    text = " ".join(text.split())
+    """A text as one line of at most `LONGEST_LINE` characters: the middle of a longer one is left out, and bytes of
+    file names that are not UTF-8 are escaped."""
+    text = " ".join(text.encode(errors="backslashreplace").decode().split())
     if len(text) > LONGEST_LINE:
         text = f"{text[: LONGEST_LINE * 2 // 3]} … {text[3 - LONGEST_LINE // 3 :]}"
     return text

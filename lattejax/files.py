@@ -5,6 +5,7 @@ anything else at their place is an error, never a wait.
 """
 
 import contextlib
+import glob
 import io
 import json
 import os
@@ -58,10 +59,12 @@ def resolve_path(path: str | os.PathLike) -> epath.Path:
 
 
 def check_name(name: str, where: str) -> None:
-    """Raises `UserError` for a file name that a listing gives and that would leave the listing's directory."""
+    """Raises `UserError` if a listed file name points outside its directory, or is not UTF-8."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith(("/", "~")) or ".." in parts or "\0" in name or "\\" in name:
         raise UserError(f"{where} names {name!r:.100}, which is not in its directory")
+    if name != name.encode(errors="replace").decode():
+        raise UserError(f"{where} names {name!r:.100}, which is not UTF-8; rename the file")
 
 
 # ---- Reading
@@ -242,7 +245,8 @@ def check_space(path: epath.Path, size: int, name: str) -> None:
 
 
 def remove_leftovers(directory: epath.Path, pattern: str = "*") -> None:
-    """Removes what killed processes have left in a directory: unfinished files and directories.
+    """Removes what killed processes have left in a directory: unfinished files and directories. `pattern` matches
+    the names that they would have had.
 
     Only the one process that writes there may call this, see `leases`.
     """
@@ -290,7 +294,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
     check_writable(path, os.fspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with one_writer(path.with_name(f".{path.name}"), os.fspath(path)):
-        remove_leftovers(path.parent, path.name)
+        remove_leftovers(path.parent, glob.escape(path.name))
         partial = path.with_name(f"{path.name}{PARTIAL}{secrets.token_hex(4)}")
         try:
             partial.mkdir()

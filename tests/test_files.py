@@ -1,4 +1,4 @@
-"""Paths and files, local and remote."""
+"""Paths and files, local and remote, and what the system refuses."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 import pytest
 from etils import epath
 
-from lattejax.errors import UserError
+from lattejax.errors import UserError, refusal
 from lattejax.files import is_remote, new_directory, write_atomically
 from lattejax.runs.workdir import Workdir
 
@@ -51,3 +51,29 @@ def test_of_two_concurrent_writers_the_second_is_refused(tmp_path):
             pass
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"a": "first"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_has_left_is_removed_whatever_the_name(tmp_path):
+    left = tmp_path / "out[1].partial-0"
+    left.mkdir()
+    with new_directory(tmp_path / "out[1]"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out[1]"]
+
+
+def raised(error, during):
+    """An error as it is when it is raised while another is handled."""
+    error.__context__ = during
+    return error
+
+
+def test_what_the_system_refused_is_found_below_a_librarys_error_and_not_below_a_bug():
+    refused = FileNotFoundError(2, "No such file or directory", "a.txt")
+    assert refusal(raised(ValueError("cannot be read"), refused)) == "a.txt: No such file or directory"
+    caused = raised(TypeError("no"), KeyError(1))
+    caused.__cause__ = refused
+    assert refusal(caused) == "a.txt: No such file or directory"
+    assert refusal(raised(KeyError("a"), refused)) is None
+    hidden = raised(ValueError("no"), refused)
+    hidden.__suppress_context__ = True
+    assert refusal(hidden) is None

@@ -51,11 +51,12 @@ class LatentSource:
           UserError: their encoding is incomplete, a file is missing or truncated, or their autoencoder, scale, shift,
             size or shape are not the config's.
         """
-        data, directory = config.data, resolve_path(config.data.latents)
+        data = config.data
         if data.prompts != "captions":
             raise UserError(f"config.data.prompts={data.prompts!r} must be 'captions' for cached latents")
         if not data.latents:
             raise UserError("config.data.latents is empty; it must be a directory that lattejax.encode has written")
+        directory = resolve_path(data.latents)
         if is_remote(directory):
             raise UserError(
                 f"config.data.latents={data.latents!r} is remote; ArrayRecord needs a local disk or a mount"

@@ -8,7 +8,8 @@ questions-<split>-00007.array_record   conversations
 images-<split>-00007.array_record      the images that prompts and conversations show, as PNG, JPEG or WebP
 <split>-00007.json                     these four files' numbers of records, sizes and hashes, and what was left out
 dataset_info.json, features.json       for tensorflow-datasets' `tfds.builder_from_directory`, which reads the latents
-manifest.json                          all of this together; written last, and required for reading
+manifest.json                          all of this together; required for reading
+summary.json                           what it holds, for people; written last
 
 A shard is four files with one number. Latents are stored scaled, as the flow uses them.
 """
@@ -34,7 +35,7 @@ with epy.lazy_imports():
 NAME = "latents"
 TEMPLATE = "latents-{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"  # of files that tensorflow-datasets reads
 LATENTS, CAPTIONS, QUESTIONS, IMAGES = KINDS = ("latents", "captions", "questions", "images")
-ENCODING, MANIFEST = "encoding.json", "manifest.json"
+ENCODING, MANIFEST, SUMMARY = "encoding.json", "manifest.json", "summary.json"
 VERSION = 2  # of the layout; the first had latents and captions in one file, and no questions
 SPLITS = ("train", "test")
 
@@ -64,10 +65,13 @@ class StoredFile:
         path = directory / self.file
         size = path.stat().length if path.exists() else None
         if size != self.bytes:
-            found = (
-                "is missing" if size is None else f"is truncated or overwritten: {size} bytes, expected {self.bytes}"
+            described = description(self.file)
+            if size is None:
+                raise UserError(f"{path} is missing; remove {described} and encode again")
+            raise UserError(
+                f"{path} is truncated or overwritten: {size} bytes, expected {self.bytes}; remove it and {described}, "
+                "and encode again"
             )
-            raise UserError(f"{path} {found}; remove it and {description(self.file)}, and encode again")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,15 +25,16 @@ from tqdm import tqdm
 from lattejax.configuration import Config
 from lattejax.data.images import CROP
 from lattejax.data.prompts import PromptEncoder
-from lattejax.data.stored import ENCODING, LATENTS, MANIFEST, VERSION
+from lattejax.data.stored import ENCODING, LATENTS, MANIFEST, SUMMARY, VERSION
 from lattejax.encoding.items import Item
 from lattejax.encoding.order import ORDER, Order, divide, extended, first_order
-from lattejax.encoding.prepare import find_encoder, make_preparation
+from lattejax.encoding.prepare import digests_alone, find_encoder, limits_of, make_preparation
 from lattejax.encoding.shards import Encoder, ShardWriter, prepare_all
 from lattejax.encoding.sources import Records, open_records
 from lattejax.encoding.summary import is_summarized, write_summary
 from lattejax.encoding.written import (
     File,
+    Survey,
     Written,
     check_left_out,
     check_shard,
@@ -41,7 +42,6 @@ from lattejax.encoding.written import (
     finish,
     plan_files,
     read_descriptions,
-    survey,
 )
 from lattejax.errors import UserError
 from lattejax.files import check_writable, is_remote, read_json, resolve_path, write_atomically
@@ -110,9 +110,10 @@ def _check_same(out: epath.Path, encoding: dict[str, Any]) -> None:
         raise UserError(
             f"--out={out} was written by another version of lattejax; training reads it, but encode into another --out"
         )
-    different = [f"{key}: {theirs.get(key)} -> {value}" for key, value in encoding.items() if theirs.get(key) != value]
+    pairs = {key: (theirs.get(key), value) for key, value in encoding.items()}
+    different = [f"{key} was {was}, is {value}" for key, (was, value) in pairs.items() if was != value]
     if different:
-        raise UserError(f"--out={out} holds other latents ({'; '.join(different)}); choose another")
+        raise UserError(f"--out={out} was encoded with other settings ({'; '.join(different)}); use another --out")
 
 
 def _plan(out: epath.Path, config: Config, source: Records) -> tuple[Order, list[File]]:
@@ -150,6 +151,11 @@ class Job:
     ):
         self.config, self.out, self.source, self.order = config, out, source, order
         self.stored, self.prompt_encoder = stored, encoder
+        self.version = source.version  # before records are read: what changes meanwhile is noticed the next time
+
+    @functools.cached_property
+    def limits(self) -> str:
+        return limits_of(self.config, self.prompt_encoder)
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -165,7 +171,8 @@ class Job:
         tasks = {file: self._task(file, written.get(file)) for file in ours}
         tasks = {file: task for file, task in tasks.items() if task}
         if tasks:
-            (out / MANIFEST).unlink(missing_ok=True)
+            for file in (MANIFEST, SUMMARY):
+                (out / file).unlink(missing_ok=True)
         with _progress_bar(None if self.source.names_are_shards else _count(tasks)) as bar:
             for file, task in tasks.items():
                 known = written[file] if task == "texts" else None
@@ -189,15 +196,25 @@ class Job:
         if known is None:
             return "all"
         check_shard(self.out, known)
-        if known.version == self.source.version:
-            return ""
-        pictures, texts = survey(self._items(file))
-        if pictures != known.pictures:
+        if known.shard.left_out and known.limits not in ("", self.limits):
             return "all"
-        if texts != known.texts:
+        if known.version == self.version:
+            return ""
+        found = self._survey(file)
+        if found["pictures"] != known.pictures:
+            return "all"
+        if found["texts"] != known.texts or found["contents"] != known.contents:
             return "texts"
-        known.stamped(file, self.source.version).save(self.out, file)
+        known.stamped(file, self.version).save(self.out, file)
         return ""
+
+    def _survey(self, file: File) -> dict[str, str]:
+        """The hashes of what the source has now, see `Written`; pictures are read, not decoded."""
+        survey, threads = Survey(), self.config.images.threads
+        with ThreadPoolExecutor(threads) as pool:
+            for one in prepare_all(self._items(file), digests_alone, pool, threads):
+                survey.see(one.item, one.digests)
+        return survey.hashes
 
     def _write(self, file: File, known: Written | None, bar: tqdm) -> Written:
         """Writes a shard, or only its texts if it is known and its latents fit."""
@@ -213,9 +230,9 @@ class Job:
             writer.discard()
             raise
         if one is None:
-            bar.write(f"{file.name}: pictures have changed too, so their latents are computed again")
+            bar.write(f"{file.name}: its pictures have changed, so their latents are computed again")
             return self._write(file, None, bar)
-        one = one.stamped(file, self.source.version)
+        one = one.stamped(file, self.version, limits=self.limits if writer.too_long else "")
         one.save(self.out, file)
         _report(bar, file, one, "texts of " if known else "")
         return one

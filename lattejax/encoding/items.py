@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lattejax.data.conversations import Content, Conversation, Message
-from lattejax.errors import UserError
+from lattejax.errors import UserError, parsing
 
 MARK = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
@@ -51,13 +51,25 @@ class Item:
         said = (part for talk in self.conversations for message in talk for part in message.content)
         return sorted(by_prompts | {part for part in said if isinstance(part, int)})
 
+    @property
+    def used(self) -> list[int]:
+        """The indices of the pictures that are drawn or seen, ascending."""
+        return sorted({*self.shown, *(() if self.drawn is None else (self.drawn,))})
+
 
 def checked(name: str, make: Callable[[], Item]) -> Item:
-    """Returns the item, or, if `make` raises `UserError`, one with that problem."""
+    """Returns the item, or, if `make` raises an error, one with that problem."""
     try:
-        return make()
+        with parsing("it"):
+            _check_encodable(name)
+            return make()
     except UserError as error:
         return Item(name, problem=f"{name}: {error}")
+
+
+def _check_encodable(name: str) -> None:
+    if name != name.encode(errors="replace").decode():
+        raise UserError("its name is not UTF-8; rename it")
 
 
 def make_item(
@@ -80,8 +92,9 @@ def make_item(
       shown: the indices of the pictures that come before the captions.
 
     Raises:
-      UserError: a text is empty or not a text, or a conversation is malformed.
+      UserError: a text is empty or not a text, a conversation is malformed, or the name is not UTF-8.
     """
+    _check_encodable(name)
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list | tuple):
         raise UserError(f"its text is {captions!r:.60}, neither a text nor a list of texts")
@@ -93,7 +106,7 @@ def make_item(
     for talk in drawings:
         prompt, its_picture = read_drawing(talk)
         if drawn not in (None, its_picture):
-            raise UserError("it has several pictures to draw")
+            raise UserError("its answers ask to draw different pictures; one record may draw one")
         drawn = its_picture
         prompts.append(prompt)
     if not prompts and not conversations:
@@ -154,7 +167,7 @@ def _parse_question(question: Any, pictures: Sequence[int]) -> Conversation:
 
 def _parse_message(message: dict[str, Any]) -> tuple[str, str]:
     role, text = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"a message is from {role!r}; known are {', '.join(ROLES)}")
     return ROLES[role], check_text(text, f"a message of the {ROLES[role]}")
 
@@ -192,7 +205,7 @@ def _place(messages: list[tuple[str, str]], pictures: Sequence[int]) -> Conversa
 
 def is_drawing(talk: Conversation) -> bool:
     """Whether a conversation ends with a picture of the assistant's, which is to be drawn."""
-    return any(isinstance(part, int) for message in talk if message.role != "user" for part in message.content)
+    return any(isinstance(part, int) for message in talk if message.role == "assistant" for part in message.content)
 
 
 def read_drawing(talk: Conversation) -> tuple[Prompt, int]:

@@ -75,7 +75,10 @@ def extended(known: Order, sizes: dict[str, int], names: Sequence[str] | None, w
     for split, size in sizes.items():
         if size < known.counts[split][-1]:
             before = known.counts[split][-1]
-            raise UserError(f"{what} has {size:,} records in {split!r}, and had {before:,}; use another --out")
+            raise UserError(
+                f"{what} has {size:,} records in {split!r}; it had {before:,} when it was encoded: restore them, or "
+                "use another --out"
+            )
     if all(size == known.counts[split][-1] for split, size in sizes.items()):
         return known
     counts = {split: (*each, sizes[split]) for split, each in known.counts.items()}
@@ -137,8 +140,8 @@ def divide(order: Order, splits: dict[str, str], shard_size: int) -> dict[str, l
                 stop = min(records.stop, sizes[name])
                 if then.get(name, range(0)) != range(records.start, stop):
                     raise UserError(
-                        f"config.images.{ours}={spec!r} is another part of what was there before records were added; "
-                        f"take a number of records, not a share, for instance {name}[:{max(1, sizes[name] // 20)}]"
+                        f"config.images.{ours}={spec!r} would now choose other records than at the first encoding; "
+                        f"hold out a number ({name}[:{max(1, sizes[name] // 20)}]), not a share"
                     )
                 for first in range(max(records.start, before[name]), stop, shard_size):
                     divided[ours].append(Part(name, range(first, min(first + shard_size, stop))))

@@ -7,10 +7,10 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 from collections.abc import Callable
 
 import numpy as np
-from etils import epath
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
@@ -20,7 +20,8 @@ from lattejax.data import tokenizer as tokenizers
 from lattejax.data.chats import ReadableImage, Turn
 from lattejax.data.prompts import PromptEncoder, image_processor, prompt_encoder, resized
 from lattejax.encoding.items import Item, Picture
-from lattejax.errors import UserError
+from lattejax.errors import UserError, parsing
+from lattejax.files import resolve_path
 from lattejax.runs.run import open_vlm
 
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -41,9 +42,10 @@ class Prepared:
 
     item: Item
     pixels: UInt8[np.ndarray, "S S 3"] | None = None  # of the picture to draw; None if latents are there already
-    digest: str = ""  # of the file of the picture to draw
+    digests: dict[int, str] = dataclasses.field(default_factory=dict)  # of its pictures' files
     shown: dict[int, StoredImage] = dataclasses.field(default_factory=dict)
     problem: str = ""
+    too_long: bool = False  # whether that is the problem
 
 
 def find_encoder(config: Config) -> PromptEncoder | None:
@@ -55,7 +57,7 @@ def find_encoder(config: Config) -> PromptEncoder | None:
     if config.pretrain.init_from:
         return prompt_encoder(config, open_vlm(config.pretrain.init_from).encoder.tokenizer)
     if config.tokenizer.path:
-        return prompt_encoder(config, tokenizers.load(epath.Path(config.tokenizer.path)))
+        return prompt_encoder(config, tokenizers.load(resolve_path(config.tokenizer.path)))
     return None
 
 
@@ -74,33 +76,71 @@ def make_preparation(
     def prepare(item: Item) -> Prepared:
         if item.problem:
             return Prepared(item, problem=item.problem)
+        files = {index: read_file(item.pictures[index]) for index in item.used}
+        digests = {index: digest(file) for index, file in files.items()}
         try:
-            pixels, digest = None, ""
-            if item.drawn is not None:
-                picture = item.pictures[item.drawn]
-                data = picture.read()
-                digest = hashlib.sha256(data).hexdigest()[:16]
-                if not texts_only:
-                    opened = images.decode_image(io.BytesIO(data), picture.name, turn=picture.turn)
-                    pixels = images.square(opened, config.data.image_size)
-            shown = {index: bounded(item.pictures[index], processor) for index in item.shown}
+            pixels, shown = None, {}
+            for index, file in files.items():
+                if isinstance(file, UserError):
+                    raise file
+                picture = item.pictures[index]
+                with parsing(f"the image {picture.name}"):
+                    if index == item.drawn and not texts_only:
+                        pixels = images.square(
+                            images.decode_image(io.BytesIO(file), picture.name, turn=picture.turn),
+                            config.data.image_size,
+                        )
+                    if index in item.shown:
+                        shown[index] = bounded(picture, file, processor)
+        except UserError as error:
+            return Prepared(item, digests=digests, problem=f"{item.name}: {error}")
+        try:
             if encoder is not None:
                 check_lengths(item, shown, encoder, config)
-            return Prepared(item, pixels, digest, shown)
         except UserError as error:
-            return Prepared(item, problem=f"{item.name}: {error}")
+            return Prepared(item, digests=digests, problem=f"{item.name}: {error}", too_long=True)
+        return Prepared(item, pixels, digests, shown)
 
     return prepare
 
 
-def bounded(picture: Picture, processor) -> StoredImage:
-    """An image file as the vision tower may see it: unchanged if it is small enough, otherwise of the size to which the
-    processor would resize it, with its largest area.
+def digests_alone(item: Item) -> Prepared:
+    """A record with the digests of its pictures' files, which are not decoded."""
+    digests = {} if item.problem else {index: digest(read_file(item.pictures[index])) for index in item.used}
+    return Prepared(item, digests=digests)
+
+
+def limits_of(config: Config, encoder: PromptEncoder | None) -> str:
+    """A hash of what decides whether a record is too long, besides the record."""
+    if encoder is None:
+        return "none"
+    data, vision, tokenizer = config.data, config.model.vision, encoder.tokenizer
+    limits = [data.prompt_length, data.answer_length, data.min_pixels, data.max_pixels]
+    limits += [vision.patch_size, vision.spatial_merge_size, tokenizer.chat_template]
+    return hashlib.sha256((json.dumps(limits) + tokenizer.backend_tokenizer.to_str()).encode()).hexdigest()
+
+
+def read_file(picture: Picture) -> bytes | UserError:
+    """A picture's file, or why it cannot be read."""
+    try:
+        with parsing(f"the image {picture.name}"):
+            return picture.read()
+    except UserError as error:
+        return error
+
+
+def digest(file: bytes | UserError) -> str:
+    """Of a file's contents; "" if it could not be read."""
+    return "" if isinstance(file, UserError) else hashlib.sha256(file).hexdigest()[:16]
+
+
+def bounded(picture: Picture, data: bytes, processor) -> StoredImage:
+    """A picture's file as the vision tower may see it: unchanged if it is small enough, otherwise of the size to which
+    the processor would resize it, with its largest area.
 
     Raises:
-      UserError: it cannot be read, or the processor would refuse it.
+      UserError: it is no image, or the processor would refuse it.
     """
-    data = picture.read()
     image = images.decode_image(io.BytesIO(data), picture.name, turn=False)
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     try:

@@ -32,6 +32,7 @@ from lattejax.encoding.items import Item
 from lattejax.encoding.prepare import Prepared
 from lattejax.encoding.written import Survey, Written, hash_file
 from lattejax.errors import one_line
+from lattejax.files import PARTIAL, TEMPORARY
 
 Encoder = Callable[[UInt8[np.ndarray, "B S S 3"]], Float[jax.Array, "B h w C"]]
 
@@ -49,16 +50,16 @@ class ShardWriter:
     def __init__(self, out: epath.Path, name: str, config: Config, known: Written | None = None):
         self.out, self.name, self.config, self.known = out, name, config, known
         kinds = KINDS if known is None else tuple(kind for kind in KINDS if kind != LATENTS)
-        suffix = f".partial-{secrets.token_hex(4)}"
+        suffix = f"{PARTIAL}{secrets.token_hex(4)}"
         self._partial = {kind: out / (file_name(kind, name) + suffix) for kind in kinds}
         self._stack = ExitStack()
         self._writers = {kind: self._stack.enter_context(RecordWriter(path)) for kind, path in self._partial.items()}
         self._serializer = features(config.data.latent_shape)
-        self.survey, self.left_out = Survey(), []
+        self.survey, self.left_out, self.too_long = Survey(), [], False  # whether one was too long
 
     def write(self, prepared: Iterator[Prepared], encoder: Encoder) -> Written | None:
-        """Writes all records; returns what is to be recorded. None if the latents that are there are not of the same
-        pictures, in which case nothing has been changed."""
+        """Writes all records; returns what is to be recorded. Returns None, and changes nothing, if the stored latents
+        are of other pictures."""
         with self._stack:
             if self.known is None:
                 settings = self.config.images
@@ -67,7 +68,7 @@ class ShardWriter:
                     contents = np.asarray(latents, "<f4").tobytes()
                     self._writers[LATENTS].write(self._serializer.serialize_example(values), contents)
             else:
-                drawn = [(one.item.name, one.digest) for one in self._texts_of(prepared)]
+                drawn = [(one.item.name, one.digests[one.item.drawn]) for one in self._texts_of(prepared)]
                 if drawn != self._known_drawings():
                     self.discard()
                     return None
@@ -81,10 +82,12 @@ class ShardWriter:
     def _texts_of(self, prepared: Iterator[Prepared]) -> Iterator[Prepared]:
         """Writes the records' texts and images, and yields those with a picture to draw."""
         for one in prepared:
-            self.survey.see(one.item)
+            self.survey.see(one.item, one.digests)
             if one.problem:
                 self.left_out.append(one_line(one.problem))
+                self.too_long |= one.too_long
                 continue
+            self.survey.keep(one.item)
             self._write_texts(one)
             if one.item.drawn is not None:
                 yield one
@@ -97,7 +100,7 @@ class ShardWriter:
             self.survey.see_image(image.size)
         if item.drawn is not None:
             prompts = [[prompt.text, [places[index] for index in prompt.shown]] for prompt in item.prompts]
-            values = {"name": item.name, "digest": one.digest, "prompts": prompts}
+            values = {"name": item.name, "digest": one.digests[item.drawn], "prompts": prompts}
             self._writers[CAPTIONS].write(as_bytes(values), as_bytes(prompts))
         for talk in item.conversations:
             self._writers[QUESTIONS].write(as_bytes(conversations.to_json(conversations.renumbered(talk, places))))
@@ -118,8 +121,9 @@ class ShardWriter:
         (self.out / f"{self.name}.json").unlink(missing_ok=True)
         for kind, path in self._partial.items():
             path.replace(self.out / file_name(kind, self.name))
-        for left in self.out.glob(f"*-{self.name}.array_record.partial-*"):  # from killed workers
-            left.unlink()
+        for pattern in (f"*-{self.name}.array_record{PARTIAL}*", f"{self.name}.json.*{TEMPORARY}"):
+            for left in self.out.glob(pattern):  # from killed workers
+                left.unlink()
         return self.survey.describe(Shard({kind: files[kind] for kind in KINDS}, self.left_out))
 
 

@@ -14,14 +14,14 @@ from lattejax.data import tokenizer as tokenizers
 from lattejax.data.latents import LatentSource
 from lattejax.data.pipeline import every
 from lattejax.data.prompts import PromptEncoder, prompt_encoder
-from lattejax.data.stored import CAPTIONS, LATENTS, QUESTIONS, SPLITS, StoredRecords
+from lattejax.data.stored import CAPTIONS, LATENTS, QUESTIONS, SPLITS, SUMMARY, StoredRecords
 from lattejax.encoding.written import File, Written
 from lattejax.files import read_json, write_atomically, write_with
 from lattejax.sampling.grid import contact_sheet
 from lattejax.sampling.images import decode_images
 from lattejax.weights.autoencoders import StoredAutoencoder
 
-SUMMARY, SHEET = "summary.json", "contact_sheet.png"
+SHEET = "contact_sheet.png"
 ON_THE_SHEET = 48  # pictures
 
 
@@ -42,9 +42,10 @@ def write_summary(
     stored: StoredAutoencoder,
     encoder: PromptEncoder | None,
 ) -> None:
-    """Writes and prints a summary, and writes a contact sheet, whose pictures are decoded from the latents.
+    """Writes a contact sheet, whose pictures are decoded from the latents, and writes and prints a summary.
 
-    Lengths are in tokens. Without an encoder, a tokenizer is trained on the texts, the same that training will make.
+    The summary comes last: if it is there, both are complete. Lengths are in tokens. Without an encoder, a tokenizer is
+    trained on the texts, the same that training will make.
     """
     source = LatentSource.at(out)
     if encoder is None:
@@ -52,11 +53,12 @@ def write_summary(
     summary = {split: summarize(source, split, encoder, config) for split in SPLITS}
     summary["limits"] = limits(config)
     summary["left_out"] = [line for one in written.values() for line in one.shard.left_out]
-    write_atomically(out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-    print("\n".join(as_text(summary)))
     if source.has_drawings:
         sheet = draw_sheet(source, stored)
         write_with(out / SHEET, lambda file: sheet.save(file, "PNG"))
+    write_atomically(out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    print("\n".join(as_text(summary)))
+    if source.has_drawings:
         print(f"{out / SHEET} shows pictures of it, decoded from their latents")
 
 

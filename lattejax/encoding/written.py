@@ -3,13 +3,23 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from lattejax.data import conversations
-from lattejax.data.stored import LATENTS, MANIFEST, QUESTIONS, SPLITS, VERSION, Shard, shard_name, write_metadata
+from lattejax.data.stored import (
+    LATENTS,
+    MANIFEST,
+    QUESTIONS,
+    SPLITS,
+    SUMMARY,
+    VERSION,
+    Shard,
+    shard_name,
+    write_metadata,
+)
 from lattejax.encoding.items import Item
 from lattejax.encoding.order import Part
 from lattejax.errors import UserError, parsing
@@ -35,8 +45,9 @@ def plan_files(parts: dict[str, list[Part]]) -> list[File]:
 class Written:
     """A completely written shard, and what is known of its records.
 
-    `version` is the source's when the shard was last compared with it. `pictures` and `texts` are hashes of what the
-    source gave: which records with which pictures, and their prompts and conversations.
+    `version` is the source's when the shard was last compared with it. `pictures`, `texts` and `contents` are hashes of
+    what the source gave: which records with which pictures, their prompts and conversations, and the pictures' files.
+    `limits` is of what decides whether a record is too long, see `prepare.limits_of`; empty if none was.
     """
 
     shard: Shard
@@ -47,6 +58,8 @@ class Written:
     most_images: int  # in a prompt or a conversation
     part: tuple[str, int, int] = ("", 0, 0)
     version: str = ""
+    contents: str = ""  # empty: written before this field
+    limits: str | None = None  # None: written before this field
 
     def save(self, out: epath.Path, file: File) -> None:
         write_atomically(_description(out, file), (json.dumps(dataclasses.asdict(self)) + "\n").encode())
@@ -63,29 +76,34 @@ class Written:
                 raise TypeError("its captions are no texts")
             return cls(**values)
 
-    def stamped(self, file: File, version: str) -> "Written":
+    def stamped(self, file: File, version: str, **changes: Any) -> "Written":
         part = (file.part.split, file.part.records.start, file.part.records.stop)
-        return dataclasses.replace(self, part=part, version=version)
+        return dataclasses.replace(self, part=part, version=version, **changes)
 
 
 class Survey:
-    """What the records of a shard are, without their pictures' contents; with their images' sizes if they are read."""
+    """What the records of a shard are: hashes of all records, and the captions and images of those that are kept."""
 
     def __init__(self):
-        self._pictures, self._texts = hashlib.sha256(), hashlib.sha256()
+        self._pictures, self._texts, self._contents = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
         self._captions: set[str] | None = set()
         self._sizes: set[tuple[int, int]] | None = set()
         self._most_images = 0
 
-    def see(self, item: Item) -> None:
+    def see(self, item: Item, digests: dict[int, str]) -> None:
+        """Takes a record, and the digests of its pictures' files, into the hashes."""
         pictures = [[picture.name, picture.size] for picture in item.pictures]
         _update(self._pictures, [item.name, pictures, item.drawn, bool(item.problem)])
         prompts = [[prompt.text, prompt.shown] for prompt in item.prompts]
         _update(self._texts, [prompts, [conversations.to_json(talk) for talk in item.conversations]])
+        _update(self._contents, sorted(digests.items()))
+
+    def keep(self, item: Item) -> None:
+        """Takes the captions of a record that is not left out, and its number of images."""
         counts = [len(prompt.shown) for prompt in item.prompts]
         counts += [sum(isinstance(part, int) for said in talk for part in said.content) for talk in item.conversations]
         self._most_images = max([self._most_images, *counts])
-        if self._captions is not None and not item.problem:
+        if self._captions is not None:
             self._captions.update(prompt.text for prompt in item.prompts)
             if len(self._captions) > MOST_CAPTIONS or any(prompt.shown for prompt in item.prompts):
                 self._captions = None
@@ -97,25 +115,19 @@ class Survey:
                 self._sizes = None
 
     @property
-    def hashes(self) -> tuple[str, str]:
-        return self._pictures.hexdigest(), self._texts.hexdigest()
+    def hashes(self) -> dict[str, str]:
+        """See `Written`."""
+        hashes = {"pictures": self._pictures, "texts": self._texts, "contents": self._contents}
+        return {name: digest.hexdigest() for name, digest in hashes.items()}
 
     def describe(self, shard: Shard) -> Written:
         captions = None if self._captions is None else sorted(self._captions)
         sizes = None if self._sizes is None else [list(size) for size in sorted(self._sizes)]
-        return Written(shard, *self.hashes, captions, sizes, self._most_images)
+        return Written(shard, captions=captions, image_sizes=sizes, most_images=self._most_images, **self.hashes)
 
 
 def _update(digest: Any, values: Any) -> None:
     digest.update(json.dumps(values).encode() + b"\n")
-
-
-def survey(items: Iterable[Item]) -> tuple[str, str]:
-    """The hashes of pictures and texts, see `Written`, without reading pictures."""
-    seen = Survey()
-    for item in items:
-        seen.see(item)
-    return seen.hashes
 
 
 def _description(out: epath.Path, file: File) -> epath.Path:
@@ -188,6 +200,7 @@ def finish(
     write_metadata(
         out, latent_shape, {split: [shard.files[LATENTS] for shard in of_split] for split, of_split in shards.items()}
     )
+    (out / SUMMARY).unlink(missing_ok=True)  # of another manifest
     write_atomically(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     return True
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 from absl import logging
-from etils import epath
 from tqdm import tqdm
 
 from lattejax import configuration
@@ -13,7 +12,7 @@ from lattejax.data.examples import Source
 from lattejax.data.identity import Identity
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
-from lattejax.files import read_json
+from lattejax.files import read_json, resolve_path
 from lattejax.runs.run import Run, open_vlm
 from lattejax.runs.shapes import abstract_trained
 from lattejax.runs.workdir import Workdir
@@ -57,7 +56,7 @@ def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenize
     if config.pretrain.init_from:
         return open_vlm(config.pretrain.init_from).encoder.tokenizer
     if config.tokenizer.path:
-        return tokenizers.load(epath.Path(config.tokenizer.path))
+        return tokenizers.load(resolve_path(config.tokenizer.path))
     return tokenizers.train(source.texts(), config.tokenizer.vocab_size)
 
 

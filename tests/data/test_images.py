@@ -1,6 +1,5 @@
 """Pictures before encoding: the crop, and every source of pictures."""
 
-import dataclasses
 import io
 
 import numpy as np
@@ -10,11 +9,6 @@ from PIL import Image
 from lattejax.data.images import decode_image, open_image, square
 from lattejax.errors import UserError
 from tests.helpers import encoder_for, tiny_config
-
-
-def settings(**changes):
-    return dataclasses.replace(tiny_config().images, **changes)
-
 
 # ---- The crop
 

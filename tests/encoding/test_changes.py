@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from lattejax.data import tokenizer as tokenizers
@@ -14,6 +16,7 @@ from lattejax.data.pipeline import every
 from lattejax.data.prompts import prompt_encoder
 from lattejax.encoding import encode as encoding
 from lattejax.encoding.encode import encode
+from lattejax.encoding.shards import ShardWriter
 from lattejax.errors import UserError
 from lattejax.runs.data import open_data
 from lattejax.training.checks import check_lengths
@@ -95,7 +98,8 @@ def assert_as_new(config, tmp_path):
 
 
 def test_an_encoding_that_is_complete_is_left_as_it_is(config):
-    """Also if all files are touched, as a copy of the folder would: then texts are compared, and nothing is written."""
+    """Also if all files are touched, as a copy of the folder would: then texts and pictures are compared, and nothing
+    is written. A directory of an earlier version does not know its pictures: its texts are written again then."""
     assert not any(changed(config, lambda: None).values())
 
     def touch():
@@ -103,6 +107,19 @@ def test_an_encoding_that_is_complete_is_left_as_it_is(config):
             os.utime(entry, ns=(1, 1))
 
     assert not any(changed(config, touch).values())
+    as_of_earlier_versions(config)
+    assert not any(changed(config, lambda: None).values())
+    for entry in os.scandir(config.images.name):
+        os.utime(entry, ns=(2, 2))
+    written = changed(config, lambda: None)
+    assert not written["latents"] and len(written["captions"]) == 5
+
+
+def as_of_earlier_versions(config):
+    """Removes from the shards' descriptions what earlier versions did not write."""
+    for file in Path(config.data.latents).glob("t*-0*.json"):
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in values.items() if key not in ("contents", "limits")}))
 
 
 def test_a_corrected_caption_or_question_rewrites_its_shards_texts_and_keeps_its_latents(config, tmp_path, monkeypatch):
@@ -162,7 +179,7 @@ def test_a_share_cannot_be_held_out_of_data_that_grows(config):
     for i in range(4):
         shutil.copy(os.path.join(config.images.name, "new.png"), os.path.join(config.images.name, f"{i}.png"))
         rewrite(config, lambda known, i=i: known.append({"file_name": f"{i}.png", "text": "new"}))
-    with pytest.raises(UserError, match=r"take a number of records, not a share, for instance train\[:"):
+    with pytest.raises(UserError, match=r"hold out a number \(train\[:1\]\), not a share"):
         encode(other, other.data.latents)
     assert len(open_data(other).drawings("train")) == 9, "what is there is as it was"
 
@@ -177,8 +194,9 @@ def test_a_replaced_picture_is_encoded_again_and_a_missing_one_is_named(config, 
         encode(config, config.data.latents)
 
 
-def test_a_picture_of_the_same_size_is_noticed_when_texts_change(config, tmp_path):
-    """Its bytes are hashed then."""
+@pytest.mark.parametrize("by", ["its time", "its texts"])
+def test_a_picture_of_the_same_size_is_noticed(by, config, tmp_path):
+    """Its bytes are hashed if its file, or the file with its texts, has another time."""
     name = os.path.join(config.images.name, "005.jpg")
     with open(name, "rb") as file:
         data = bytearray(file.read())
@@ -188,11 +206,64 @@ def test_a_picture_of_the_same_size_is_noticed_when_texts_change(config, tmp_pat
     def change():
         with open(name, "wb") as file:
             file.write(data)
-        os.utime(name, ns=(time, time))
-        rewrite(config, lambda lines: lines[5].update(text="changed with its picture"))
+        if by == "its texts":
+            os.utime(name, ns=(time, time))
+            rewrite(config, lambda lines: lines[5].update(text="changed with its picture"))
 
     assert len(changed(config, change)["latents"]) == 1
     assert_as_new(config, tmp_path)
+
+
+def test_a_replaced_picture_that_is_no_record_of_its_own_is_noticed(config, tmp_path):
+    """One that a prompt of a folder shows, of the same size in bytes; and one of LLaVA's form."""
+    shown = Path(config.images.name) / "shown.bmp"
+    Image.new("RGB", (20, 20), "blue").save(shown)
+    rewrite(config, lambda lines: lines[5].update(prompt_images=["shown.bmp"]))
+    assert encode(config, config.data.latents)
+    written = changed(config, lambda: Image.new("RGB", (20, 20), "red").save(shown))
+    assert not written["latents"] and len(written["images"]) == 1
+    talks = pixels(tmp_path / "talks", shard_pictures=3, **forms.SPLITS | forms.llava(tmp_path / "data"))
+    assert encode(talks, talks.data.latents)
+    picture = tmp_path / "data" / "files" / "005.jpg"
+    assert len(changed(talks, lambda: Image.new("RGB", (30, 20), "red").save(picture))["latents"]) == 1
+
+
+def test_what_changes_while_it_is_encoded_is_noticed_the_next_time(config, tmp_path, monkeypatch):
+    publish, published = ShardWriter._publish, []
+
+    def replaced_then(writer):
+        if not published:
+            for file in Path(config.images.name).glob("*.jpg"):
+                Image.open(file).transpose(Image.Transpose.ROTATE_180).save(file)
+        published.append(writer.name)
+        return publish(writer)
+
+    monkeypatch.setattr(ShardWriter, "_publish", replaced_then)
+    shutil.rmtree(config.data.latents)
+    assert encode(config, config.data.latents)
+    monkeypatch.undo()
+    assert changed(config, lambda: None)["latents"] == ["latents-train-00000.array_record"]
+    assert_as_new(config, tmp_path)
+
+
+def test_a_summary_is_of_what_is_there_if_the_process_is_killed_before_it(config, monkeypatch):
+    """Killed while it draws the contact sheet."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    Image.new("RGB", (8, 8)).save(os.path.join(config.images.name, "new.png"))
+    rewrite(config, lambda lines: lines.append({"file_name": "new.png", "text": "new"}))
+    monkeypatch.setattr("lattejax.encoding.summary.draw_sheet", killed)
+    with pytest.raises(Killed):
+        encode(config, config.data.latents)
+    monkeypatch.undo()
+    summary = Path(config.data.latents) / "summary.json"
+    assert not summary.exists() and encode(config, config.data.latents)
+    assert json.loads(summary.read_text())["train"]["pictures"] == 9
 
 
 def test_a_process_that_is_killed_while_it_rewrites_texts_loses_nothing(config, tmp_path, monkeypatch):
@@ -260,12 +331,39 @@ def test_texts_that_training_would_refuse_are_refused_here(encoded, tmp_path):
     assert 0 < len(some) < 12 and all(f"more than the config's limit of {limit}" in line for line in some)
 
 
+def test_what_is_too_long_does_not_count_and_is_encoded_when_the_limit_is_raised(config, tmp_path):
+    """Until then neither its caption nor its number of images. Also in a directory of an earlier version, which does
+    not know why a record was left out."""
+
+    def edit(lines):
+        lines[5].update(text="long " * 200, prompt_images=["000.jpg", "001.jpg"])
+
+    rewrite(config, edit)
+    tokenizers.save(tokenizers.train(["a flower"], 384), epath.Path(tmp_path / "tokenizer"))
+    tokenizer = dataclasses.replace(config.tokenizer, path=str(tmp_path / "tokenizer"))
+    data = dataclasses.replace(config.data, latents=str(tmp_path / "out"), prompt_length=200, answer_length=300)
+    images = dataclasses.replace(config.images, most_unreadable=1)
+    short = dataclasses.replace(config, tokenizer=tokenizer, data=data, images=images)
+    long = dataclasses.replace(short, data=dataclasses.replace(data, prompt_length=2000))
+    assert encode(short, data.latents)
+    source = open_data(short)
+    assert len(source.captions) == 13 and "a flower" in source.captions and source.most_images == 1
+    assert not any("long " in text for text in source.texts())
+    assert not any(changed(short, lambda: None).values())
+    as_of_earlier_versions(short)
+    assert len(changed(short, lambda: None)["latents"]) == 1
+    assert len(changed(long, lambda: None)["latents"]) == 1
+    source = open_data(long)
+    assert not source.captions and source.most_images == 2 and any("long " in text for text in source.texts())
+    assert not any(changed(long, lambda: None).values())
+
+
 def test_the_summary_counts_what_is_there(config, capsys):
     def edit(lines):
         lines[0]["text"] = []
         lines[1]["questions"] = [{"question": "a?", "answer": ""}]
 
-    shutil.copy(os.path.join(config.images.name, "003.jpg"), os.path.join(config.images.name, "004.jpg"))
+    shutil.copy(os.path.join(config.images.name, "003.jpg"), os.path.join(config.images.name, "006.jpg"))
     rewrite(config, edit)
     config = dataclasses.replace(config, images=dataclasses.replace(config.images, most_unreadable=1))
     assert encode(config, config.data.latents)
@@ -274,7 +372,7 @@ def test_the_summary_counts_what_is_there(config, capsys):
         summary = json.load(file)
     pictures_there = summary["train"]["pictures"] + summary["test"]["pictures"]
     assert pictures_there == 10 and summary["left_out"] == ["001.jpg: an answer is empty"]
-    assert sum(summary[split]["duplicate_pictures"] for split in ("train", "test")) <= 1
+    assert [summary[split]["duplicate_pictures"] for split in ("train", "test")] == [1, 0]
     assert summary["train"]["prompts"]["count"] == 2 * summary["train"]["pictures"]
     assert "left out: 1, for instance: 001.jpg: an answer is empty" in printed
     sheet = np.asarray(Image.open(os.path.join(config.data.latents, "contact_sheet.png")))

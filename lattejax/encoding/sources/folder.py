@@ -22,9 +22,9 @@ from etils import epath
 from lattejax.configuration import Images
 from lattejax.encoding.items import Item, Picture, checked, make_item
 from lattejax.encoding.order import Part
-from lattejax.encoding.sources.json_records import JsonRecords
+from lattejax.encoding.sources.json_records import JsonRecords, file_state
 from lattejax.errors import UserError
-from lattejax.files import check_name, read_bytes, read_text
+from lattejax.files import check_name, read_bytes, read_text, resolve_path
 
 METADATA = "metadata.jsonl"
 TEXT_KEYS = ("text", "caption")
@@ -38,16 +38,16 @@ class FolderRecords:
     names_are_shards = False
 
     def __init__(self, images: Images):
-        self.folder = Path(images.name).expanduser()
+        self.folder = Path(resolve_path(images.name))
         if not self.folder.is_dir():
             raise UserError(f"config.images.name={images.name!r} is not a folder")
-        self.identity = f"the folder {self.folder.name}"
+        self.identity = f"the folder {Path(images.name).expanduser().name}"
         if (self.folder / METADATA).exists():
             self.listed = JsonRecords(self.folder / METADATA)
-            self.indices = _index(self.listed)
+            self.indices, self.others = _index(self.listed)
             self.names = list(self.indices)
         else:
-            self.listed = None
+            self.listed, self.others = None, set()
             files = (file for file in self.folder.rglob("*") if file.suffix.lower() in SUFFIXES and not file.is_dir())
             self.names = [str(file.relative_to(self.folder)) for file in files]
         self.sizes = {"train": len(self.names)}
@@ -57,12 +57,12 @@ class FolderRecords:
         """A hash of the sizes and times of all files."""
         digest = hashlib.sha256()
         if self.listed is not None:
-            digest.update(_state(self.listed.path))
-        for name in sorted(self.names):
+            digest.update(file_state(self.listed.path).encode())
+        for name in (*sorted(self.names), *sorted(self.others.difference(self.names))):
             file = self.folder / name
-            digest.update(repr(name).encode() + _state(file))
+            digest.update(f"{name!r}{file_state(file)}".encode())
             if self.listed is None:
-                digest.update(_state(file.with_suffix(".txt")))
+                digest.update(file_state(file.with_suffix(".txt")).encode())
         return digest.hexdigest()
 
     def read(self, part: Part, names: Sequence[str]) -> Iterator[Item]:
@@ -103,18 +103,22 @@ class FolderRecords:
         return Picture(name, functools.partial(read_bytes, epath.Path(file)), os.path.getsize(file))
 
 
-def _index(listed: JsonRecords) -> dict[str, int]:
-    """The records by file name; a record without one, or with that of an earlier one, by its place."""
+def _index(listed: JsonRecords) -> tuple[dict[str, int], set[str]]:
+    """The records by file name; a record without one, or with that of an earlier one, by its place. And the names of
+    all pictures that prompts show."""
     indices: dict[str, int] = {}
+    others: set[str] = set()
     for index in range(len(listed)):
         try:
-            name = listed[index].get("file_name")
+            values = listed[index]
         except UserError:
-            name = None
+            values = {}
+        name, shown = values.get("file_name"), values.get("prompt_images")
+        others.update(other for other in (shown if isinstance(shown, list) else ()) if isinstance(other, str))
         if not isinstance(name, str) or name in indices:
             name = f"{METADATA}, record {index + 1}"
         indices[name] = index
-    return indices
+    return indices, others
 
 
 def _check_listed(values: dict, name: str) -> None:
@@ -122,11 +126,3 @@ def _check_listed(values: dict, name: str) -> None:
     if isinstance(file, str):
         raise UserError(f"{file} is listed twice")
     raise UserError(f'it has no "file_name": {values!r:.100}')
-
-
-def _state(path: Path) -> bytes:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return b"missing"
-    return f"{status.st_size} {status.st_mtime_ns}".encode()

@@ -11,9 +11,9 @@ from etils import epath
 from lattejax.configuration import Images
 from lattejax.encoding.items import Item, Picture, checked
 from lattejax.encoding.order import Part
-from lattejax.encoding.sources.features import check_keys, keyed_item
+from lattejax.encoding.sources.features import NO_LABEL, check_keys, keyed_item
 from lattejax.errors import UserError, parsing, require
-from lattejax.files import read_bytes
+from lattejax.files import read_bytes, resolve_path
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -32,7 +32,7 @@ class HuggingFaceRecords:
 
         self.images = images
         path, _, configuration = images.name.partition(":")
-        local = Path(path).expanduser()
+        local = Path(resolve_path(path))
         arguments: dict[str, Any] = {"path": path, "name": configuration or None}
         if local.is_file():
             arguments = {"path": "parquet", "data_files": str(local)}
@@ -61,7 +61,11 @@ class HuggingFaceRecords:
 
     def _text(self, key: str, value: Any) -> Any:
         feature = self.splits and next(iter(self.splits.values())).features.get(key)
-        return feature.int2str(value) if hasattr(feature, "int2str") and isinstance(value, int) else value
+        if not hasattr(feature, "int2str") or not isinstance(value, int):
+            return value
+        if value < 0:
+            raise UserError(NO_LABEL)
+        return feature.int2str(value)
 
 
 def _undecoded(split: Any, datasets: Any) -> Any:

@@ -55,10 +55,14 @@ class JsonRecords:
         except UnicodeDecodeError as error:
             raise UserError(f"{self.where(index)} is not UTF-8: {error}") from error
 
-    def state(self) -> str:
-        """Changes if the file is written again."""
-        status = os.stat(self.path)
-        return f"{status.st_size} {status.st_mtime_ns}"
+
+def file_state(path: Path) -> str:
+    """A file's size and time, which change if it is written again."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # a ValueError: a name that no file can have
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def list_lines(opened: Any, start: int) -> Iterator[tuple[int, int]]:
@@ -79,8 +83,8 @@ def list_array(opened: Any, start: int, name: str) -> Iterator[tuple[int, int]]:
         ended = not more
         return bool(more)
 
-    def skip() -> str:
-        """The next character that is no space."""
+    def skip(inside: bool = True) -> str:
+        """The next character that is no space; nothing at the end of the file, which must not be `inside` the array."""
         nonlocal at
         while True:
             while at < len(buffer) and buffer[at] in " \t\r\n":
@@ -88,12 +92,19 @@ def list_array(opened: Any, start: int, name: str) -> Iterator[tuple[int, int]]:
             if at < len(buffer):
                 return buffer[at]
             if not fill():
-                raise UserError(f"{name} is truncated: its JSON array has no end")
+                if inside:
+                    raise UserError(f"{name} is truncated: its JSON array has no end")
+                return ""
+
+    def check_end() -> None:
+        if more := skip(inside=False):
+            raise UserError(f"{name} is not valid JSON, byte {start + at:,}: found {more!r} after the array")
 
     skip()
     at += 1
     if skip() == "]":
-        return
+        at += 1
+        return check_end()
     while True:
         skip()
         while True:
@@ -112,6 +123,6 @@ def list_array(opened: Any, start: int, name: str) -> Iterator[tuple[int, int]]:
         separator = skip()
         at += 1
         if separator == "]":
-            return
+            return check_end()
         if separator != ",":
             raise UserError(f"{name} is not valid JSON, byte {start + at:,}: found {separator!r} between two records")

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from lattejax.configuration import Images
 from lattejax.encoding.items import Item, Picture, checked
 from lattejax.encoding.order import Part
-from lattejax.encoding.sources.features import check_keys, keyed_item, read_in_chunks
+from lattejax.encoding.sources.features import NO_LABEL, check_keys, decoded, keyed_item, read_in_chunks
 from lattejax.errors import UserError
 
 TEXTS = (tfds.features.Text, tfds.features.ClassLabel)
@@ -73,9 +73,9 @@ class DatasetRecords:
     def _text(self, key: str, value: Any) -> Any:
         if key in self.classes:
             if value < 0:
-                raise UserError("it has no label; choose a split whose pictures are labelled")
+                raise UserError(NO_LABEL)
             return self.classes[key][value]
-        return value.decode() if isinstance(value, bytes) else value
+        return decoded(value, key)
 
 
 def _picture(value: Any, name: str) -> Picture:

@@ -19,10 +19,11 @@ from fsspec.core import url_to_fs
 from lattejax.configuration import Images
 from lattejax.encoding.items import Item, Picture, checked
 from lattejax.encoding.order import Part
-from lattejax.encoding.sources.features import keyed_item
-from lattejax.errors import UserError, first_line
+from lattejax.encoding.sources.features import decoded, keyed_item
+from lattejax.errors import UserError, first_line, parsing
 from lattejax.files import parse_json
 
+CHUNK = 1 << 20  # bytes
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS, BRACES = ("txt", "text", "caption"), re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -59,8 +60,8 @@ class WebDatasetRecords:
     def _item(self, name: str, fields: dict[str, bytes]) -> Item:
         record: dict[str, Any] = dict(fields)
         for key in record.keys() & {"json"}:
-            record[key] = parse_json(_decode(record[key], key), "its json")
-        return keyed_item(name, record, self._keys(record), _picture, lambda key, value: _decode(value, key))
+            record[key] = parse_json(decoded(record[key], key), "its json")
+        return keyed_item(name, record, self._keys(record), _picture, lambda key, value: decoded(value, key))
 
     def _keys(self, record: dict[str, Any]) -> Images:
         """The config's keys, or those that this record has."""
@@ -70,23 +71,16 @@ class WebDatasetRecords:
         image = next((key for key in IMAGES if key in record), "")
         in_json = (f"json/{key}" for key in ("text", "caption") if described.get(key))
         caption = next((key for key in TEXTS if key in record), next(in_json, ""))
-        talk = next((f"json/{key}" for key in ("questions", "conversations") if described.get(key)), "")
-        return dataclasses.replace(chosen, image_key=image, caption_key=caption, conversations_key=talk)
+        talks = [f"json/{key}" for key in ("questions", "conversations") if described.get(key)]
+        if len(talks) > 1:
+            raise UserError("its json has questions and conversations; put all into one of them")
+        return dataclasses.replace(chosen, image_key=image, caption_key=caption, conversations_key="".join(talks))
 
 
 def _picture(value: Any, name: str) -> Picture:
     if not isinstance(value, bytes):
         raise UserError(f"{name} is no image")
     return Picture(name, lambda: value, len(value))
-
-
-def _decode(value: Any, key: str) -> Any:
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"its {key} is not UTF-8: {error}") from error
-    return value
 
 
 def expand(pattern: str) -> list[str]:
@@ -106,15 +100,28 @@ def expand(pattern: str) -> list[str]:
         raise UserError(f"config.images.name={pattern!r} cannot be listed: {first_line(error)}") from error
 
 
+class Header(tarfile.TarInfo):
+    """A member's header. tarfile takes a damaged or missing one for the end of the file; here it is an error."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "Header":
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # the zeros at the end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"it is truncated or damaged at byte {tar.offset:,}: {error}") from error
+
+
 def read_tar(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields the keys and the members' contents by extension, of members that follow each other with one key.
 
     Raises:
-      UserError: the file is missing, truncated or no tar file.
+      UserError: the file is missing, truncated, damaged or no tar file.
     """
     key, fields = None, {}
-    try:
-        with fsspec.open(url, "rb", compression="infer") as opened, tarfile.open(fileobj=opened, mode="r|") as tar:
+    with parsing(url), fsspec.open(url, "rb", compression="infer") as opened:
+        with tarfile.open(fileobj=opened, mode="r|", tarinfo=Header) as tar:
             for member in tar:
                 if not member.isfile():
                     continue
@@ -127,10 +134,10 @@ def read_tar(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
                         yield key, fields
                     key, fields = directory + slash + stem, {}
                 fields[extension.lower()] = tar.extractfile(member).read()
+        while opened.read(CHUNK):  # to the checksum of a compressed file
+            pass
         if fields:
             yield key, fields
-    except (OSError, EOFError, ImportError, ValueError, tarfile.TarError) as error:
-        raise UserError(f"{url} cannot be read: {first_line(error)}") from error
 
 
 def _state(url: str) -> str:
