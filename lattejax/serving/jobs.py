@@ -26,7 +26,7 @@ class Picture:
     """A picture, or a preview of one; `pixels` [·, H, W, 3] may still be being computed."""
 
     index: int  # of the drawing's pictures
-    preview: int | None  # the how many-th preview, from 0; None: the picture
+    preview: int | None  # the preview's index, from 0; None: the finished picture
     pixels: jax.Array
     place: int  # in `pixels`
 
@@ -50,6 +50,7 @@ class Done:
 class Failed:
     """The job has failed, before or after it began."""
 
+    is_refusal: bool = False  # the request is bad, and `reason` tells the client why
     reason: str  # "late": it has waited too long; "stopping": so does the server; else an error's first line
 
 

@@ -224,6 +224,21 @@ def test_an_error_on_the_device_fails_every_job(monkeypatch):
 
 
 def test_nothing_is_compiled_while_serving():
+def test_a_job_that_is_refused_fails_alone():
+    engine = make_engine()
+    free = engine._drawings._contexts.available()
+    jobs = [drawing("seven " * 100, negative="a two"), drawing("a", negative="two " * 100), chat("seven " * 200)]
+    for job in jobs:
+        engine.submit(job)
+        engine.turn()
+    assert [(told(job)[-1].reason.split(" has ")[0], told(job)[-1].is_refusal) for job in jobs] == [
+        ("the prompt", True),
+        ("the prompt", True),
+        ("the conversation", True),
+    ]
+    assert engine.counts().waiting == 0 and engine._drawings._contexts.available() == free
+
+
     engine = make_engine("uneven", compiled=True)
     jobs = [drawing(**settings) for settings in MIXED] + [chat(), chat("Which digit?", Decoding(5, 1.0, seed=4))]
     jobs += [drawing(previews=2, count=5), chat("three " * 15)]
