@@ -34,6 +34,9 @@ with epy.lazy_imports():
     import transformers
 
 
+LONGEST_KEPT = 1000  # characters; captions and questions, which training repeats, are shorter
+
+
 class PromptEncoder:
     """Turns texts and images into prompts for one tokenizer and one image processor."""
 
@@ -51,7 +54,7 @@ class PromptEncoder:
         self.image_token, turn_end, text_end = tokenizer.convert_tokens_to_ids([IMAGE_PAD, TURN_END, TEXT_END])
         self.stop_tokens = tuple(dict.fromkeys([turn_end, *(stop_tokens or [text_end])]))
         self.pad_token = turn_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._tokenize = functools.lru_cache(maxsize=4096)(self._tokenize_chat)
+        self._tokenize_kept = functools.lru_cache(maxsize=4096)(self._tokenize_chat)
 
     def read_image(self, image: Image.Image) -> ReadableImage:
         """Resizes, normalises and patchifies an image as Qwen2-VL's processor does; transparent pixels become white.
@@ -158,8 +161,12 @@ class PromptEncoder:
             raise UserError(f"a prompt has {len(ids):,} tokens, more than the {MOST_POSITIONS:,} that the model reads")
         return EncodedPrompt(ids, images)
 
+    def _tokenize(self, chat: Chat, answer: str, end: str) -> list[int]:
+        """Token ids of a chat, with one pad per image. Those of short chats are kept; a server also sees long ones."""
+        length = len(answer) + sum(len(part or "-") for _, content in chat for part in ("", *content))
+        return (self._tokenize_kept if length <= LONGEST_KEPT else self._tokenize_chat)(chat, answer, end)
+
     def _tokenize_chat(self, chat: Chat, answer: str, end: str) -> list[int]:
-        """Token ids of a chat, with one pad per image."""
         texts = [answer, *(part for _, content in chat for part in content if part is not None)]
         check_unicode(texts)
         mark = unused_character(texts)
