@@ -90,8 +90,8 @@ def main() -> None:
     negative = [run.encoder.drawing(prompt, images) for prompt in steer_away]
     count = len(prompts) * NUM.value
     shape = (run.config.data.image_size,) * 2
-    # Each image is held twice: by itself, and in the grid, which enlarges small ones.
-    size = 3 * (count * math.prod(shape) + math.prod(grid_size(shape, len(prompts), NUM.value)))
+    # Each image is held twice: by itself, and in the grid, which enlarges small ones and has 4 bytes in each pixel.
+    size = 3 * count * math.prod(shape) + 4 * math.prod(grid_size(shape, len(prompts), NUM.value))
     memory.check_fits(size, memory.machine_bytes(), f"drawing {count:,} images")
     sampler = ImageSampler.of(run, run.params(run.config.dtype), AUTOENCODER.value or "")
     settings = dict(images_per_prompt=NUM.value, batch_size=BATCH_SIZE.value, seed=SEED.value)
