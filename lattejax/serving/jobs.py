@@ -37,21 +37,20 @@ class Token:
 
     token: int
     logprob: tuple[float, list[tuple[int, float]]] | None
+    cached_tokens: int  # of the answer's prompt, which were not read again
 
 
 @dataclasses.dataclass
 class Done:
     """The job is complete."""
 
-    cached_tokens: int = 0  # of an answer's prompt, which were not read again
-
 
 @dataclasses.dataclass
 class Failed:
     """The job has failed, before or after it began."""
 
-    is_refusal: bool = False  # the request is bad, and `reason` tells the client why
     reason: str  # "late": it has waited too long; "stopping": so does the server; else an error's first line
+    is_refusal: bool = False  # the request is bad, and `reason` tells the client why
 
 
 @dataclasses.dataclass(eq=False)
