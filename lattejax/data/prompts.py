@@ -34,9 +34,6 @@ with epy.lazy_imports():
     import transformers
 
 
-LONGEST_KEPT = 1000  # characters; captions and questions, which training repeats, are shorter
-
-
 class PromptEncoder:
     """Turns texts and images into prompts for one tokenizer and one image processor."""
 
@@ -151,7 +148,8 @@ class PromptEncoder:
         chat = tuple(
             (turn.role, tuple(part if isinstance(part, str) else None for part in turn.content)) for turn in turns
         )
-        ids = self._tokenize(chat, answer, end)
+        is_short = len(str((chat, answer))) <= 1000  # as captions are, which training repeats; a server sees long ones
+        ids = (self._tokenize_kept if is_short else self._tokenize_chat)(chat, answer, end)
         if ids.count(self.image_token) != len(images):
             raise UserError(f"the chat template shows {ids.count(self.image_token)} images of {len(images)}")
         # Each image's pad is repeated once for every merged patch.
@@ -161,12 +159,8 @@ class PromptEncoder:
             raise UserError(f"a prompt has {len(ids):,} tokens, more than the {MOST_POSITIONS:,} that the model reads")
         return EncodedPrompt(ids, images)
 
-    def _tokenize(self, chat: Chat, answer: str, end: str) -> list[int]:
-        """Token ids of a chat, with one pad per image. Those of short chats are kept; a server also sees long ones."""
-        length = len(answer) + sum(len(part or "-") for _, content in chat for part in ("", *content))
-        return (self._tokenize_kept if length <= LONGEST_KEPT else self._tokenize_chat)(chat, answer, end)
-
     def _tokenize_chat(self, chat: Chat, answer: str, end: str) -> list[int]:
+        """Token ids of a chat, with one pad per image."""
         texts = [answer, *(part for _, content in chat for part in content if part is not None)]
         check_unicode(texts)
         mark = unused_character(texts)
