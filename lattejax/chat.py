@@ -110,7 +110,8 @@ def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]
                 print(HELP)
             elif command:
                 question = [*turns, Turn("user", (*images, line))]
-                drawn = dataclasses.replace(decoding, seed=decoding.seed + asked)  # a different seed for each answer
+                seed = (decoding.seed + asked) % 2**32  # a different one for each answer
+                drawn = dataclasses.replace(decoding, seed=seed)
                 answer = print_stream(stream(conversations, question, drawn))
                 turns, images, asked = [*question, Turn("assistant", answer)], [], asked + 1
         except UserError as error:

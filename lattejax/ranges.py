@@ -24,7 +24,8 @@ class Range:
     below: bool = False  # without `most`
 
     def __contains__(self, value: float) -> bool:
-        if not math.isfinite(value) or not self.least <= value <= self.most:
+        # In this order: `isfinite` raises an error for an integer of 309 digits.
+        if not self.least <= value <= self.most or not math.isfinite(value):
             return False
         return not (self.above and value == self.least) and not (self.below and value == self.most)
 

@@ -6,6 +6,7 @@ Steps, guidance scale, guidance interval, solver and shift are by default those 
 """
 
 import dataclasses
+import math
 
 import numpy as np
 from absl import flags
@@ -19,7 +20,7 @@ from lattejax.flow.solvers import SOLVERS
 from lattejax.parallel import hosts, memory
 from lattejax.ranges import Seed, Size
 from lattejax.runs.run import Run
-from lattejax.sampling.grid import labelled_grid
+from lattejax.sampling.grid import grid_size, labelled_grid
 from lattejax.sampling.images import ImageSampler
 
 WORKDIR = cli.define_path("workdir", None, "A run's directory, an export, or hf://owner/name.")
@@ -88,16 +89,18 @@ def main() -> None:
     prompts = [run.encoder.drawing(prompt, images) for prompt in PROMPT.value]
     negative = [run.encoder.drawing(prompt, images) for prompt in steer_away]
     count = len(prompts) * NUM.value
-    size = 2 * count * 3 * run.config.data.image_size**2  # each image is held twice: by itself, and in the grid
+    shape = (run.config.data.image_size,) * 2
+    # Each image is held twice: by itself, and in the grid, which enlarges small ones and has 4 bytes in each pixel.
+    size = 3 * count * math.prod(shape) + 4 * math.prod(grid_size(shape, len(prompts), NUM.value))
     memory.check_fits(size, memory.machine_bytes(), f"drawing {count:,} images")
     sampler = ImageSampler.of(run, run.params(run.config.dtype), AUTOENCODER.value or "")
     settings = dict(images_per_prompt=NUM.value, batch_size=BATCH_SIZE.value, seed=SEED.value)
     images = sampler(prompts, sampling, negative=negative, **settings)
     if not hosts.is_first():
         return
-    write_with(out, lambda file: labelled_grid(images, PROMPT.value).save(file, format="PNG"))
-    if NPZ.value:
+    if NPZ.value:  # first, because it needs no more memory
         write_with(out.with_suffix(".npz"), lambda file: np.savez(file, arr_0=images))
+    write_with(out, lambda file: labelled_grid(images, PROMPT.value).save(file, format="PNG"))
     steps = [len(group) for group in sampler.config.generation.intervals.schedule(sampling.num_steps, sampling.shift)]
     print(f"{len(images)} images in {out}; guidance scale {sampling.guidance:g}, steps per group: {steps}")
 

@@ -34,7 +34,7 @@ TEXTS = {
     "prompt_tokens": "Tokens of a drawing's prompt, with the template's; default: by the run's data.prompt_length.",
     "context_tokens": "Tokens of a conversation, with its answer; default: 512 to 4,096, by the run's data.",
     "conversations": "Conversations whose turns are kept, and answers that are decoded together.",
-    "batch_size": "Pictures that share a step.",
+    "batch_size": "Guided pictures that share a step; without guidance twice as many do.",
     "pictures": "Pictures in flight.",
     "body_bytes": "Bytes of a request.",
     "image_pixels": "Pixels of an image that is sent.",
@@ -59,14 +59,25 @@ LIMITS = define_limits()
 flags.mark_flags_as_required(["workdir"])
 
 
+def read_key() -> str:
+    """The key that clients must send, or nothing."""
+    key = os.environ.get("LATTEJAX_API_KEY") or None if API_KEY.value is None else API_KEY.value
+    if key is None:
+        return ""
+    key = key.strip()  # such as the end of a file's line
+    if not key:
+        raise UserError("--api_key is empty; give a key, or leave the flag out")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("--api_key has characters that are not printable ASCII, which no header can carry")
+    return key
+
+
 def main() -> None:
     for package in ("starlette", "uvicorn", "prometheus_client"):
         require(package, "serve", "serving")
     from lattejax.serving import server  # which imports these packages
 
-    api_key = os.environ.get("LATTEJAX_API_KEY", "") if API_KEY.value is None else API_KEY.value
-    if API_KEY.value is not None and not api_key.strip():
-        raise UserError("--api_key is empty; give a key, or leave the flag out")
+    api_key = read_key()
     if AUTOENCODER.value:
         StoredAutoencoder.open(AUTOENCODER.value)  # raises before anything else is read
     run = Run.open(WORKDIR.value)
@@ -78,7 +89,7 @@ def main() -> None:
     listening.listen()
     host, port = listening.getsockname()[:2]
     print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    server.serve(service, listening, is_local, api_key, GRACE.value)
+    server.serve(service, listening, HOST.value if is_local else None, api_key, GRACE.value)
 
 
 if __name__ == "__main__":

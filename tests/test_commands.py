@@ -143,9 +143,10 @@ def test_chat_reads_its_question_from_a_pipe_and_uses_every_setting(weights, dig
 
 def test_a_chat_on_a_terminal_is_conditioned_on_earlier_turns(weights, digit):
     ours, theirs = pty.openpty()
+    last_seed = ["--seed=4294967295"]  # each answer has its own, and these go round
     typed = f"Is this a three?\n/image nothing.png\n/image {digit}\nAnd this?\n/new\nIs this a three?\n\x04"
     os.write(ours, typed.encode())
-    done = run_command("chat", f"--weights={weights}", "--dtype=float32", "--max_tokens=6", stdin=theirs)
+    done = run_command("chat", f"--weights={weights}", "--dtype=float32", "--max_tokens=6", *last_seed, stdin=theirs)
     assert done.returncode == 0, done.stderr
     first = expected_answer(weights, [("user", "Is this a three?", [])], max_tokens=6)
     turns = [("user", "Is this a three?", []), ("assistant", first, []), ("user", "And this?", [digit])]

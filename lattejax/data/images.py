@@ -1,6 +1,7 @@
 """Reading image files, and cropping images to squares."""
 
 import io
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -27,15 +28,18 @@ def on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_image(opened: BinaryIO | io.BytesIO, name: str, *, turn: bool = True) -> Image.Image:
-    """Reads a complete image, rotated by its EXIF orientation unless `turn` is false.
+def decode_image(
+    opened: BinaryIO | io.BytesIO, name: str, *, turn: bool = True, formats: Sequence[str] | None = None
+) -> Image.Image:
+    """Reads a complete image, rotated by its EXIF orientation unless `turn` is false. `formats` are Pillow's names of
+    those that are read; None: all that it knows.
 
     Raises:
       UserError: it cannot be read, or its grey levels are not of 8 bits, for which no conversion is defined.
     """
     with parsing(f"the image {name}"):
         try:
-            image = Image.open(opened)
+            image = Image.open(opened, formats=formats)
         except UnidentifiedImageError:
             raise ValueError("its format is unknown") from None
         image.load()

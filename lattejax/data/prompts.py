@@ -51,7 +51,7 @@ class PromptEncoder:
         self.image_token, turn_end, text_end = tokenizer.convert_tokens_to_ids([IMAGE_PAD, TURN_END, TEXT_END])
         self.stop_tokens = tuple(dict.fromkeys([turn_end, *(stop_tokens or [text_end])]))
         self.pad_token = turn_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._tokenize = functools.lru_cache(maxsize=4096)(self._tokenize_chat)
+        self._tokenize_kept = functools.lru_cache(maxsize=4096)(self._tokenize_chat)
 
     def read_image(self, image: Image.Image) -> ReadableImage:
         """Resizes, normalises and patchifies an image as Qwen2-VL's processor does; transparent pixels become white.
@@ -148,7 +148,8 @@ class PromptEncoder:
         chat = tuple(
             (turn.role, tuple(part if isinstance(part, str) else None for part in turn.content)) for turn in turns
         )
-        ids = self._tokenize(chat, answer, end)
+        is_short = len(str((chat, answer))) <= 1000  # as captions are, which training repeats; a server sees long ones
+        ids = (self._tokenize_kept if is_short else self._tokenize_chat)(chat, answer, end)
         if ids.count(self.image_token) != len(images):
             raise UserError(f"the chat template shows {ids.count(self.image_token)} images of {len(images)}")
         # Each image's pad is repeated once for every merged patch.

@@ -140,8 +140,8 @@ class LatteJax(lmms):
         return said
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of each answer to its context, the natural logarithm of its probability, without its end, and whether greedy
-        decoding would choose just its tokens. See `Likelihood` for what lmms-eval scores."""
+        """For each answer: the natural logarithm of its probability given the context, without the stop token, and
+        whether greedy decoding gives exactly this answer. See `Likelihood` for what lmms-eval scores."""
         question = functools.lru_cache(maxsize=1)(self._requests.question)  # choices share their images
 
         def encode(place: int) -> EncodedPrompt:

@@ -200,8 +200,8 @@ class Answerer:
     def log_likelihoods(
         self, prompts: Sequence[EncodedPrompt], batch_size: int = 8
     ) -> tuple[Float[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
-        """Of complete prompts (see `PromptEncoder.conversation`), the natural logarithm of the probability of all they
-        answer, without its ends, and whether greedy decoding would choose just these tokens."""
+        """For complete prompts (see `PromptEncoder.conversation`): the natural logarithm of the probability of the
+        answers' tokens, without stop tokens, and whether greedy decoding gives exactly these."""
         sums, likeliest = [], []
         for start in range(0, len(prompts), batch_size):
             rows = np.minimum(np.arange(start, start + min(batch_size, len(prompts))), len(prompts) - 1)

@@ -9,6 +9,7 @@ attended to.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -27,6 +28,7 @@ from lattejax.sampling.kept_tokens import Choices, Chosen, ImageTokens
 from lattejax.sampling.padding import fitting, sizes_up_to
 
 LEAST_WINDOW, LEAST_PATCHES = 128, 256
+LONGEST = 200  # a side of an image, in units of the other; the processor refuses more
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,7 +36,7 @@ class Answer:
     """An answer being decoded, or complete."""
 
     prompt: EncodedPrompt
-    keys: list[int]  # what makes each token of the prompt the same as another's, see `token_keys`
+    keys: list[int]  # a key for each token; equal keys mean equal tokens, see `token_keys`
     decoding: Decoding
     top_logprobs: int | None  # how many alternatives to each token are wanted; None: no log-probabilities
     row: int
@@ -84,10 +86,14 @@ class Conversations:
         self._images: jax.Array | None = None
 
     def _patch_sizes(self) -> tuple[int, ...]:
+        """In merged patches, an image of `longest_edge` pixels has `most`. A long one can have more: its shorter side
+        does not shrink below one. An image of less than `shortest_edge` is enlarged, and its sides are rounded up."""
         encoder = self.answerer.encoder
-        block, longest = encoder.merge**2, encoder.processor.size["longest_edge"]
-        most = min(longest // encoder.processor.patch_size**2 // block, self.capacity)  # merged patches
-        return tuple(size * block for size in sizes_up_to(max(1, LEAST_PATCHES // block), max(1, most)))
+        block, pixels = encoder.merge**2, encoder.processor.patch_size**2 * encoder.merge**2
+        most, least = (encoder.processor.size[edge] / pixels for edge in ("longest_edge", "shortest_edge"))
+        long = max(most, math.sqrt(LONGEST * most), (math.sqrt(LONGEST * least) + 1) * (math.sqrt(least / LONGEST) + 1))
+        smallest = max(1, min(LEAST_PATCHES // block, int(most)))
+        return tuple(size * block for size in sizes_up_to(smallest, max(1, min(math.ceil(long), self.capacity))))
 
     # ---- Answers
 
@@ -95,17 +101,20 @@ class Conversations:
         """Begins an answer; returns None if all rows are in use.
 
         Raises:
-          UserError: the prompt leaves no room for an answer.
+          UserError: the prompt leaves no room for an answer, or an image is too large. Nothing has changed then.
         """
         length = len(prompt.input_ids)
         if length >= self.capacity:
             raise UserError(f"the conversation has {length:,} tokens; at most {self.capacity - 1:,} can be answered")
-        if self._table is None:
+        if any(len(image.patches) > self.patches[-1] for image in prompt.images):
+            raise UserError(f"an image has more than {self.patches[-1]:,} patches")
+        if self._table is None or self._images is None:
             self._forget()
+        if self._rows.are_in_use:
+            return None
         encoder = self.answerer.encoder
         keys = token_keys(prompt, encoder.image_token, encoder.merge)
-        if (row := self._rows.take(keys)) is None:
-            return None
+        row = self._rows.take(keys)
         cached = len(self._rows.keys[row])
         grids = [image.grid for image in prompt.images]
         positions = token_positions(prompt.input_ids, grids, encoder.image_token, encoder.merge)

@@ -18,20 +18,30 @@ def labelled_grid(images: np.ndarray, labels: Sequence[str], columns: int = 8) -
       columns: the maximum number of images in a row.
     """
     per_label = len(images) // len(labels)
-    columns = min(columns, per_label)
-    zoom = max(1, -(-SMALLEST_TILE // max(images.shape[1:3])))
-    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    height, width = images.shape[1] + MARGIN, images.shape[2] + MARGIN
+    columns, zoom = min(columns, per_label), zoom_of(images.shape[1:3])
+    height, width = (zoom * side + MARGIN for side in images.shape[1:3])
     block = LABEL_HEIGHT + -(-per_label // columns) * height
-    grid = Image.new("RGB", (MARGIN + columns * width, MARGIN + len(labels) * block), "white")
+    grid = Image.new("RGB", grid_size(images.shape[1:3], len(labels), per_label, columns), "white")
     draw = ImageDraw.Draw(grid)
     for row, label in enumerate(labels):
         top = MARGIN + row * block
         draw.text((MARGIN, top), label, fill="black", font=ImageFont.load_default(12))
         for i in range(per_label):
             place = (MARGIN + i % columns * width, top + LABEL_HEIGHT + i // columns * height)
-            grid.paste(Image.fromarray(images[row * per_label + i]), place)
+            tile = images[row * per_label + i].repeat(zoom, axis=0).repeat(zoom, axis=1)
+            grid.paste(Image.fromarray(tile), place)
     return grid
+
+
+def zoom_of(shape: tuple[int, int]) -> int:
+    """How many times as high and wide images of H and W pixels are shown."""
+    return max(1, -(-SMALLEST_TILE // max(shape)))
+
+
+def grid_size(shape: tuple[int, int], labels: int, per_label: int, columns: int = 8) -> tuple[int, int]:
+    """Width and height of the grid of images of H and W pixels."""
+    columns, (height, width) = min(columns, per_label), (zoom_of(shape) * side + MARGIN for side in shape)
+    return MARGIN + columns * width, MARGIN + labels * (LABEL_HEIGHT + -(-per_label // columns) * height)
 
 
 LINE_HEIGHT, LINES, SMALLEST_CAPTIONED = 13, 3, 128

@@ -19,15 +19,18 @@ class Rows:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def take(self, keys: list[int]) -> int | None:
-        """Takes a row for a prompt with these keys, and drops what the row holds beyond what both begin with; at least
-        the prompt's last token is left to read. None: all rows are in use.
+    @property
+    def are_in_use(self) -> bool:
+        """Whether no row is free."""
+        return all(self._in_use)
+
+    def take(self, keys: list[int]) -> int:
+        """Takes a free row for a prompt with these keys; keeps only the common prefix, without the prompt's last token,
+        which must always be read.
 
         It is the row of the conversation that the prompt continues, else the least recently used.
         """
         free = [row for row, in_use in enumerate(self._in_use) if not in_use]
-        if not free:
-            return None
         common = {row: common_prefix(self.keys[row], keys) for row in free}
         row = max(free, key=common.__getitem__)
         # All conversations begin with the same system prompt; that alone makes none a continuation.

@@ -32,7 +32,8 @@ def padded(
 
 
 def sizes_up_to(least: int, most: int) -> tuple[int, ...]:
-    """Sizes from `least`, each `FACTOR` times the one before, up to exactly `most`, which is at least twice another."""
+    """Sizes from `least`, each `FACTOR` times the one before, ending with `most`; the size before it is at most half of
+    `most`."""
     sizes = []
     while 2 * least <= most:
         sizes.append(least)

@@ -26,7 +26,7 @@ HEADERS = {
 }
 
 
-def make_app(service: Service, api_key: str = "", is_local: bool = True) -> ASGIApp:
+def make_app(service: Service, api_key: str = "", local_host: str | None = "127.0.0.1") -> ASGIApp:
     """The complete application; see `Front` for the last two arguments."""
 
     async def generate(request: Request) -> Response:
@@ -62,7 +62,7 @@ def make_app(service: Service, api_key: str = "", is_local: bool = True) -> ASGI
         Route("/v1/images/generations", generate, methods=["POST"]),
         Route("/v1/chat/completions", complete, methods=["POST"]),
         Route("/v1/models", models),
-        Route("/v1/models/{name}", models),
+        Route("/v1/models/{name:path}", models),
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/card", card),
@@ -71,4 +71,4 @@ def make_app(service: Service, api_key: str = "", is_local: bool = True) -> ASGI
     handlers = {kind: errors.respond for kind in (HTTPException, ApiError, Exception)}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return Front(app, service.metrics, api_key, is_local, service.limits.client_seconds)
+    return Front(app, service.metrics, api_key, local_host, service.limits.client_seconds)

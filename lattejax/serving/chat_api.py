@@ -17,7 +17,6 @@ from lattejax.serving.chat_fields import Asked
 from lattejax.serving.events import DONE, event, stream
 from lattejax.serving.fields import read_fields
 from lattejax.serving.jobs import Chat, Token
-from lattejax.serving.jobs import Done as JobDone
 from lattejax.serving.service import Listener, Service, now
 
 ENDPOINT = "chat"
@@ -41,6 +40,7 @@ class Completion:
                     if not self._tokens:
                         self._service.metrics.first(ENDPOINT, self._request.state.seconds())
                     self._tokens += 1
+                    self._cached = told.cached_tokens
                     if told.token in self._service.model.encoder.stop_tokens:
                         self.finish_reason = "stop"
                     piece = self._text.add(told.token)
@@ -48,8 +48,6 @@ class Completion:
                     if self._text.stopped:
                         self.finish_reason = "stop"
                         return
-                elif isinstance(told, JobDone):
-                    self._cached = told.cached_tokens
         if rest := self._text.end():
             yield rest, []
 

@@ -36,9 +36,7 @@ class Asked:
 
 def parse(fields: Fields, limits: Limits) -> Asked:
     """Takes all fields of a request; raises `ApiError` for a bad one."""
-    messages = [
-        parse_message(message, f"messages.{i}", limits) for i, message in enumerate(fields.need("messages", list))
-    ]
+    messages = parse_messages(fields, limits)
     if not messages or messages[-1][0] != "user":
         raise fields.error("messages", "must end with a message of the user", "invalid_value")
     is_streamed = fields.take("stream", bool, False)
@@ -63,7 +61,22 @@ def parse(fields: Fields, limits: Limits) -> Asked:
     return asked
 
 
-def parse_message(values: Any, where: str, limits: Limits) -> tuple[str, Content]:
+def parse_messages(fields: Fields, limits: Limits) -> list[tuple[str, Content]]:
+    """All messages; the first that makes a conversation too long is the last to be parsed."""
+    messages, parts, characters = [], 0, 0
+    most_parts, most_characters = limits.context_tokens, CHARACTERS_PER_TOKEN * limits.context_tokens
+    for i, values in enumerate(fields.need("messages", list)):
+        role, content = parse_message(values, f"messages.{i}", most_parts)
+        messages.append((role, content))
+        parts += len(content)
+        characters += sum(len(part) for part in content if isinstance(part, str))
+        for count, most, what in ((parts, most_parts, "parts"), (characters, most_characters, "characters")):
+            if count > most:
+                raise fields.error("messages", f"have more than {most:,} {what}", "context_length_exceeded")
+    return messages
+
+
+def parse_message(values: Any, where: str, most_parts: int) -> tuple[str, Content]:
     fields = Fields(values, where)
     role = ROLES[fields.choice("role", tuple(ROLES)) or fields.need("role", str)]
     fields.ignore(*OF_ANSWERS)
@@ -72,11 +85,9 @@ def parse_message(values: Any, where: str, limits: Limits) -> tuple[str, Content
     fields.end()
     if not parts:
         raise fields.error("content", "must be a string, or a list of parts", "invalid_type")
-    content = [parse_part(part, f"{where}.content.{i}", role) for i, part in enumerate(parts)]
-    texts = sum(len(part) for part in content if isinstance(part, str))
-    if texts > (most := CHARACTERS_PER_TOKEN * limits.context_tokens):
-        raise fields.error("content", f"has {texts:,} characters, more than {most:,}", "string_above_max_length")
-    return role, content
+    if len(parts) > most_parts:
+        raise fields.error("content", f"has {len(parts):,} parts, more than {most_parts:,}", "context_length_exceeded")
+    return role, [parse_part(part, f"{where}.content.{i}", role) for i, part in enumerate(parts)]
 
 
 def parse_part(values: Any, where: str, role: str) -> str | tuple[str, str]:
@@ -138,15 +149,17 @@ def parse_logprobs(fields: Fields) -> int | None:
 
 
 def encode(encoder: PromptEncoder, asked: Asked, limits: Limits) -> EncodedPrompt:
-    """Decodes the images and encodes the conversation; runs in a thread."""
+    """Encodes the conversation, and decodes its images once their sizes show that it fits; runs in a thread."""
+    sent = []
 
     def part(value: str | tuple[str, str]) -> Any:
         if isinstance(value, str):
             return value
-        return encoder.read_image(pictures.from_data_uri(value[0], limits.image_pixels, value[1]))
+        sent.append(pictures.from_data_uri(value[0], limits.image_pixels, value[1]))
+        return encoder.image_of_size(*sent[-1].size)
 
     prompt = encoder.chat([Turn(role, tuple(map(part, content))) for role, content in asked.messages])
     if (length := len(prompt.input_ids)) >= limits.context_tokens:
         text = f"the conversation has {length:,} tokens; at most {limits.context_tokens - 1:,} can be answered"
         raise ApiError(400, text, "messages", "context_length_exceeded")
-    return prompt
+    return dataclasses.replace(prompt, images=tuple(encoder.read_image(one.decode()) for one in sent))

@@ -55,11 +55,11 @@ class Chats:
 
     def _tell(self, job: Chat) -> None:
         answer = self._answers[job]
-        job.tell(Token(answer.tokens[-1], answer.logprobs[-1] if answer.logprobs else None))
+        job.tell(Token(answer.tokens[-1], answer.logprobs[-1] if answer.logprobs else None, answer.cached))
         self._metrics.decoded()
         if answer.is_complete:
             self.drop(job)
-            job.tell(Done(answer.cached))
+            job.tell(Done())
 
     def drop(self, job: Chat) -> None:
         """The job's row leaves; what was read is kept for the next turn."""

@@ -45,8 +45,8 @@ class State(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """What one step does. The first two rows of indices and the last three of numbers are by image, the others by
-    velocity: an image has one velocity, or two with guidance."""
+    """What one step does. Slot, conditional, unconditional, guidance, own and previous have an entry for each image;
+    the rest, for each velocity, of which an image has one, or two with guidance."""
 
     indices: Int[Array, "5 V"]  # slot, conditional, unconditional; image, context
     numbers: Float[Array, "5 V"]  # start, end; guidance, own, previous
@@ -122,8 +122,9 @@ def read_context(config: ModelConfig, vlm: Params, contexts: Context, prompt: Pr
 
 @functools.partial(jax.jit, donate_argnames="state")
 def begin_rows(state: State, slots: Int[Array, "B"], seed: Int[Array, ""], samples: Int[Array, "B"]) -> State:
-    """Draws the noise of some rows."""
-    return state._replace(latents=state.latents.at[slots].set(sample_noise(seed, samples, state.latents.shape[1:])))
+    """Draws the noise of some rows. What they had is gone, the velocity too: a NaN in it would stay, even times 0."""
+    noise = sample_noise(seed, samples, state.latents.shape[1:])
+    return State(state.latents.at[slots].set(noise), state.velocity.at[slots].set(0))
 
 
 @functools.partial(jax.jit, static_argnames="autoencoder")
@@ -181,11 +182,11 @@ class Drawer:
         prompts = self.encoder.batch([prompt], self.most_tokens)
         self._contexts = read_context(self.sampler.config, self.sampler.vlm, self._contexts, prompts, np.int32(slot))
 
-    def begin(self, slots: Sequence[int], seed: int, first_sample: int = 0) -> None:
-        """Draws the noise of an image in each slot, of the samples from the first on."""
+    def begin(self, slots: Sequence[int], seed: int) -> None:
+        """Draws the noise of an image in each slot, of the samples from 0 on."""
         for start in range(0, len(slots), PICTURES):
             own = self._padded(slots[start : start + PICTURES])
-            samples = np.arange(first_sample + start, first_sample + start + PICTURES, dtype=np.int32)
+            samples = np.arange(start, start + PICTURES, dtype=np.int32)
             self._state = begin_rows(self._state, own, np.uint32(seed), samples)
 
     def step(self, group: int, parts: Sequence[Part]) -> jax.Array:

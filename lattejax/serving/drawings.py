@@ -13,7 +13,7 @@ from lattejax.serving.policy import RoundRobin, choose_rows
 from lattejax.serving.steps import Evaluation, edges, evaluations
 
 EMPTY = 0  # the slot of the empty prompt's context
-STEPS_AHEAD = 1  # steps that are handed to the device before an earlier one is done
+STEPS_AHEAD = 1  # steps in the device's queue behind the running one
 
 
 @dataclasses.dataclass(eq=False)
@@ -92,9 +92,15 @@ class Drawings:
         return job.count <= len(self._free) and self._contexts.available() >= 1 + (job.negative is not None)
 
     def begin(self, job: Drawing) -> None:
-        """Reads the prompts, unless their contexts are kept, and draws the noise."""
-        contexts = []
-        for prompt in [job.prompt] if job.negative is None else [job.prompt, job.negative]:
+        """Reads the prompts, unless their contexts are kept, and draws the noise.
+
+        Raises:
+          UserError: a prompt is too long. Nothing has changed then.
+        """
+        prompts, contexts = [job.prompt] if job.negative is None else [job.prompt, job.negative], []
+        for prompt in prompts:
+            self._drawer.check(prompt)
+        for prompt in prompts:
             slot, is_new = self._contexts.take(tuple(prompt.input_ids.tolist()))
             if is_new:
                 self._drawer.read(prompt, slot)

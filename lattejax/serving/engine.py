@@ -9,7 +9,7 @@ import dataclasses
 import threading
 import time
 
-from lattejax.errors import first_line
+from lattejax.errors import UserError, first_line
 from lattejax.serving.chats import Chats
 from lattejax.serving.drawings import Drawings
 from lattejax.serving.jobs import Chat, Drawing, Failed, Job
@@ -152,11 +152,15 @@ class Engine:
                     self._waiting.remove(job)
 
     def _begin(self, job: Job) -> bool:
-        if isinstance(job, Chat):
-            return self._chats.begin(job)
-        if not self._drawings.fits(job):
-            return False
-        self._drawings.begin(job)
+        """Begins a job if there is room; one that is refused fails alone. Returns whether it waits no longer."""
+        try:
+            if isinstance(job, Chat):
+                return self._chats.begin(job)
+            if not self._drawings.fits(job):
+                return False
+            self._drawings.begin(job)
+        except UserError as error:
+            job.tell(Failed(str(error), is_refusal=True))
         return True
 
     def _fail(self, reason: str) -> None:

@@ -80,7 +80,8 @@ class Fields:
     def end(self) -> None:
         """Raises for a field that was not taken."""
         for field in self._values:
-            raise ApiError(400, f"unknown field {self.name(field)!r:.100}", self.name(field)[:100], "unknown_parameter")
+            name = self.name(field)[:100].encode(errors="backslashreplace").decode()  # half a character has no UTF-8
+            raise ApiError(400, f"unknown field '{name}'", name, "unknown_parameter")
 
     def error(self, field: str, text: str, code: str | None = None) -> ApiError:
         name = self.name(field)

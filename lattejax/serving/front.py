@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import time
 import traceback
 from typing import Any
@@ -14,8 +15,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lattejax.serving.errors import GONE, ApiError, ClientGone, as_api_error
 from lattejax.serving.metrics import Metrics
 
-OPEN = ("/health",)  # for those who watch the server
-LOCAL = ("127.0.0.1", "localhost", "::1")
 ENDPOINTS = {"/v1/images/generations": "images", "/v1/chat/completions": "chat"}
 
 
@@ -26,14 +25,15 @@ class Front:
       app: the application.
       metrics: where requests are counted.
       api_key: the key that clients must send; empty: none.
-      is_local: whether the server is only for this machine. Then requests must be addressed to it by a local name,
-        so that no web page of another name can reach it (DNS rebinding).
+      local_host: the server's address if only this machine reaches it; None: others do. Without a key, requests to a
+        local server must be addressed to it or to another local name, so that no web page of another name can reach it
+        (DNS rebinding).
       client_seconds: how long a client may take to read a part of a response.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str, is_local: bool, client_seconds: float):
+    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str, local_host: str | None, client_seconds: float):
         self._app, self._metrics, self._api_key = app, metrics, api_key.encode()
-        self._is_local, self._client_seconds = is_local, client_seconds
+        self._local_host, self._client_seconds = local_host, client_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,8 +71,10 @@ class Front:
     def _check(self, scope: Scope) -> None:
         """Raises `ApiError` for a request that may not come in."""
         headers = Headers(scope=scope)
-        if self._is_local and host_name(headers.get("host", "")) not in LOCAL:
-            raise ApiError(403, f"this server is only for requests to {', '.join(LOCAL)}")
+        if self._local_host is not None and not self._api_key:
+            name = host_name(headers.get("host", ""))
+            if name not in ("localhost", self._local_host.lower()) and not is_loopback(name):
+                raise ApiError(403, f"without an API key, this server is only for requests to {self._local_host}")
         needs_key = scope["path"].startswith("/v1/") or scope["path"] in ("/metrics", "/card")
         if not self._api_key or not needs_key:
             return
@@ -86,6 +88,14 @@ class Front:
         line: list[Any] = [scope["method"], path, status, f"{seconds:.3f}s", state.get("details", "")]
         with contextlib.suppress(BrokenPipeError):  # nobody reads the log
             print(*[part for part in line if part != ""], flush=True)
+
+
+def is_loopback(name: str | None) -> bool:
+    """Whether a name is an address of this machine that no other reaches."""
+    try:
+        return ipaddress.ip_address(name or "").is_loopback
+    except ValueError:
+        return False
 
 
 def host_name(host: str) -> str | None:

@@ -126,14 +126,12 @@ async def generate(service: Service, request: Request) -> Response:
 
 def encode(service: Service, wanted: Wanted) -> tuple[EncodedPrompt, EncodedPrompt | None]:
     encoder = service.model.encoder
-    prompts = [encoder.drawing(text) for text in (wanted.prompt, wanted.negative) if text]
-    if not wanted.prompt:
-        encoder.drawing("")  # raises
-    for prompt in prompts:
-        if (length := len(prompt.input_ids)) > (most := service.limits.prompt_tokens):
-            text = f"the prompt has {length} tokens, with those of the chat template; at most {most} can be drawn"
-            raise ApiError(400, text, "prompt", "context_length_exceeded")
-    return prompts[0], prompts[1] if len(prompts) > 1 else None
+    prompt, negative = encoder.drawing(wanted.prompt), encoder.drawing(wanted.negative) if wanted.negative else None
+    for name, each in (("prompt", prompt), ("negative_prompt", negative)):
+        if each is not None and (length := len(each.input_ids)) > (most := service.limits.prompt_tokens):
+            text = f"{name} has {length} tokens, with those of the chat template; at most {most} can be drawn"
+            raise ApiError(400, text, name, "context_length_exceeded")
+    return prompt, negative
 
 
 def make_job(wanted: Wanted, prompt: EncodedPrompt, negative: EncodedPrompt | None, tell: Any) -> Drawing:

@@ -26,7 +26,7 @@ class Picture:
     """A picture, or a preview of one; `pixels` [·, H, W, 3] may still be being computed."""
 
     index: int  # of the drawing's pictures
-    preview: int | None  # the how many-th preview, from 0; None: the picture
+    preview: int | None  # the preview's index, from 0; None: the finished picture
     pixels: jax.Array
     place: int  # in `pixels`
 
@@ -37,13 +37,12 @@ class Token:
 
     token: int
     logprob: tuple[float, list[tuple[int, float]]] | None
+    cached_tokens: int  # of the answer's prompt, which were not read again
 
 
 @dataclasses.dataclass
 class Done:
     """The job is complete."""
-
-    cached_tokens: int = 0  # of an answer's prompt, which were not read again
 
 
 @dataclasses.dataclass
@@ -51,6 +50,7 @@ class Failed:
     """The job has failed, before or after it began."""
 
     reason: str  # "late": it has waited too long; "stopping": so does the server; else an error's first line
+    is_refusal: bool = False  # the request is bad, and `reason` tells the client why
 
 
 @dataclasses.dataclass(eq=False)

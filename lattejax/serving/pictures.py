@@ -3,6 +3,7 @@
 import base64
 import binascii
 import io
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,11 +26,30 @@ def encode(pixels: np.ndarray, form: str, quality: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def from_data_uri(uri: str, most_pixels: int, field: str) -> Image.Image:
-    """Decodes an image that came as a data URI; nothing is fetched.
+class Sent(NamedTuple):
+    """An image that was sent, as a file."""
+
+    field: str  # where it came
+    content: bytes
+    size: tuple[int, int]  # width and height, before it is turned by its EXIF orientation
+
+    def decode(self) -> Image.Image:
+        """Reads its pixels.
+
+        Raises:
+          ApiError: the file is damaged.
+        """
+        try:
+            return decode_image(io.BytesIO(self.content), "that was sent", formats=READ)
+        except UserError as error:
+            raise _invalid(self.field, error) from None
+
+
+def from_data_uri(uri: str, most_pixels: int, field: str) -> Sent:
+    """Reads the head of an image that came as a data URI; nothing is fetched or decoded.
 
     Raises:
-      ApiError: it is no data URI, no image, or has too many pixels, which is checked before it is decoded.
+      ApiError: it is no data URI, no image, or has too many pixels.
     """
     head, comma, data = uri.partition(",")
     if not head.startswith("data:"):
@@ -43,11 +63,14 @@ def from_data_uri(uri: str, most_pixels: int, field: str) -> Image.Image:
         raise ApiError(400, f"{field} is no base64: {error}", field, "invalid_image") from None
     try:
         with parsing("the image"):
-            opened = Image.open(io.BytesIO(content), formats=READ)
-            size = opened.width * opened.height
-        if size > most_pixels:
-            text = f"{field} has {opened.width} × {opened.height} pixels, more than {most_pixels:,}"
-            raise ApiError(413, text, field, "image_too_large")
-        return decode_image(io.BytesIO(content), "that was sent")
+            width, height = Image.open(io.BytesIO(content), formats=READ).size
     except UserError as error:
-        raise ApiError(400, f"{field}: {error}", field, "invalid_image") from None
+        raise _invalid(field, error) from None
+    if width * height > most_pixels:
+        text = f"{field} has {width} × {height} pixels, more than {most_pixels:,}"
+        raise ApiError(413, text, field, "image_too_large")
+    return Sent(field, content, (width, height))
+
+
+def _invalid(field: str, error: UserError) -> ApiError:
+    return ApiError(400, f"{field}: {error}", field, "invalid_image")

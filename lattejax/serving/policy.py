@@ -1,6 +1,7 @@
 """Which timestep-expert group runs next, and which of its rows.
 
-Groups that have rows take turns, so that a request's first step comes at most K engine steps after its prompt was read.
+Groups that have rows take turns, so that a request's first step comes at most K engine steps after its prompt was read,
+if the new rows fit one batch.
 Within a group the rows that have waited longest go first: new ones before all others.
 """
 

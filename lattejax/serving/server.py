@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
-import ipaddress
+import functools
 import signal
 import socket
 import sys
@@ -25,9 +25,11 @@ from lattejax.sampling.padding import padded_length
 from lattejax.serving.app import make_app
 from lattejax.serving.card import make_card
 from lattejax.serving.chats import Chats
+from lattejax.serving.connections import Connection
 from lattejax.serving.drawing import Drawer
 from lattejax.serving.drawings import Drawings
 from lattejax.serving.engine import Engine
+from lattejax.serving.front import is_loopback
 from lattejax.serving.limits import Limits
 from lattejax.serving.metrics import Metrics
 from lattejax.serving.service import Model, Service
@@ -57,7 +59,7 @@ class Address:
             family, kind, protocol, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
         except (OSError, UnicodeError) as error:
             raise UserError(f"{what}: there is no such address: {error}") from None
-        is_local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
+        is_local = is_loopback(address[0].partition("%")[0])
         if not (is_local or self.api_key or self.is_open):
             raise UserError(f"{what} is reached from other machines: give --api_key, or --open to let anybody in")
         opened = socket.socket(family, kind, protocol)
@@ -71,8 +73,8 @@ class Address:
 
 
 def default_limits(config: Config, given: dict[str, float | None]) -> Limits:
-    """The limits that are given, and for the rest the defaults; prompts and conversations may have four times the
-    tokens that the run was trained on, and conversations an image of the largest size.
+    """The limits that are given, and for the rest the defaults; prompts may have twice as many tokens as the run was
+    trained on, conversations four times as many and an image of the largest size.
 
     Raises:
       UserError: they contradict each other.
@@ -136,20 +138,29 @@ class _Server(uvicorn.Server):
         yield  # `serve` handles them
 
 
-def serve(service: Service, listening: socket.socket, is_local: bool, api_key: str, grace_seconds: float) -> None:
+def serve(
+    service: Service, listening: socket.socket, local_host: str | None, api_key: str, grace_seconds: float
+) -> None:
     """Serves until SIGTERM or SIGINT; then completes what runs, for at most `grace_seconds`, and returns.
+
+    Args:
+      service: what answers.
+      listening: the socket.
+      local_host: see `Front`.
+      api_key: the key that clients must send; empty: none.
+      grace_seconds: see above.
 
     Raises:
       BaseException: what has ended the engine.
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # larger images than we allow are refused
-    app = make_app(service, api_key, is_local)
+    app = make_app(service, api_key, local_host)
     settings = uvicorn.Config(
         app,
         log_level="critical",
         access_log=False,
         lifespan="off",
-        http="h11",
+        http=functools.partial(Connection, service.limits.client_seconds),
         ws="none",
         server_header=False,
         timeout_graceful_shutdown=int(grace_seconds + SECONDS_TO_SEND),

@@ -41,7 +41,8 @@ class Service:
 
     def __init__(self, model: Model, engine: Engine, limits: Limits, metrics: Metrics):
         self.model, self.engine, self.limits, self.metrics = model, engine, limits, metrics
-        # Tokenizers are not safe to share, and decoding an image would stop the event loop.
+        # Decoding an image would stop the event loop. One thread: a tokenizer's setting, whether texts have special
+        # tokens, changes between calls that encode. Decoding tokens does not depend on it.
         self._preparing = concurrent.futures.ThreadPoolExecutor(1, "prepare")
         self._developing = concurrent.futures.ThreadPoolExecutor(2, "develop")
         metrics.watch(lambda: engine.counts().running, lambda: engine.counts().waiting)
@@ -76,7 +77,7 @@ class Service:
         except Full as full:
             raise ApiError(429, str(full), code="queue_full", retry_after=full.seconds) from None
         except Stopping:
-            raise failure(STOPPING) from None
+            raise failure(Failed(STOPPING)) from None
         return listener
 
 
@@ -109,7 +110,7 @@ class Listener:
                     event.cancel()
                     raise ClientGone
                 if isinstance(event.result(), Failed):
-                    raise failure(event.result().reason)
+                    raise failure(event.result())
                 yield event.result()
                 if isinstance(event.result(), Done):
                     return
@@ -125,11 +126,13 @@ class Listener:
             pass
 
 
-def failure(reason: str) -> ApiError:
+def failure(failed: Failed) -> ApiError:
     """The error of a job that has failed."""
-    if reason == LATE:
+    if failed.is_refusal:
+        return ApiError(400, failed.reason)
+    if failed.reason == LATE:
         return ApiError(503, "the request has waited too long; try again", code="queue_timeout", retry_after=5)
-    if reason == STOPPING:
+    if failed.reason == STOPPING:
         return ApiError(503, "the server is stopping", code="server_stopping", retry_after=10)
     return ApiError(500, "the server has failed; its log says why", code="internal_error")
 

@@ -40,8 +40,8 @@ def evaluations(intervals: Intervals, sampling: Sampling) -> tuple[Evaluation, .
 
 
 def edges(steps: tuple[Evaluation, ...], most: int) -> tuple[int, ...]:
-    """After which evaluations there is a preview: the last ones of the groups but the last, evenly spread if there are
-    more than `most`."""
+    """The evaluations after which there is a preview: one after each group's last evaluation, except the last group's.
+    If these are more than `most`, an evenly spread choice."""
     last = [i for i in range(len(steps) - 1) if steps[i].group != steps[i + 1].group]
     if most >= len(last):
         return tuple(last)

@@ -31,6 +31,16 @@ def test_a_prompt_to_draw_is_the_complete_template_up_to_the_image():
     assert text(ENCODER.unconditional().input_ids) == SYSTEM + asked.format("")
 
 
+def test_only_short_chats_are_kept():
+    """A server reads texts of any length, and each once."""
+    before = ENCODER._tokenize_kept.cache_info().currsize
+    for texts in [("seven " * 200,), ("",) * 1000]:
+        ENCODER.chat([Turn("user", texts)])
+    assert ENCODER._tokenize_kept.cache_info().currsize == before
+    ENCODER.chat([Turn("user", "one that is asked for the first time")])
+    assert ENCODER._tokenize_kept.cache_info().currsize == before + 1
+
+
 def test_a_prompt_to_draw_may_show_images_first():
     image = ENCODER.read_image(picture(8, 8))
     prompt = ENCODER.drawing("another one", [image, image])

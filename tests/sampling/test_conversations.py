@@ -82,6 +82,16 @@ def test_a_turn_reads_only_what_is_new():
     assert max(read[1:]) <= 45, read
 
 
+def test_long_images_are_read():
+    """They have more patches than the largest square one, because no side is shorter than a patch."""
+    ours, most = conversations(), conversations(capacity=10_000).patches[-1]
+    for size in [(8, 8), (700, 4), (1, 200), (2000, 10), (8000, 41), (3, 590), (399, 2)]:
+        assert np.prod(ENCODER.image_of_size(*size).grid) <= most
+    prompt = ENCODER.question("What is it?", [ENCODER.read_image(Image.new("RGB", (240, 24), "red"))])
+    assert len(prompt.images[0].patches) > len(PICTURES[0].patches)
+    assert list(ours.tokens(prompt, Decoding(3))) == expected(prompt, Decoding(3))
+
+
 def test_another_image_in_the_same_place_is_read():
     ours = conversations()
     for picture in PICTURES:
@@ -108,11 +118,13 @@ def test_the_least_recently_used_conversation_is_forgotten():
     assert read["2 again"] > 20, read
 
 
-def test_no_row_is_taken_twice_and_a_prompt_that_is_too_long_is_refused():
+def test_no_row_is_taken_twice_and_a_prompt_that_is_too_long_is_refused(monkeypatch):
     ours = conversations(rows=1)
     prompt = ENCODER.question("Which digit?")
     answer = ours.begin(prompt, Decoding())
-    assert ours.begin(prompt, Decoding()) is None
+    with monkeypatch.context() as patched:
+        patched.setattr("lattejax.sampling.conversations.token_keys", lambda *_: 1 / 0)
+        assert ours.begin(prompt, Decoding()) is None, "nothing is hashed while no row is free"
     ours.end(answer)
     assert ours.begin(prompt, Decoding()) is not None
     with pytest.raises(UserError, match="at most 19 can be answered"):
@@ -128,15 +140,17 @@ def test_an_answer_ends_where_its_row_does():
     assert len(list(ours.tokens(prompt, Decoding(50)))) == 3
 
 
-def test_an_interrupted_call_forgets_and_the_next_answer_is_right(monkeypatch):
-    ours, prompt = conversations(), prompts()[0]
-    list(ours.tokens(prompt, Decoding(3)))
+@pytest.mark.parametrize("call", ["see", "mark", "read_tokens"])
+def test_an_interrupted_call_forgets_and_the_next_answer_is_right(call, monkeypatch):
+    ours, (prompt, without_image, *_) = conversations(1.3), prompts()
+    list(ours.tokens(without_image, Decoding(3)))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(
-            "lattejax.sampling.kept_tokens.read_tokens", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+            f"lattejax.sampling.kept_tokens.{call}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         list(ours.tokens(prompt, Decoding(3)))
-    assert list(ours.tokens(prompt, Decoding(3))) == expected(prompt, Decoding(3))
+    for each in (without_image, prompt):
+        assert list(ours.tokens(each, Decoding(3))) == expected(each, Decoding(3), 1.3)
 
 
 def test_nothing_is_compiled_after_everything_was():

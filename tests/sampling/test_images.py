@@ -15,6 +15,7 @@ from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.conditioning import Step
 from lattejax.models.pixels import PixelConfig
 from lattejax.sampling import images as sampling_module
+from lattejax.sampling.grid import LABEL_HEIGHT, MARGIN, grid_size, labelled_grid
 from lattejax.sampling.images import ImageSampler, draw_latents, sample_noise
 from tests.helpers import compilations, encoder_for, randomize, tiny_config
 
@@ -187,3 +188,12 @@ def test_a_sampling_call_traces_the_context_pass_once_and_outside_the_loop(monke
     big = {leaf.shape for leaf in tables if leaf.ndim > 1}
     assert not big & {np.shape(leaf) for leaf in jax.tree.leaves(calls[0])}
     sampling_module.read_prompts.clear_cache()
+
+
+def test_a_grid_enlarges_small_images_and_its_size_is_known():
+    images = np.random.default_rng(0).integers(0, 256, (2 * 9, 8, 16, 3)).astype(np.uint8)
+    grid = labelled_grid(images, ["a", "b"])
+    assert grid.size == grid_size((8, 16), 2, 9) == (MARGIN + 8 * (64 + MARGIN), MARGIN + 2 * (LABEL_HEIGHT + 2 * 36))
+    left, top = MARGIN + 2 * (64 + MARGIN), MARGIN + 2 * LABEL_HEIGHT + 2 * 36
+    shown = np.asarray(grid)[top : top + 32, left : left + 64]
+    np.testing.assert_array_equal(shown, images[9 + 2].repeat(4, axis=0).repeat(4, axis=1))

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import io
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from lattejax.sampling.answers import Answerer
 from lattejax.sampling.conversations import Conversations
 from lattejax.serving.app import make_app
 from lattejax.serving.chats import Chats
+from lattejax.serving.connections import Connection
 from lattejax.serving.drawing import Drawer
 from lattejax.serving.drawings import Drawings
 from lattejax.serving.engine import Engine
@@ -59,8 +61,9 @@ def make_service(limits: Limits = LIMITS) -> Service:
 @contextlib.contextmanager
 def serving(service: Service, api_key: str = "") -> Iterator[str]:
     """Serves in a thread; yields the URL."""
-    opened, is_local = Address(port=0).listen()
-    settings = uvicorn.Config(make_app(service, api_key, is_local), log_level="critical", lifespan="off", ws="none")
+    opened, _ = Address(port=0).listen()
+    app, http = make_app(service, api_key), functools.partial(Connection, service.limits.client_seconds)
+    settings = uvicorn.Config(app, http=http, log_level="critical", lifespan="off", ws="none")
     server = uvicorn.Server(settings)
     opened.listen()
     service.engine.start()

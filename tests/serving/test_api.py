@@ -1,11 +1,14 @@
 """The API, driven by OpenAI's client, against what the library computes; and its errors."""
 
 import base64
+import contextlib
 import dataclasses
+import functools
 import http.client
 import json
 import re
 import socket
+import threading
 import time
 from urllib.parse import urlsplit
 
@@ -13,6 +16,7 @@ import jax
 import numpy as np
 import openai
 import pytest
+import uvicorn
 from PIL import Image
 
 from lattejax.data import digits
@@ -20,7 +24,13 @@ from lattejax.data.prompts import Turn
 from lattejax.flow.schedule import Sampling
 from lattejax.models import qwen2_vl
 from lattejax.sampling.answers import Answerer, Decoding
-from tests.serving.serving import USUAL, data_uri, make_service, pixels, serving
+from lattejax.serving import chat_fields, pictures
+from lattejax.serving.connections import Connection
+from lattejax.serving.errors import ApiError
+from lattejax.serving.fields import Fields
+from lattejax.serving.front import Front
+from lattejax.serving.metrics import Metrics
+from tests.serving.serving import LIMITS, USUAL, data_uri, make_service, pixels, serving
 from tests.serving.test_engine import CONFIGS, ENCODER, sampler
 
 SEVEN = "a handwritten seven"
@@ -161,6 +171,7 @@ def test_an_answer_ends_before_a_stop_string(client):
         done = client.chat.completions.create(messages=messages, max_tokens=12, model="tiny", **settings)
         assert done.choices[0].message.content == text.partition(stop)[0]
         assert done.choices[0].finish_reason == "stop"
+        assert done.usage.prompt_tokens_details.cached_tokens == done.usage.prompt_tokens - 1
         chunks = client.chat.completions.create(messages=messages, max_tokens=12, model="tiny", stream=True, **settings)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text.partition(stop)[0]
 
@@ -187,11 +198,14 @@ def test_log_probabilities(client):
 # ---- The rest
 
 
-def test_models_health_and_metrics(client, url):
+def test_models_health_and_metrics(client, url, service, monkeypatch):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "lattejax"
     with pytest.raises(openai.NotFoundError, match="there is no model 'large'"):
         client.models.retrieve("large")
+    with monkeypatch.context() as patched:
+        patched.setattr(service, "model", dataclasses.replace(service.model, name="owner/name"))
+        assert get(url, "/v1/models/owner/name")[0] == 200
     assert get(url, "/health") == (200, {"status": "ok", "running": 0, "waiting": 0})
     client.images.generate(prompt=SEVEN, extra_body={"num_inference_steps": 1})
     status, text = get(url, "/metrics")
@@ -224,7 +238,12 @@ def image_part(url):
     return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
 
 
+def parts(count, part={"type": "text", "text": "a"}):  # noqa: B006
+    return {"messages": [{"role": "user", "content": [part] * count}]}
+
+
 CUT = data_uri(Image.new("RGB", (50, 50), "red"), "jpeg")
+WHITE = {"type": "image_url", "image_url": {"url": data_uri(Image.new("1", (50, 50), 1))}}
 BAD = {
     "no JSON": (IMAGES, b"{", 400, None, "is no JSON"),
     "no object": (IMAGES, [1], 400, None, "must be an object"),
@@ -236,8 +255,18 @@ BAD = {
     "no prompt": (IMAGES, {}, 400, "prompt", "prompt is missing"),
     "empty prompt": (IMAGES, {"prompt": " "}, 400, None, "prompt is empty"),
     "prompt of another type": (IMAGES, {"prompt": 5}, 400, "prompt", "must be a string, not 5"),
+    "huge guidance": (IMAGES, {"prompt": "a", "guidance_scale": 10**400}, 400, "guidance_scale", "from 0 to 20"),
+    "huge seed": (IMAGES, {"prompt": "a", "seed": 10**400}, 400, "seed", "from 0 to"),
+    "half a character as a name": (IMAGES, rb'{"prompt": "a", "\ud800": 1}', 400, r"\ud800", r"unknown field '\ud800'"),
     "long prompt": (IMAGES, {"prompt": "a " * 5000}, 400, "prompt", "characters"),
     "prompt of many tokens": (IMAGES, {"prompt": "seven " * 100}, 400, "prompt", "at most 64 can be drawn"),
+    "negative prompt of many tokens": (
+        IMAGES,
+        {"prompt": "a", "negative_prompt": "seven " * 100},
+        400,
+        "negative_prompt",
+        "at most 64 can be drawn",
+    ),
     "huge n": (IMAGES, {"prompt": "a", "n": 10**9}, 400, "n", "from 1 to 4"),
     "n of another type": (IMAGES, {"prompt": "a", "n": True}, 400, "n", "must be an integer"),
     "many steps": (IMAGES, {"prompt": "a", "num_inference_steps": 301}, 400, "num_inference_steps", "from 1 to 300"),
@@ -282,6 +311,10 @@ BAD = {
         "messages",
         "at most 127",
     ),
+    "many messages": (CHAT, {"messages": [HI] * 129}, 400, "messages", "more than 128 parts"),
+    "many parts": (CHAT, parts(129), 400, "messages.0.content", "has 129 parts, more than 128"),
+    "many characters": (CHAT, {"messages": [HI | {"content": "a" * 2100}] * 2}, 400, "messages", "4,096 characters"),
+    "images that do not fit": (CHAT, parts(22, WHITE), 400, "messages", "at most 127 can be answered"),
     "temperature": (CHAT, {"messages": [HI], "temperature": 3}, 400, "temperature", "from 0 to 2"),
     "stop": (CHAT, {"messages": [HI], "stop": ["a"] * 5}, 400, "stop", "at most 4"),
     "several answers": (CHAT, {"messages": [HI], "n": 2}, 400, "n", "from 1 to 1"),
@@ -301,6 +334,58 @@ def test_a_bad_request_gets_its_error_in_openais_shape(case, url):
     assert set(answer) == {"error"} and set(answer["error"]) == {"message", "type", "param", "code"}
     assert answer["error"]["param"] == param and named in answer["error"]["message"], answer
     assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_images_that_do_not_fit_are_not_decoded(monkeypatch):
+    monkeypatch.setattr(pictures.Sent, "decode", lambda _: 1 / 0)
+    asked = chat_fields.parse(Fields(parts(22, WHITE)), LIMITS)
+    with pytest.raises(ApiError, match="at most 127 can be answered"):
+        chat_fields.encode(ENCODER, asked, LIMITS)
+
+
+def test_a_long_image_is_answered_and_the_server_goes_on(client, url):
+    messages = [asking("What is it?", Image.new("RGB", (8, 800), "red"))]
+    done = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2)
+    assert done.usage.completion_tokens and get(url, "/health")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host, key, local_host, is_let_in",
+    [
+        ("127.0.0.2:8000", "", "127.0.0.1", True),
+        ("[::1]:8000", "", "127.0.0.1", True),
+        ("here.example", "", "Here.example", True),
+        ("evil.example", "", "127.0.0.1", False),
+        ("10.0.0.1", "", "127.0.0.1", False),
+        ("latte.example.org", "a secret", "127.0.0.1", True),  # a proxy on this machine
+        ("latte.example.org", "", None, True),
+    ],
+)
+def test_to_whom_requests_must_be_addressed(host, key, local_host, is_let_in):
+    front = Front(None, Metrics(), key, local_host, 1)
+    with contextlib.nullcontext() if is_let_in else pytest.raises(ApiError, match="only for requests to 127"):
+        front._check({"type": "http", "path": "/health", "headers": [(b"host", host.encode())]})
+
+
+def test_a_connection_without_a_complete_head_is_closed():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
+        await send({"type": "http.response.body", "body": b"x"})
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        http = functools.partial(Connection, 0.3)
+        server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="critical", lifespan="off", ws="none"))
+        threading.Thread(target=server.run, args=([listening],), daemon=True).start()
+        head = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+        for sent in (b"", head, head + b"\r\n"):
+            with socket.create_connection(listening.getsockname(), timeout=4) as own:
+                own.sendall(sent)
+                if sent.endswith(b"\r\n\r\n"):  # after a complete request, the beginning of another
+                    while not own.recv(1000).endswith(b"x"):
+                        pass
+                    own.sendall(head)
+                assert own.recv(1000) == b""
+        server.should_exit = True
 
 
 def test_no_page_of_another_name_and_no_form_reaches_a_local_server(url):

@@ -4,6 +4,7 @@ import functools
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from lattejax.sampling.conversations import Conversations
 from lattejax.sampling.images import ImageSampler
 from lattejax.sampling.padding import padded
 from lattejax.serving.chats import Chats
-from lattejax.serving.drawing import Drawer
+from lattejax.serving.drawing import Drawer, State, begin_rows
 from lattejax.serving.drawings import Drawings
 from lattejax.serving.engine import Engine, Full, Stopping
 from lattejax.serving.jobs import Chat, Done, Drawing, Failed, Picture, Progress, Token
@@ -223,6 +224,21 @@ def test_an_error_on_the_device_fails_every_job(monkeypatch):
     assert isinstance(engine.error, ZeroDivisionError) and not engine.is_running
 
 
+def test_a_job_that_is_refused_fails_alone():
+    engine = make_engine()
+    free = engine._drawings._contexts.available()
+    jobs = [drawing("seven " * 100, negative="a two"), drawing("a", negative="two " * 100), chat("seven " * 200)]
+    for job in jobs:
+        engine.submit(job)
+        engine.turn()
+    assert [(told(job)[-1].reason.split(" has ")[0], told(job)[-1].is_refusal) for job in jobs] == [
+        ("the prompt", True),
+        ("the prompt", True),
+        ("the conversation", True),
+    ]
+    assert engine.counts().waiting == 0 and engine._drawings._contexts.available() == free
+
+
 def test_nothing_is_compiled_while_serving():
     engine = make_engine("uneven", compiled=True)
     jobs = [drawing(**settings) for settings in MIXED] + [chat(), chat("Which digit?", Decoding(5, 1.0, seed=4))]
@@ -231,6 +247,14 @@ def test_nothing_is_compiled_while_serving():
         run(engine, jobs, 2)
     assert count() == 0
     assert all(isinstance(told(job)[-1], Done) for job in jobs)
+
+
+def test_a_row_begins_without_what_was_there():
+    """A NaN would stay, even times 0."""
+    state = State(*np.full((2, 3, 4, 4, 4), np.nan, np.float32))
+    begun = begin_rows(state, np.array([0, 2]), np.uint32(0), np.arange(2))
+    for array in begun:
+        assert np.isfinite(array[jnp.array([0, 2])]).all() and np.isnan(array[1]).all()
 
 
 def test_memory_of_the_weights_is_shared():

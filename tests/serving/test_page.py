@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -85,8 +86,6 @@ def test_it_draws_a_seven_and_asks_about_it(page):
 
 
 def test_the_bar_shows_which_expert_is_at_work(page, served, monkeypatch):
-    import time
-
     drawings = served[0].engine._drawings
     original = drawings.step
     monkeypatch.setattr(drawings, "step", lambda: (time.sleep(0.2), original()))
@@ -123,6 +122,23 @@ def test_it_says_when_the_server_is_gone_and_keeps_the_question(page):
     page.wait_for_selector("#asking-status.bad")
     assert "does not answer" in page.text_content("#asking-status")
     assert page.input_value("#question") == "Is anybody there?" and page.locator(".turns li").count() == 0
+
+
+def test_a_new_chat_during_an_answer_begins_without_it(page, served, monkeypatch):
+    chats = served[0].engine._chats
+    original = chats.step
+    monkeypatch.setattr(chats, "step", lambda: (time.sleep(0.2), original()))
+    page.click("text=Ask")
+    page.fill("#question", "Which digit is this?")
+    page.press("#question", "Enter")
+    page.wait_for_function("document.querySelector('.assistant')?.textContent")
+    page.click("#new")
+    page.wait_for_function("document.querySelector('#send').textContent == 'Ask'")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.fill("#question", "Is it even?")
+        page.press("#question", "Enter")
+    assert [message["content"][0]["text"] for message in asked.value.post_data_json["messages"]] == ["Is it even?"]
+    page.wait_for_selector(".assistant:not(.working)")
 
 
 def test_an_image_is_dropped_chosen_and_removed(page, tmp_path):

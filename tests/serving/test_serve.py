@@ -84,7 +84,9 @@ def test_a_port_in_use_and_limits_that_contradict_are_one_line(workdir, forked_c
         port = taken.getsockname()[1]
         cases = {f"--port={port}": "cannot listen there", "--pictures=2": "images_per_request=10 must be at most"}
         for flag, named in (
-            cases | {"--host=no such host": "no such address", "--api_key= ": "--api_key is empty"}
+            cases
+            | {"--host=no such host": "no such address", "--api_key= ": "--api_key is empty"}
+            | {"--api_key=clé": "not printable ASCII"}
         ).items():
             done = forked_command("serve", f"--workdir={workdir}", flag)
             assert_refused(done, named)

@@ -230,6 +230,7 @@ function readFiles(files) {
 }
 
 async function ask() {
+  const own = messages; // "New chat" replaces them while the answer comes
   const text = $("question").value.trim();
   const parts = attached.map((url) => ({ type: "image_url", image_url: { url } }));
   const question = { role: "user", content: [...parts, { type: "text", text }] };
@@ -245,7 +246,7 @@ async function ask() {
   $("send").textContent = "Stop";
   answer.scrollIntoView({ block: "nearest" });
   try {
-    const body = { messages: [...messages, question], stream: true };
+    const body = { messages: [...own, question], stream: true };
     for await (const told of events(await call("/v1/chat/completions", body, asking.signal))) {
       answer.textContent += told.choices[0]?.delta.content ?? "";
     }
@@ -265,8 +266,8 @@ async function ask() {
     $("send").textContent = "Ask";
     $("question").focus();
   }
-  if (answer.textContent) messages.push(question, { role: "assistant", content: answer.textContent });
-  else say($("asking-status"), "The model has nothing to say.");
+  if (answer.textContent) own.push(question, { role: "assistant", content: answer.textContent });
+  else if (own === messages) say($("asking-status"), "The model has nothing to say.");
 }
 
 // ---- The model
