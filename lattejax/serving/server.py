@@ -157,6 +157,7 @@ def serve(
     app = make_app(service, api_key, local_host)
     settings = uvicorn.Config(
         app,
+        log_config=None,  # uvicorn's own would close the handlers of all loggers
         log_level="critical",
         access_log=False,
         lifespan="off",

@@ -63,7 +63,7 @@ def serving(service: Service, api_key: str = "") -> Iterator[str]:
     """Serves in a thread; yields the URL."""
     opened, _ = Address(port=0).listen()
     app, http = make_app(service, api_key), functools.partial(Connection, service.limits.client_seconds)
-    settings = uvicorn.Config(app, http=http, log_level="critical", lifespan="off", ws="none")
+    settings = uvicorn.Config(app, http=http, log_config=None, log_level="critical", lifespan="off", ws="none")
     server = uvicorn.Server(settings)
     opened.listen()
     service.engine.start()
