@@ -21,7 +21,7 @@ from lattejax.models.functional import Params
 from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.generation_ends import Head, HeadModulation, LatentEmbedding
 from lattejax.models.generation_layer import GenerationLayer, Modulation
-from lattejax.models.layers import Layers
+from lattejax.models.layers import Layers, by_rows, rows_of_one_group
 from lattejax.models.rotary import multimodal_rotary
 from lattejax.models.text import KeysValues
 
@@ -170,7 +170,7 @@ def _run_layers(
         h, previous_map = carry
         params, modulation, keys_values = inputs
         layer = functional.bind(GenerationLayer, config.layer, params=params)
-        h, own_map = layer(h, modulation, rotary, keys_values, context.mask, previous_map)
+        h, own_map = layer(by_rows(h), modulation, rotary, keys_values, context.mask, previous_map)
         return (h, own_map), own_map if keep_maps else None
 
     # The first layer has no previous map. In a scan it adds a map of zeros, which is equivalent.
@@ -211,7 +211,8 @@ def group_velocities(
             experts, layers = Layers(experts).unstack(), Layers(context.layers).unstack()
             context = context._replace(layers=layers)
         own = params | {"experts": experts}
-        return velocity(config, own, context, x_t, condition(config, own, Step(t, t)), remat)
+        with rows_of_one_group():
+            return velocity(config, own, context, x_t, condition(config, own, Step(t, t)), remat)
 
     experts, groups = params["experts"], config.num_groups
     if config.group_sizes or groups == 1:  # groups that differ, or a single group, whose products need no axis K

@@ -5,11 +5,15 @@ each layer; the form for drawing and decoding, because slicing a layer out of a 
 weights at every step, which at batch 1 costs more than the layer itself. Code outside this file works with both forms.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, PartitionSpec
 
 # What a layer keeps for the backward pass: everything, its matrix products, or only its input.
 REMAT_POLICIES = {
@@ -17,6 +21,45 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+_row_axes: ContextVar[tuple[str, ...]] = ContextVar("the mesh axes that rows are sharded over", default=())
+
+
+@contextlib.contextmanager
+def rows_over(mesh: AbstractMesh, axes: tuple[str, ...]) -> Iterator[None]:
+    """What is traced within it runs on a mesh, with rows sharded over these of its axes; the first is the groups'."""
+    with jax.sharding.use_abstract_mesh(mesh), _over(axes):
+        yield
+
+
+@contextlib.contextmanager
+def rows_of_one_group() -> Iterator[None]:
+    """Within it, rows are those of one group of several that are computed together."""
+    with _over(_row_axes.get()[1:]):
+        yield
+
+
+@contextlib.contextmanager
+def _over(axes: tuple[str, ...]) -> Iterator[None]:
+    token = _row_axes.set(axes)
+    try:
+        yield
+    finally:
+        _row_axes.reset(token)
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """Hidden states [B, …], on a mesh sharded by rows and nothing else (see `rows_over`).
+
+    The compiler may otherwise shard them by their width, as weights are: then every device computes all rows, and sums
+    of activations cross the mesh instead of weights.
+    """
+    axes, mesh = _row_axes.get(), jax.sharding.get_abstract_mesh()
+    shares = math.prod(mesh.shape[axis] for axis in axes)
+    if shares == 1 or x.shape[0] % shares:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[None] * (x.ndim - 1)))
 
 
 @dataclasses.dataclass(frozen=True)

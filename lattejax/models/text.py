@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lattejax.models import functional
 from lattejax.models.attention import attention
 from lattejax.models.functional import Params
-from lattejax.models.layers import Layers
+from lattejax.models.layers import Layers, by_rows
 from lattejax.models.linear import Linear
 from lattejax.models.rotary import Rotary, multimodal_rotary, rotate
 from lattejax.ranges import Range, Size, check_ranges
@@ -184,6 +184,6 @@ def decode(
 
     def body(x, layer_and_cache):
         layer, layer_cache = layer_and_cache
-        return functional.bind(DecoderLayer, config, params=layer)(x, rotary, mask, layer_cache, slot)
+        return functional.bind(DecoderLayer, config, params=layer)(by_rows(x), rotary, mask, layer_cache, slot)
 
     return Layers(layers).zip(cache).scan(body, x, remat)

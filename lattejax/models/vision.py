@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lattejax.models import functional
 from lattejax.models.attention import attention
 from lattejax.models.functional import Params
-from lattejax.models.layers import Layers
+from lattejax.models.layers import Layers, by_rows
 from lattejax.models.linear import Linear
 from lattejax.models.rotary import Rotary, rotate, vision_rotary
 from lattejax.ranges import Depth, Range, Size, check_ranges
@@ -138,7 +138,7 @@ def encode(config: VisionConfig, params: Params, images: Images) -> Float[Array,
     x = embedding(patches.astype(embedding.proj.weight.dtype))
 
     def body(x, block):
-        return functional.bind(VisionBlock, config, params=block)(x, rotary, mask), None
+        return functional.bind(VisionBlock, config, params=block)(by_rows(x), rotary, mask), None
 
     x, _ = Layers(params["blocks"]).scan(body, x)
     tokens = functional.bind(PatchMerger, config, params=params["merger"])(x)

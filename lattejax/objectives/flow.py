@@ -16,6 +16,7 @@ from lattejax.models import functional, generation, latte_flow, qwen2_vl
 from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.latte_flow import ModelConfig
+from lattejax.models.layers import rows_of_one_group
 from lattejax.models.qwen2_vl import Prompts
 from lattejax.objectives.answers import Metrics, answer_loss
 
@@ -104,7 +105,8 @@ class FlowLoss:
         if "prompts" in images and dropped.ndim == 2:
             # Each group reads its own rows: on a mesh, nothing leaves the group's devices.
             prompts = jax.vmap(drop, in_axes=(0, None, 0))(images["prompts"], frozen.unconditional, dropped)
-            return jax.vmap(lambda prompts: self.contexts(params["vlm"], prompts))(prompts), None
+            with rows_of_one_group():
+                return jax.vmap(lambda prompts: self.contexts(params["vlm"], prompts))(prompts), None
         if "prompts" in images:
             prompts = drop(images["prompts"], frozen.unconditional, dropped)
             return self.contexts(params["vlm"], prompts), jnp.arange(len(dropped))

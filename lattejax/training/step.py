@@ -14,7 +14,9 @@ from jaxtyping import Array, Int, Key
 
 from lattejax.configuration import Stage
 from lattejax.models.functional import Params
+from lattejax.models.layers import rows_over
 from lattejax.parallel import rules
+from lattejax.parallel.mesh import ROW_AXES
 from lattejax.parallel.rows import Rows
 
 Loss = Callable[[Params, Any, Any, dict[str, Key[Array, "*rows"]]], tuple[Array, dict[str, Array]]]
@@ -176,8 +178,14 @@ def compile_for(
     everywhere = rules.replicated(mesh)
     placed = rules.shardings(mesh, state)
     streams = {name: stream.sharding(mesh) for name, stream in rows.items()}
+
+    @functools.wraps(step)
+    def on_mesh(*arguments: Any) -> Any:
+        with rows_over(mesh.abstract_mesh, ROW_AXES):
+            return step(*arguments)
+
     return jax.jit(
-        step,
+        on_mesh,
         in_shardings=(placed, rules.shardings(mesh, frozen), streams, everywhere),
         out_shardings=(placed, everywhere),
         donate_argnums=0,

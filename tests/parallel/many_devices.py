@@ -21,6 +21,7 @@ from lattejax.models.pixels import PixelConfig
 from lattejax.parallel import rules
 from lattejax.parallel.collectives import traffic
 from lattejax.parallel.mesh import AXES, make_mesh
+from lattejax.pods import programs
 from lattejax.runs.checkpoints import Checkpoints
 from lattejax.runs.data import open_data
 from lattejax.runs.inference import inference_weights
@@ -112,6 +113,17 @@ def read_over_tensor() -> dict:
     return {"hidden": largest_difference(compiled(placed), read(vlm)), "collectives": collectives(compiled)}
 
 
+def sent_over_fsdp() -> float:
+    """How much each of four devices on `fsdp` sends in a step of Blend, whose rows read prompts and questions with
+    pictures; as a multiple of all weights. Compiled only."""
+    settings = dict(model__variant="blend", train__answer_batch_size=32, train__unroll=False, mesh__fsdp=4)
+    program = programs.train_step(tiny_config(**OWN_PROMPTS | settings), make_mesh({"fsdp": 4}, jax.devices()[:4]), 10)
+    weights = sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves((program.parts["parameters"], program.parts["frozen"]))
+    )
+    return sum(one.sent_bytes for one in traffic(program.compile().as_text(), 4).values()) / weights
+
+
 def restored(state, like) -> bool:
     """Whether a state that is saved with its shardings is restored, bit for bit, with the shardings of `like`."""
     with tempfile.TemporaryDirectory() as directory:
@@ -168,7 +180,7 @@ def main(groups: int, meshes: list[str]) -> None:
     if jax.device_count() == 8:
         narrow, float32 = shared.run(alone, "float32"), shared.run(mesh, "float32")
         found[meshes[0]]["float32_losses"] = largest_difference(float32["losses"], narrow["losses"])
-    found[meshes[0]]["read_over_tensor"] = read_over_tensor()
+    found[meshes[0]] |= {"read_over_tensor": read_over_tensor(), "sent_over_fsdp": sent_over_fsdp()}
     print(json.dumps(found))
 
 

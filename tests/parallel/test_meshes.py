@@ -67,6 +67,12 @@ def test_each_device_holds_only_its_groups_and_sends_only_sums_over_expert_and_d
     assert next(iter(found.values()))["own_prompts_collectives"] == ["all-reduce"]
 
 
+def test_over_fsdp_weights_are_sent_and_activations_are_not(found):
+    """Every layer's weights are gathered twice, and their gradients summed. Hidden states that are sharded by their
+    width would be summed in every product: 84 times the weights."""
+    assert next(iter(found.values()))["sent_over_fsdp"] < 10
+
+
 def test_attention_over_tensor_sends_nothing(found):
     """Query heads are sharded in both towers and KV heads replicated, so that each half of a layer needs one sum, and
     nothing else is sent."""
