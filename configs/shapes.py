@@ -31,7 +31,7 @@ def get_config(length: str = "short") -> ConfigDict:
     config = configuration.defaults()
     config.update(dtype="float32", log_every=50)
     config.pretrain.steps, config.train.steps = {"short": (800, 2000), "long": (1600, 12_000)}[length]
-    # Shapes are decided near the noise: intervals are short there, and all groups train and draw equally often.
+    # Intervals are short near the noise, and all groups train and draw equally often. Equal ones do as well.
     config.model.update(patch_size=8, prediction="x", interval_edges=(0.0, 0.1, 0.25, 0.5, 1.0))
     config.model.text.update(vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=12)
     config.model.text.update(num_heads=4, num_kv_heads=1, mrope_section=(4, 6, 6), rope_theta=1e6)

@@ -13,9 +13,10 @@ from lattejax.data.examples import Drawings, Source
 from lattejax.errors import UserError
 from lattejax.evaluation.protocol import Report, Subject
 from lattejax.models.functional import Params
+from lattejax.models.layers import rows_over
 from lattejax.objectives.flow import FlowLoss, Frozen
 from lattejax.parallel import hosts
-from lattejax.parallel.mesh import batches_of
+from lattejax.parallel.mesh import ROW_AXES, batches_of
 from lattejax.parallel.rows import Rows
 
 
@@ -42,7 +43,8 @@ class HeldOutLoss:
     def __init__(self, config: Config, loss: FlowLoss, drawings: Drawings, make_batch: Callable, mesh: Mesh):
         self._drawings, self._make_batch, self._mesh = drawings, make_batch, mesh
         self._total = min(len(drawings), config.eval.examples or len(drawings))
-        self._batch_size, self._losses = config.eval.batch_size, jax.jit(loss.held_out)
+        self._batch_size = config.eval.batch_size
+        self._losses = jax.jit(rows_over(mesh.abstract_mesh, ROW_AXES)(loss.held_out))
 
     def __call__(self, trained: Params, frozen: Frozen) -> Float[np.ndarray, "K"]:
         """Returns the mean over rows [K], summed in float64; raises `UserError` if there are none."""

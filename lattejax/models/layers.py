@@ -28,7 +28,8 @@ _row_axes: ContextVar[tuple[str, ...]] = ContextVar("the mesh axes that rows are
 
 @contextlib.contextmanager
 def rows_over(mesh: AbstractMesh, axes: tuple[str, ...]) -> Iterator[None]:
-    """What is traced within it runs on a mesh, with rows sharded over these of its axes; the first is the groups'."""
+    """What is traced within it runs on a mesh, with rows sharded over these of its axes; the first is the groups'. It
+    is also a decorator."""
     with jax.sharding.use_abstract_mesh(mesh), _over(axes):
         yield
 

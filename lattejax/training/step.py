@@ -178,14 +178,8 @@ def compile_for(
     everywhere = rules.replicated(mesh)
     placed = rules.shardings(mesh, state)
     streams = {name: stream.sharding(mesh) for name, stream in rows.items()}
-
-    @functools.wraps(step)
-    def on_mesh(*arguments: Any) -> Any:
-        with rows_over(mesh.abstract_mesh, ROW_AXES):
-            return step(*arguments)
-
     return jax.jit(
-        on_mesh,
+        rows_over(mesh.abstract_mesh, ROW_AXES)(step),
         in_shardings=(placed, rules.shardings(mesh, frozen), streams, everywhere),
         out_shardings=(placed, everywhere),
         donate_argnums=0,
