@@ -238,7 +238,10 @@ def image_part(url):
     return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
 
 
-def parts(count, part={"type": "text", "text": "a"}):  # noqa: B006
+TEXT = {"type": "text", "text": "a"}
+
+
+def parts(count, part=TEXT):
     return {"messages": [{"role": "user", "content": [part] * count}]}
 
 
