@@ -61,6 +61,11 @@ class Config:
                 f"train.interval_overlap={self.train.interval_overlap} has no effect with model.num_groups=1: a single "
                 "interval has no neighbours"
             )
+        if self.train.clip_by == "group" and (self.model.shared_ends or self.trains_answers):
+            raise ValueError(
+                "train.clip_by='group' needs groups that share no weights: model.shared_ends=False, in model.variant="
+                "'couple'"
+            )
         groups, accumulation = self.model.num_groups if self.train.stratified else 1, self.train.accumulation
         if self.train.batch_size % (accumulation * groups):
             raise ValueError(
@@ -107,6 +112,7 @@ class Config:
                 latent_position=self.model.latent_position,
                 conditioning=self.model.conditioning,
                 prediction=self.model.prediction,
+                shared_ends=self.model.shared_ends,
                 patch_size=self.model.patch_size,
             ),
             variant=self.model.variant,

@@ -23,6 +23,7 @@ DECAYS = ("none", "cosine", "linear")
 PROMPTS = ("captions", "pictures")
 ANSWER_WEIGHTS = ("tokens", "answers")
 DENSITIES = ("uniform", "logit_normal", "shifted")
+CLIPPED_BY = ("model", "group")
 BEFORE = "before"  # in the metadata of a key
 Axis = Annotated[int, Range(-1)]
 Threads = Annotated[int, Range(1, 1024)]
@@ -83,6 +84,8 @@ class Model:
     latent_position: str = added("sincos", before="none")
     conditioning: str = added("time", before="time")  # what velocities are conditioned on, see models/conditioning.py
     prediction: str = added("velocity", before="velocity")  # what the network gives; or "x", the clean latents
+    # Whether groups have embedding, time embedding and head in common. Without it no group has weights of another.
+    shared_ends: bool = added(True, before=True)
     patch_size: Side = 1  # side of the square of latents in one image token
     text: TextConfig = TextConfig()
     vision: VisionConfig = VisionConfig()
@@ -212,6 +215,7 @@ class GenerationStage(Stage):
     density_shift: Factor = 1.0
     # A group also trains on flow times beyond both ends of its interval, up to this share of the interval's length.
     interval_overlap: Share = added(0.0, before=0.0)
+    clip_by: str = added("model", before="model")  # whose gradient's norm is clipped; or "group": each group's own
     stratified: bool = True  # equal shares of a batch for all groups; otherwise t decides, at K times the cost
     answer_batch_size: Size = 256  # Blend: questions in each step, besides batch_size images; Couple trains on none
     answer_weight: Factor = 1.0  # Blend: weight of the answers' loss; the flow's is 1
@@ -219,6 +223,7 @@ class GenerationStage(Stage):
     def __post_init__(self):
         super().__post_init__()
         check_one_of("density", self.density, DENSITIES)
+        check_one_of("clip_by", self.clip_by, CLIPPED_BY)
         if self.interval_overlap and not self.stratified:
             raise ValueError("interval_overlap needs stratified=True: otherwise each flow time has one owner")
 

@@ -1,8 +1,8 @@
 """The generation pathway: the velocity of noisy latents, computed by one timestep-expert group.
 
 LaTtE-Flow (arXiv 2506.06952). Every group starts from the embedded noisy latents themselves and ends in the image head:
-it is a complete velocity network of M layers for its interval of flow time. The groups share embedding, time embedding
-and head.
+it is a complete velocity network of M layers for its interval of flow time. The groups share their ends (embedding,
+time embedding and head), or have each its own.
 
 Axes: B batch, K group, M layer in group, L = K M layers, T context token, N image token, D width, C latent channel.
 """
@@ -44,28 +44,40 @@ class Conditioning(NamedTuple):
 
 
 def init(config: GenerationConfig, decoder_layers: Params | None, key: jax.Array) -> Params:
-    """Returns the pathway's weights: `embedding`, `time`, `experts` stacked on a leading axis L, and `head`.
+    """Returns the pathway's weights: `experts`, stacked on a leading axis L, and `embedding`, `time` and `head`. If the
+    groups have their own, these three are in `ends`, stacked on a leading axis K.
 
     With the VLM's `decoder_layers` (stacked on L), each expert layer has a replica of the VLM layer at its depth: a
     copy, or with `replica_init="random"` random weights of that shape. Without them, the experts have no decoder.
     """
     embedding, time, experts, head = jax.random.split(key, 4)
+
+    def init_end(module, argument, key):
+        if config.shared_ends:
+            return functional.init(module, argument, key=key)
+        return functional.init_stacked(module, argument, key=key, count=config.num_groups)
+
     layers = functional.init_stacked(GenerationLayer, config.layer, key=experts, count=config.text.num_layers)
     if decoder_layers is None:
         del layers["decoder"]
     elif config.replica_init == "vlm":
         layers["decoder"] = jax.tree.map(jnp.copy, decoder_layers)
-    return {
-        "embedding": functional.init(LatentEmbedding, config, key=embedding),
-        "time": functional.init(CONDITIONINGS[config.conditioning], config.text.hidden_size, key=time),
-        "experts": layers,
-        "head": functional.init(Head, config, key=head),
+    ends = {
+        "embedding": init_end(LatentEmbedding, config, embedding),
+        "time": init_end(CONDITIONINGS[config.conditioning], config.text.hidden_size, time),
+        "head": init_end(Head, config, head),
     }
+    return {"experts": layers, **(ends if config.shared_ends else {"ends": ends})}
 
 
 def group_layers(config: GenerationConfig, layers: Params, group: int) -> Params:
     """Returns one group's slice of a stack or list of L layers."""
     return Layers(layers)[config.layers_of[group]]
+
+
+def shared_by_groups(params: Params) -> Params:
+    """The parts of the pathway's weights that are not on an axis of layers or groups."""
+    return {name: part for name, part in params.items() if name not in ("experts", "ends")}
 
 
 def of_group(
@@ -81,8 +93,9 @@ def of_group(
       group: the group's index.
     """
     experts, layers = (group_layers(config, of_all, group) for of_all in (params["experts"], contexts.layers))
-    context = contexts._replace(layers=layers)
-    return params | {"experts": experts}, context if rows is None else pick(context, rows)
+    ends = jax.tree.map(lambda x: x[group], params.get("ends", {}))
+    own, context = shared_by_groups(params) | ends | {"experts": experts}, contexts._replace(layers=layers)
+    return own, context if rows is None else pick(context, rows)
 
 
 def pick(context: Context, rows: Int[Array, "B"]) -> Context:
@@ -206,21 +219,21 @@ def group_velocities(
       unroll: compiles longer, for steps that need not stack what each layer keeps for the backward pass.
     """
 
-    def one(experts, context, x_t, t):
+    def one(own, context, x_t, t):
+        own = shared_by_groups(params) | own
         if unroll:
-            experts, layers = Layers(experts).unstack(), Layers(context.layers).unstack()
+            own["experts"], layers = Layers(own["experts"]).unstack(), Layers(context.layers).unstack()
             context = context._replace(layers=layers)
-        own = params | {"experts": experts}
         with rows_of_one_group():
             return velocity(config, own, context, x_t, condition(config, own, Step(t, t)), remat)
 
-    experts, groups = params["experts"], config.num_groups
+    groups = config.num_groups
     if config.group_sizes or groups == 1:  # groups that differ, or a single group, whose products need no axis K
         velocities = []
         for k in range(groups):
             table = contexts if rows is not None else jax.tree.map(lambda x, k=k: x[k], contexts)
             own, context = of_group(config, params, table, None if rows is None else rows[k], k)
-            velocities.append(one(own["experts"], context, x_t[k], t[k]))
+            velocities.append(one(own, context, x_t[k], t[k]))
         return jnp.stack(velocities)
 
     # Equal groups are one computation on an axis K, which a mesh can shard: groups do not interact.
@@ -238,4 +251,5 @@ def group_velocities(
         context = jax.vmap(lambda layers, rows: pick(contexts._replace(layers=layers), rows))(
             grouped(contexts.layers), rows
         )
-    return jax.vmap(one)(grouped(experts), context, x_t, t)
+    own = {"experts": grouped(params["experts"]), **params.get("ends", {})}
+    return jax.vmap(one)(own, context, x_t, t)

@@ -20,7 +20,8 @@ class GenerationConfig:
     The groups are equal in layers and in flow time unless `group_sizes` (summing to L) or `interval_edges` (rising from
     0 to 1) define others. `latent_position` is the position embedding of image tokens, besides M-RoPE: "sincos", a
     fixed 2-D sine-cosine table added to the embedded latents, or "none". `conditioning` is one of
-    `models.conditioning`. `prediction` is what the network gives: the "velocity", or "x", the clean latents.
+    `models.conditioning`. `prediction` is what the network gives: the "velocity", or "x", the clean latents. With
+    `shared_ends=False` each group has an embedding, a time embedding and a head of its own.
     """
 
     text: TextConfig
@@ -34,6 +35,7 @@ class GenerationConfig:
     latent_position: str = "sincos"
     conditioning: str = "time"
     prediction: str = "velocity"
+    shared_ends: bool = True
     patch_size: int = 1
 
     def __post_init__(self):

@@ -18,7 +18,8 @@ The variants:
 
 The pathway attends to a prompt through the VLM's keys and values at each layer: the ordinary KV cache.
 
-Parameters are one tree: `vlm/text`, `vlm/vision`, `embedding`, `time`, `experts`, `head`.
+Parameters are one tree: `vlm/text`, `vlm/vision`, `embedding`, `time`, `experts`, `head`; the pathway's ends may be in
+`ends` instead, see `generation.init`.
 """
 
 import dataclasses
@@ -32,10 +33,11 @@ from lattejax.models.generation_config import GenerationConfig
 from lattejax.models.layers import Layers
 from lattejax.models.qwen2_vl import Prompts, VLMConfig
 
-# The parameters that each variant's second stage trains: patterns for the start of a path.
+# The pathway's parts, and the parameters that each variant's second stage trains: patterns for the start of a path.
+PATHWAY = ("embedding", "time", "experts", "head", "ends")
 VARIANTS = {
-    "couple": ("embedding/", "time/", "experts/", "head/"),
-    "blend": ("embedding/", "time/", "experts/", "head/", "vlm/text/layers/"),
+    "couple": tuple(f"{part}/" for part in PATHWAY),
+    "blend": (*(f"{part}/" for part in PATHWAY), "vlm/text/layers/"),
 }
 
 
@@ -71,7 +73,7 @@ def pathway(config: ModelConfig, params: Params) -> Params:
 
     `params` are stacked or have a list of layers; a tree of gradients works too.
     """
-    own = {name: params[name] for name in ("embedding", "time", "experts", "head")}
+    own = {name: params[name] for name in PATHWAY if name in params}
     if not config.shares_layers:
         return own
     experts, shared = params["experts"], params["vlm"]["text"]["layers"]

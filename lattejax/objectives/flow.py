@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jaxtyping import Array, Float, Int, Key
 
 from lattejax.flow.densities import Density
@@ -197,9 +199,29 @@ def drop(prompts: Prompts, unconditional: Prompts, dropped: Array) -> Prompts:
 
 
 def norms_per_group(config: ModelConfig, gradients: Params) -> Float[Array, "K"]:
-    """The norm of the gradient of each group's own layers."""
-    experts = latte_flow.pathway(config, gradients)["experts"]
-    per_layer = sum(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(experts))
-    if not config.generation.group_sizes:
-        return jnp.sqrt(jnp.sum(per_layer.reshape(config.generation.num_groups, -1), axis=1))
-    return jnp.sqrt(jnp.stack([jnp.sum(per_layer[own]) for own in config.generation.layers_of]))
+    """The norm of the gradient of each group's own weights: its layers, and its ends unless groups share them."""
+
+    def squares(part):  # by layer, or by group
+        return sum(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(part))
+
+    pathway, generation = latte_flow.pathway(config, gradients), config.generation
+    layers, ends = squares(pathway["experts"]), squares(pathway.get("ends", {}))
+    if not generation.group_sizes:
+        return jnp.sqrt(jnp.sum(layers.reshape(generation.num_groups, -1), axis=1) + ends)
+    return jnp.sqrt(jnp.stack([jnp.sum(layers[own]) for own in generation.layers_of]) + ends)
+
+
+def clip_per_group(config: ModelConfig, most: float) -> optax.GradientTransformation:
+    """Clips the gradient of each group's own weights by its own norm. Couple with own ends: then it has no other."""
+    sizes = [own.stop - own.start for own in config.generation.layers_of]
+
+    def clip(gradients: Params, params: Params) -> Params:
+        scale = jnp.minimum(1, most / norms_per_group(config, gradients))
+        scales = {"ends": scale, "experts": jnp.repeat(scale, np.asarray(sizes), total_repeat_length=sum(sizes))}
+
+        def clipped(name):
+            return jax.tree.map(lambda x: x * scales[name].reshape(-1, *[1] * (x.ndim - 1)), gradients[name])
+
+        return {name: clipped(name) for name in gradients}
+
+    return optax.stateless(clip)

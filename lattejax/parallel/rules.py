@@ -1,7 +1,8 @@
 """Which array is sharded over which mesh axes: a table of path patterns.
 
 Layers are stacked on a leading axis L, which is sharded over `expert` in blocks of complete groups: a device has the
-weights, optimizer state and contexts of its own groups only. Matrices are sharded over `tensor` on the axis of heads or
+weights, optimizer state and contexts of its own groups only. So are the ends that are each group's own, on an axis K.
+Matrices are sharded over `tensor` on the axis of heads or
 hidden units, so that each half of a layer needs one sum, and over `fsdp` on the other axis. An array that matches no
 rule is replicated; if it is a matrix, a warning names it.
 """
@@ -21,8 +22,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from lattejax.models.functional import Params
 from lattejax.parallel.mesh import AXES
 
-# Arrays whose leading axis has an entry for each of the L layers; that axis is sharded over `expert`.
-LAYER_STACKS = r"(^|/)(experts|contexts/layers)/"
+# Arrays whose leading axis has an entry for each of the L layers, or the K groups; that axis is sharded over `expert`.
+STACKS = r"(^|/)(experts|ends|contexts/layers)/"
 
 # A pattern for the end of a path, and the mesh axes that the array's last dimensions are sharded over.
 RULES = (
@@ -65,7 +66,7 @@ def spec(mesh: Mesh | AbstractMesh, path: str, shape: Sequence[int], axes: Seque
             _warn_unmatched(path)
         last = ()
     partitions = [()] * (len(shape) - len(last)) + [(over,) if isinstance(over, str) else over or () for over in last]
-    stacked = re.search(LAYER_STACKS + r"(?!\d+/)", path)  # not in a list, where each layer is a separate tree
+    stacked = re.search(STACKS + r"(?!\d+/)", path)  # not in a list, where each layer is a separate tree
     if stacked and shape:
         partitions[0] = ("expert",)
     if re.search(KV_HEADS, path) and shape[-len(last)] % mesh.shape["tensor"]:

@@ -22,7 +22,7 @@ from lattejax.models.functional import Params
 from lattejax.models.generation import Context
 from lattejax.models.qwen2_vl import Prompts
 from lattejax.objectives.answers import weigh_answers
-from lattejax.objectives.flow import FlowLoss, Frozen, norms_per_group
+from lattejax.objectives.flow import FlowLoss, Frozen, clip_per_group, norms_per_group
 from lattejax.parallel import hosts, rules
 from lattejax.runs.data import open_data
 from lattejax.runs.inference import inference_weights
@@ -151,6 +151,7 @@ def flow_step(config: Config, loss: FlowLoss) -> Callable:
         stage_rows(config)["train"],
         lambda gradients: {"grad_norm_per_group": norms_per_group(model, gradients)},
         prepare=weigh_answers,
+        clip=clip_per_group(model, config.train.clip_norm) if config.train.clip_by == "group" else None,
     )
 
 

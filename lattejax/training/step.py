@@ -58,8 +58,9 @@ def learning_rate(stage: Stage) -> optax.Schedule:
     return lambda count: joined(count + 1)
 
 
-def make_optimizer(stage: Stage) -> optax.GradientTransformation:
-    """AdamW on clipped gradients, with weight decay on matrices only."""
+def make_optimizer(stage: Stage, clip: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
+    """AdamW on clipped gradients, with weight decay on matrices only. `clip`, which has no state, clips them; None: by
+    the norm of them all."""
 
     def decay(updates: Params, params: Params) -> Params:
         # Not optax.masked: its state has another tree structure than existing checkpoints.
@@ -72,7 +73,7 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
         optax.stateless(decay),
         optax.scale_by_learning_rate(learning_rate(stage)),
     )
-    return optax.chain(optax.clip_by_global_norm(stage.clip_norm), adamw)
+    return optax.chain(clip or optax.clip_by_global_norm(stage.clip_norm), adamw)
 
 
 def are_matrices(params: Params) -> Any:
@@ -109,6 +110,7 @@ def make_train_step(
     rows: Mapping[str, Rows],
     gradient_metrics: Callable[[Params], dict[str, Array]] = lambda gradients: {},
     prepare: Callable[[Any], Any] = lambda batch: batch,
+    clip: optax.GradientTransformation | None = None,
 ) -> Callable[[TrainState, Any, Any, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
     """Returns `step(state, frozen, batch, key) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -122,8 +124,9 @@ def make_train_step(
       rows: how each stream's rows are arranged on the leading axes of its arrays, micro-batches first.
       gradient_metrics: more metrics, of the gradients before clipping.
       prepare: transforms the complete batch, before it is split into micro-batches.
+      clip: see `make_optimizer`.
     """
-    optimizer = make_optimizer(stage)
+    optimizer = make_optimizer(stage, clip)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def step(state, frozen, batch, key):

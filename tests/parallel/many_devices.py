@@ -34,6 +34,7 @@ from tests.helpers import encoder_for, randomize, tiny_config
 STEPS = 10
 SHARED = dict(train__batch_size=64, train__accumulation=2, train__learning_rate=1e-2, train__prompt_dropout=0.2)
 OWN_PROMPTS = dict(train__batch_size=32, train__share_contexts=False)
+OWN_ENDS = dict(model__shared_ends=False, train__clip_by="group")
 
 
 class Trial:
@@ -124,6 +125,14 @@ def sent_over_fsdp() -> float:
     return sum(one.sent_bytes for one in traffic(program.compile().as_text(), 4).values()) / weights
 
 
+def sent_between_groups() -> float:
+    """The bytes that each of two devices sends in a step, if each holds a group that shares nothing. Compiled only."""
+    mesh = make_mesh({"expert": 2}, jax.devices()[:2])
+    with jax.enable_x64(False):
+        compiled = programs.train_step(tiny_config(**OWN_ENDS, mesh__expert=2), mesh, 10).compile()
+    return sum(one.sent_bytes for one in traffic(compiled.as_text(), 2).values())
+
+
 def restored(state, like) -> bool:
     """Whether a state that is saved with its shardings is restored, bit for bit, with the shardings of `like`."""
     with tempfile.TemporaryDirectory() as directory:
@@ -151,7 +160,8 @@ def main(groups: int, meshes: list[str]) -> None:
     alone = make_mesh({}, jax.devices()[:1])
     model = dict(model__num_groups=groups, model__text__num_layers=2 * groups)
     shared, own = (
-        Trial(tiny_config(**model, **settings), steps) for settings, steps in ((SHARED, STEPS), (OWN_PROMPTS, 2))
+        Trial(tiny_config(**model, **settings), steps)
+        for settings, steps in ((SHARED, STEPS), (OWN_PROMPTS | OWN_ENDS, 2))
     )
     wide, read, images = shared.run(alone, "float64"), own.run(alone, "float32"), draw(shared, alone)
     found = {}
@@ -180,7 +190,11 @@ def main(groups: int, meshes: list[str]) -> None:
     if jax.device_count() == 8:
         narrow, float32 = shared.run(alone, "float32"), shared.run(mesh, "float32")
         found[meshes[0]]["float32_losses"] = largest_difference(float32["losses"], narrow["losses"])
-    found[meshes[0]] |= {"read_over_tensor": read_over_tensor(), "sent_over_fsdp": sent_over_fsdp()}
+    found[meshes[0]] |= {
+        "read_over_tensor": read_over_tensor(),
+        "sent_over_fsdp": sent_over_fsdp(),
+        "sent_between_groups": sent_between_groups(),
+    }
     print(json.dumps(found))
 
 

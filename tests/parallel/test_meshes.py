@@ -46,7 +46,7 @@ def test_ten_steps_and_a_sampling_call_equal_those_on_one_device(found):
         assert mesh["images"] <= 1, name
     first = next(iter(found.values()))
     assert first.get("float32_losses", 0) < 1e-5
-    assert first["own_prompts"] < 1e-5, "if each row reads its own prompt"
+    assert first["own_prompts"] < 1e-5, "if each row reads its own prompt, and groups share nothing"
 
 
 def test_batches_flow_times_noise_and_dropout_are_the_same_bits(found):
@@ -65,6 +65,11 @@ def test_each_device_holds_only_its_groups_and_sends_only_sums_over_expert_and_d
         if fsdp == tensor == 1:
             assert mesh["collectives"] == ["all-reduce"], name
     assert next(iter(found.values()))["own_prompts_collectives"] == ["all-reduce"]
+
+
+def test_groups_that_share_nothing_send_each_other_only_a_few_sums(found):
+    """Metrics, and whether the gradient is finite."""
+    assert next(iter(found.values()))["sent_between_groups"] < 256
 
 
 def test_over_fsdp_weights_are_sent_and_activations_are_not(found):

@@ -23,7 +23,7 @@ from lattejax.parallel.mesh import one_device
 from lattejax.parallel.rows import Rows
 from lattejax.runs.data import open_data
 from lattejax.sampling.images import read_prompts
-from lattejax.training.generation_stage import caption_prompts
+from lattejax.training.generation_stage import caption_prompts, flow_step
 from lattejax.training.step import init_state, learning_rate, make_optimizer, make_train_step
 from tests.helpers import assert_same_bits, encoder_for, randomize, tiny_config
 
@@ -365,6 +365,27 @@ def test_gradient_norm_per_group_is_that_of_its_layers():
     first = optax.tree.norm(jax.tree.map(lambda x: x[:2], gradients["experts"]))
     np.testing.assert_allclose(metrics["grad_norm_per_group"][0], first, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradients), rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes, clip_by", [((), "group"), ((1, 3), "group"), ((), "model")])
+def test_groups_with_own_ends_and_clipping_do_not_depend_on_each_other(sizes, clip_by):
+    """Gradients above the clipping norm, and other rows for group 1: group 0 changes only if one norm clips both."""
+    settings = dict(train__batch_size=8, train__accumulation=1, train__warmup_steps=0, train__clip_norm=1e-3)
+    own = dict(model__shared_ends=False, model__group_sizes=sizes, train__clip_by=clip_by)
+    config = tiny_config(**settings, **own)
+    step = jax.jit(flow_step(config, flow_loss(config)))
+    images, params = batch()["images"], weights(config.model_config)[0]
+    after = []
+    for latents in (images["latents"], images["latents"].at[4:].multiply(30.0)):
+        inputs = jax.tree.map(lambda x: x.reshape(1, 2, 4, *x.shape[1:]), images | {"latents": latents})
+        state, metrics = step(init_state(config.train, params), SHARED, {"images": inputs}, jax.random.key(5))
+        assert np.all(metrics["grad_norm_per_group"] > 1e-3)
+        after.append(state.params)
+    for group, is_same in enumerate((clip_by == "group", False)):
+        ours, theirs = (
+            generation.of_group(config.model_config.generation, one, TABLE, None, group)[0] for one in after
+        )
+        assert all(map(np.array_equal, jax.tree.leaves(ours), jax.tree.leaves(theirs))) == is_same
 
 
 @pytest.mark.parametrize("form", [{"remat": "dots"}, {"remat": "full"}, {"unroll": True}])
