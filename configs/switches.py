@@ -12,6 +12,7 @@ SWITCHES = {
     "random_replicas": {"model.replica_init": "random"},
     "no_latent_position": {"model.latent_position": "none"},  # only M-RoPE
     "predicting_x": {"model.prediction": "x"},  # not the velocity
+    "own_ends": {"model.shared_ends": False, "train.clip_by": "group"},  # groups that share nothing
     "more_layers_late": {"model.group_sizes": (1, 1, 3, 3)},
     "short_first_interval": {"model.interval_edges": (0.0, 0.1, 0.4, 0.7, 1.0)},
     "logit_normal": {"train.density": "logit_normal"},

@@ -93,6 +93,8 @@ def changed(section: str, name: str, value: object):
             changed("eval", "final_images", 20),
             r"final_images has been removed: use config\.eval\.evaluators\.final_digits\.images",
         ),
+        (changed("train", "clip_by", "layer"), r"config\.train\.clip_by='layer' must be one of \['model', 'group'\]"),
+        (changed("train", "clip_by", "group"), r"train\.clip_by='group' needs groups that share no weights"),
         (changed("data", "prompts", "pictures"), r"set train\.share_contexts=False"),
         (changed("model", "num_groups", 3), r"config\.model\.num_groups=3 does not divide the 8 layers .* use one of"),
         (changed("mesh", "expert", -1), r"config\.mesh\.expert=-1, but data too; only one axis may be -1"),

@@ -98,8 +98,10 @@ def first_group(config: Config) -> Config:
     """A model of only the first group's layers, as one group that owns all flow times."""
     first = config.model_config.generation.layers_of[0]
     text = dataclasses.replace(config.model.text, num_layers=first.stop)
-    model = dataclasses.replace(config.model, text=text, num_groups=1, group_sizes=(), interval_edges=())
-    return dataclasses.replace(config, model=model, mesh=dataclasses.replace(config.mesh, expert=1))
+    alone = dict(num_groups=1, group_sizes=(), interval_edges=(), shared_ends=True)
+    model = dataclasses.replace(config.model, text=text, **alone)
+    stage = dataclasses.replace(config.train, clip_by="model", interval_overlap=0.0)
+    return dataclasses.replace(config, model=model, train=stage, mesh=dataclasses.replace(config.mesh, expert=1))
 
 
 def random_params(config: Config, *parts: str) -> Params:

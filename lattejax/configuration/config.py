@@ -63,8 +63,8 @@ class Config:
             )
         if self.train.clip_by == "group" and (self.model.shared_ends or self.trains_answers):
             raise ValueError(
-                "train.clip_by='group' needs groups that share no weights: model.shared_ends=False, in model.variant="
-                "'couple'"
+                "train.clip_by='group' needs groups that share no weights; set model.shared_ends=False, and "
+                "model.variant='couple'"
             )
         groups, accumulation = self.model.num_groups if self.train.stratified else 1, self.train.accumulation
         if self.train.batch_size % (accumulation * groups):
