@@ -42,7 +42,7 @@ def run(
     """
 
     def parse(argv: list[str]) -> list[str]:
-        argv = [argv[0], *map(find_config, map(rename_key, argv[1:]))]
+        argv = [argv[0], *map(find_config, map(rename_key, join_config(argv[1:])))]
         sys.argv[:] = argv  # where config_flags looks for overrides
         if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
             app.usage(shorthelp=True, writeto_stdout=True)
@@ -110,6 +110,15 @@ def rename_key(argument: str) -> str:
             print(f"warning: {flag} is an old name; use {renamed}={value}", file=sys.stderr)
             return f"{renamed}{equals}{value}"
     return argument
+
+
+def join_config(arguments: list[str]) -> list[str]:
+    """Takes --config FILE for --config=FILE."""
+    places = [i for i, argument in enumerate(arguments[:-1]) if argument in ("-config", "--config")]
+    if not places:
+        return arguments
+    i = places[0]
+    return [*arguments[:i], f"{arguments[i]}={arguments[i + 1]}", *arguments[i + 2 :]]
 
 
 def find_config(argument: str) -> str:

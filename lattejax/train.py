@@ -26,14 +26,13 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    config = resolve_config(CONFIG.value, weights_needed=not PRINT_CONFIG.value, workdir=WORKDIR.value)
     if PRINT_CONFIG.value:
-        return print(configuration.describe(config))
+        return print(configuration.describe(resolve_config(CONFIG.value, weights_needed=False, workdir=WORKDIR.value)))
     if WORKDIR.value is None:
         raise UserError("--workdir is missing: give the directory for the run's files")
     with InterruptGuard(at_once=True, notice=NOTICE.value) as guard:
-        connect()
-        results = train(config, WORKDIR.value, guard)
+        connect()  # first: opening a run to start from takes the devices of this process alone
+        results = train(resolve_config(CONFIG.value, workdir=WORKDIR.value), WORKDIR.value, guard)
     if hosts.is_first():
         print(json.dumps(results, indent=2))
 

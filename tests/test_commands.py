@@ -256,6 +256,8 @@ def test_packaged_experiments_are_found_by_name(tmp_path, monkeypatch):
     assert [cli.find_config(argument) for argument in same] == list(same)
     (tmp_path / "digits").write_text("mine")
     assert cli.find_config("--config=digits") == "--config=digits"
+    assert cli.join_config(["--config", "digits", "--workdir", "a"]) == ["--config=digits", "--workdir", "a"]
+    assert cli.join_config(["--config=digits", "--config"]) == ["--config=digits", "--config"]
 
 
 def test_an_old_name_of_a_key_is_taken_with_a_warning(forked_command):

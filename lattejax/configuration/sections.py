@@ -172,8 +172,8 @@ class Tokenizer:
 class Stage:
     """The keys that both stages of training share. The defaults are the VLM's: taken unchanged, with no steps."""
 
-    # Where initial weights come from: a run's workdir (its latest checkpoint, finished or not), an export, or, in the
-    # first stage, converted weights. Empty: random weights.
+    # Where initial weights come from: a run's workdir (its finished VLM, its pathway's latest checkpoint), an export,
+    # or, in the first stage, converted weights. Empty: random weights.
     init_from: str = ""
     steps: Natural = 0
     batch_size: Size = 1

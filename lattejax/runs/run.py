@@ -84,6 +84,16 @@ class Run:
         """Whether both stages have stored weights, so that it resumes without those that it started from."""
         return self.has_vlm and self.trained_step is not None
 
+    def check_vlm(self) -> None:
+        """Raises `UserError` unless it has a VLM to read."""
+        if not self.is_export and not self.has_vlm:
+            raise UserError(f"{self.workdir.path} has no finished VLM yet; complete its first stage of training")
+
+    def check_pathway(self) -> None:
+        """Raises `UserError` unless it has weights of the second stage to read."""
+        if not self.is_export and self.trained_step is None:
+            raise UserError(f"{self.workdir.path} has no checkpoint of the generation pathway yet; train it first")
+
     def pretrained_vlm(self, dtype: str = "float32") -> Params:
         """Reads the final weights of the first stage, stacked.
 
@@ -92,8 +102,7 @@ class Run:
         """
         if (converted := self.converted_vlm()) is not None:
             return converted.params(dtype, self.mesh)
-        if not self.has_vlm:
-            raise UserError(f"{self.workdir.path} has no finished VLM yet; complete its first stage of training")
+        self.check_vlm()
         vlm = trees.load_weights(self.workdir.vlm, rules.abstract(self.mesh, abstract_params(self.config)["vlm"]))
         return functional.cast_floats(vlm, dtype)
 
@@ -139,8 +148,7 @@ class Run:
         if self.is_export:
             params = exports.read(self.workdir.path, abstract_params(target or self.config))
             return rules.place(self.mesh, latte_flow.split_trained(self.config.model_config, params)[0])
-        if self.trained_step is None:
-            raise UserError(f"{self.workdir.path} has no checkpoint of the generation pathway yet; train it first")
+        self.check_pathway()
         average = rules.abstract(self.mesh, abstract_trained(target or self.config))
         item = "ema" if self.config.train.ema_decay else "params"  # without averaging, the weights themselves
         checkpoints = Checkpoints(self.workdir.checkpoints("train"))

@@ -34,7 +34,11 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
     """Raises `UserError` if the workdir belongs to another config, and shows the difference, or is an export."""
     if shards.are_stored(workdir.path):
         raise UserError(f"{workdir.path} holds exported weights; use another --workdir, and set init_from to this one")
-    if workdir.config.exists() and (different := changes(config, configuration.load(workdir.config))):
+    if not workdir.config.exists():
+        weights = [path for path in (workdir.vlm, workdir.vlm_reference, workdir.checkpoints("train")) if path.exists()]
+        if weights:
+            raise UserError(f"{workdir.path} has no config.json, but {weights[0].name}; use another --workdir")
+    elif different := changes(config, configuration.load(workdir.config)):
         raise UserError(
             f"{workdir.path} belongs to another config ({'; '.join(different)}); use another --workdir, "
             "or set init_from to start from its weights"
@@ -44,14 +48,14 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
 def changes(config: Config, theirs: Config) -> list[str]:
     """Lists the keys, as `key: theirs -> ours`, with which a run of `theirs` must not resume."""
     # Another mesh computes the same results, and the latents' identity covers the pictures they were made from.
-    free = {name: getattr(theirs, name) for name in ("images", "mesh", "most_skipped_steps", "profile")}
-    return configuration.differences(dataclasses.replace(config, **free), theirs)
+    free = ("images.", "mesh.", "most_skipped_steps:", "profile.")
+    return [line for line in configuration.differences(config, theirs) if not line.startswith(free)]
 
 
 def find_tokenizer(config: Config, workdir: Workdir, source: Source) -> tokenizers.Tokenizer:
-    """Returns the run's tokenizer: the saved one if it exists, otherwise that of the run to start from, otherwise the
-    config's, otherwise one trained on the data's texts."""
-    if tokenizers.is_saved(workdir.tokenizer):
+    """Returns the run's tokenizer: the saved one if the run exists, otherwise that of the run to start from, otherwise
+    the config's, otherwise one trained on the data's texts."""
+    if workdir.config.exists():  # what a start left that was killed before is of any config
         return tokenizers.load(workdir.tokenizer)
     if config.pretrain.init_from:
         return open_vlm(config.pretrain.init_from).encoder.tokenizer
@@ -71,7 +75,8 @@ def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity, *, 
 
     Raises:
       UserError: the tokenizer has too many entries; the VLM of `pretrain.init_from` has another geometry or
-        preprocessing; or the pathway of `train.init_from` has other shapes, or draws latents of another autoencoder.
+        preprocessing, or is not trained yet; or the pathway of `train.init_from` has other shapes, or draws latents of
+        another autoencoder, or has no checkpoint.
     """
     entries, room = len(encoder.tokenizer), config.model.text.vocab_size
     if entries > room:
@@ -79,11 +84,15 @@ def check_fit(config: Config, encoder: PromptEncoder, autoencoder: Identity, *, 
     if has_all_weights:
         return
     if config.pretrain.init_from:
-        check_same_vlm(config, encoder, open_vlm(config.pretrain.init_from))
+        source = open_vlm(config.pretrain.init_from)
+        check_same_vlm(config, encoder, source)
+        if isinstance(source, Run):
+            source.check_vlm()
     if config.train.init_from:
         theirs, name = Run.open(config.train.init_from), f"the weights of {config.train.init_from}"
         trees.check_shapes(abstract_trained(theirs.config), abstract_trained(config), name)
         Identity.load(theirs.workdir.autoencoder).check(autoencoder, theirs.workdir.path, config.data.autoencoder)
+        theirs.check_pathway()
         warn_of_another_pathway(config, theirs.config)
 
 

@@ -106,9 +106,8 @@ def run_stage(
     train_step = compile_for(recipe.mesh, recipe.step, state, recipe.frozen, recipe.rows)
     key = rules.put(recipe.key, rules.replicated(recipe.mesh))
     if first_step < settings.steps:
-        with window.excluded():
-            train_step = train_step.lower(state, recipe.frozen, recipe.abstract_batch(), key).compile()
-            memory.check_compiled(train_step, f"a step with config.{recipe.name}.batch_size={settings.batch_size}")
+        train_step = train_step.lower(state, recipe.frozen, recipe.abstract_batch(), key).compile()
+        memory.check_compiled(train_step, f"a step with config.{recipe.name}.batch_size={settings.batch_size}")
     rate, stop = learning_rate(settings), Stop(guard, recipe.mesh)
     skipped_before = int(hosts.fetch(state.skipped)) - len(window.skipped())  # those already logged
 
@@ -120,12 +119,17 @@ def run_stage(
         for name, picture in report.pictures.items():
             log.image(step, name, picture)
         log.write(step, report.figures)
-        checkpoints.keep_step(log.best_step(keep.best, checkpoints.steps))
+        best = log.best_step(keep.best, checkpoints.steps)
+        checkpoints.keep_step(best)
+        if recipe.name == "train" and keep.best and best is None:
+            names = ", ".join(name for name, value in report.figures.items() if np.ndim(value) == 0)
+            log.print(f"config.checkpoint.best={keep.best!r}: no evaluation has this figure yet; this one has {names}")
 
     trace = Trace(recipe.profile, workdir.path / "profile")
     checkpoints.keep_step(log.best_step(keep.best, checkpoints.steps))
     if first_step and is_evaluated(first_step) and not log.has_evaluation(first_step):
         evaluate(first_step)  # an earlier process stopped before it
+    window.start()
     for step in range(first_step + 1, settings.steps + 1):
         last = step == settings.steps
         trace.start(step)
@@ -167,8 +171,6 @@ def run_stage(
             with window.excluded():
                 evaluate(step)
     trace.stop()
-    if recipe.name == "train" and keep.best and log.best_step(keep.best, checkpoints.steps) is None:
-        log.print(f"config.checkpoint.best={keep.best!r} is no figure of an evaluation; no checkpoint was kept for it")
     checkpoints.close()
     guard.saved()
     log.close()
@@ -239,8 +241,12 @@ class Window:
     def _open(self) -> None:
         self._metrics: dict[int, dict[str, jax.Array | np.ndarray]] = {}
         self._restored = 0  # of its steps, those of an earlier process
-        self._started = time.perf_counter()
         self._waited = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Counts the time from now on."""
+        self._started = time.perf_counter()
 
     def start_waiting(self) -> None:
         self._wait_started = time.perf_counter()

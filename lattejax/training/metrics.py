@@ -19,7 +19,8 @@ from lattejax.runs.records import best_step, read_records
 from lattejax.runs.workdir import Workdir
 
 with epy.lazy_imports():
-    import tensorboardX
+    from tensorboardX import event_file_writer, record_writer, summary
+    from tensorboardX.proto import event_pb2
 
 
 class RunClock:
@@ -49,7 +50,7 @@ class MetricsLog:
         self._tensorboard = self._bar = None
         if not hosts.is_first():
             return
-        self._tensorboard = tensorboardX.SummaryWriter(os.fspath(workdir.tensorboard(stage)), purge_step=first_step + 1)
+        self._tensorboard = EventFile(os.fspath(workdir.tensorboard(stage)), first_step + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=last_step, initial=first_step, desc=stage, unit="step", dynamic_ncols=True)
 
@@ -76,11 +77,9 @@ class MetricsLog:
             return
         write_atomically(self._workdir.metrics, "".join(json.dumps(r) + "\n" for r in self._records).encode())
         for name, value in metrics.items():
-            if isinstance(value, list):
-                for group, item in enumerate(value):
-                    self._tensorboard.add_scalar(f"{name}/{group}", item, step)
-            else:
-                self._tensorboard.add_scalar(name, value, step)
+            by_group = {f"{name}/{group}": item for group, item in enumerate(value)} if isinstance(value, list) else {}
+            for curve, item in (by_group or {name: value}).items():
+                self._tensorboard.write(step, summary=summary.scalar(curve, item))
         self.print(f"{self._stage} {step} of {self._last_step}: {self._summary(step, metrics)}")
 
     def _summary(self, step: int, metrics: dict[str, Any]) -> str:
@@ -99,7 +98,7 @@ class MetricsLog:
         if self._tensorboard is None:
             return
         write_with(self._workdir.image(name, self._stage, step), lambda file: image.save(file, format="PNG"))
-        self._tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
+        self._tensorboard.write(step, summary=summary.image(name, np.asarray(image), dataformats="HWC"))
 
     def print(self, line: str) -> None:
         """Prints a line, above the progress bar if there is one."""
@@ -113,6 +112,30 @@ class MetricsLog:
             self._tensorboard.close()
         if self._bar is not None:
             self._bar.close()
+
+
+class EventFile:
+    """A TensorBoard file of events, written by the thread that calls, so that an error is raised there. The thread of
+    tensorboardX's own `SummaryWriter` ends with an error, and whoever writes next waits for it for ever."""
+
+    SECONDS = 120  # between flushes, each of which sends the whole file to a remote store
+
+    def __init__(self, directory: str, first_step: int):
+        """What an earlier process wrote of `first_step` and later is no longer shown."""
+        record_writer.directory_check(directory)
+        self._file = event_file_writer.EventsWriter(os.path.join(directory, "events"))
+        self._flushed = 0.0
+        self.write(first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def write(self, step: int, **what: Any) -> None:
+        """Writes an event with one part, by its name in TensorBoard's format."""
+        self._file.write_event(event_pb2.Event(step=step, wall_time=time.time(), **what))
+        if time.monotonic() - self._flushed > self.SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _short(value: Any) -> str:

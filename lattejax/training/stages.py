@@ -54,7 +54,7 @@ def train(config: Config, path: epath.PathLike, guard: InterruptGuard) -> dict[s
         _, train_key = jax.random.split(jax.random.key(config.seed))
         train_vlm(run, clock, guard)
         run_stage(generation_recipe(run, train_key), config, run.workdir, clock, guard)
-
+        hosts.wait_for_all("the metrics are written")
         results = final_scores(run)
         results["seconds"] = clock.seconds
         if hosts.is_first():

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lattejax import configuration
 from lattejax.runs.run import Run
-from tests.helpers import ENVIRONMENT, NO_DIGITS, ROOT, Fork, Forks, tiny_flags
+from tests.helpers import ENVIRONMENT, NO_DIGITS, ROOT, Fork, Forks, tiny_config, tiny_flags
 from tests.training.test_run import assert_equal_runs, final_arrays
 
 SETTINGS = NO_DIGITS | dict(pretrain__steps=0, eval__every=0, train__steps=80, log_every=10, checkpoint__every=1000)
@@ -141,3 +142,11 @@ def test_processes_that_cannot_connect_are_an_error(flags, named, tmp_path, fork
     assert len(done.stderr.splitlines()) == 1
     assert re.search(named, done.stderr), done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_connect_before_they_open_a_run_to_start_from(tmp_path, forked_command):
+    """Opening one takes a process's devices, after which JAX connects no more."""
+    configuration.save(tiny_config(), tmp_path / "config.json")
+    flags = [f"--config.pretrain.init_from={tmp_path}", f"--workdir={tmp_path / 'run'}", "--cluster=auto"]
+    done = forked_command("train", *FLAGS, *flags)
+    assert "the processes cannot connect: " in done.stderr and "before any JAX calls" not in done.stderr

@@ -100,7 +100,8 @@ def test_a_figure_that_is_not_finite_is_never_the_best(bad):
 
 def test_a_figure_that_nothing_returns_is_named(given, tmp_path, capsys):
     stages.train(config("lowest nothing", train__steps=2), tmp_path, InterruptGuard())
-    assert "config.checkpoint.best='lowest nothing' is no figure of an evaluation" in capsys.readouterr().out
+    named = "config.checkpoint.best='lowest nothing': no evaluation has this figure yet; this one has given"
+    assert named in capsys.readouterr().out
     with pytest.raises(UserError, match="no checkpoint 'best'"):
         Run.open(tmp_path, checkpoint="best")
 

@@ -1,11 +1,15 @@
 """A run on a disk that is full again and again: one line each time, and nothing saved before is lost."""
 
+import errno
 import re
 import subprocess
 
 import numpy as np
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 
+from lattejax.runs.workdir import Workdir
+from lattejax.training.metrics import MetricsLog, RunClock
 from tests.helpers import tiny_flags
 from tests.training.test_run import Attempts, assert_equal_runs
 
@@ -26,6 +30,23 @@ def disk(tmp_path):
         pytest.skip("only root may mount a disk")
     yield path, lambda kilobytes: mount(f"remount,size={kilobytes}k")
     subprocess.run(["umount", path], check=True)
+
+
+def test_events_that_cannot_be_written_are_an_error_where_they_are_written(tmp_path, monkeypatch):
+    """Not in a thread, which would end, while the training loop waits for it."""
+    workdir = Workdir.at(tmp_path)
+    log = MetricsLog(workdir, RunClock(workdir), "train", 0, 1)
+    log.write(1, {"loss": 0.5, "loss_per_group": [0.25, 0.75]})
+    log.close()
+    written = next(workdir.tensorboard("train").glob("events*"))
+    assert all(tag in written.read_bytes() for tag in (b"loss", b"loss_per_group/0", b"loss_per_group/1"))
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(EventsWriter, "write_event", full)
+    with pytest.raises(OSError, match="No space left"):
+        log.write(2, {"loss": 0.5})
 
 
 @pytest.mark.slow
