@@ -8,8 +8,8 @@ python -m lattejax.convert --source=mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers 
 python -m lattejax.encode --config=configs/captions256.py --out=latents/captions256
 
 Contexts of captions are computed in every step. If captions repeat (at most 10,000 distinct ones), share_contexts saves
-that. To start from a run on ImageNet, set train.init_from and pretrain.init_from to it, and data.autoencoder to its
-autoencoder.
+that. To start from a run on ImageNet, set data.autoencoder to its autoencoder before encoding, and train.init_from and
+pretrain.init_from to the run.
 """
 
 from ml_collections import ConfigDict

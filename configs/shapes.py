@@ -1,6 +1,6 @@
 """Pictures in colour from nothing: a small VLM learns to answer questions about coloured shapes, then a pathway to draw
-them from their captions. docs/coloured-shapes.md has the commands. In the flagship's
-proportions: 64 image tokens, M-RoPE at theta 10⁶, 4 groups of 3 layers. Latents are pixels, 8×8 of them in a token.
+them from their captions. docs/coloured-shapes.md has the commands. In the proportions of the paper's setting: 64 image
+tokens, M-RoPE at theta 10⁶, 4 groups, here of 3 layers. Latents are pixels, 8×8 of them in a token.
 
 python -m lattejax.train --config=configs/shapes.py --workdir=runs/shapes
 python -m lattejax.train --config=configs/shapes.py:long --workdir=runs/shapes_long

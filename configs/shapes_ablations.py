@@ -1,4 +1,4 @@
-"""Ablations on coloured shapes, at the flagship's proportions: variants of configs/shapes.py, from the VLM of its run.
+"""Ablations on coloured shapes: variants of configs/shapes.py, from the VLM of its run.
 
 python -m lattejax.sweep --config=configs/shapes_ablations.py --workdir=runs/shapes_ablations
 """
@@ -15,8 +15,8 @@ VARIANTS = {
     "k4_no_residual": {"model.residual_attention": "none"},
     "k4_velocity": {"model.prediction": "velocity"},
     # Two ideas of DiffusionBlocks (arXiv 2506.14202): intervals that overlap, and that share the loss equally. The
-    # edges are those of a run of k4, from its held-out loss over flow time. Half of it is in the last eighth, so that
-    # few equal steps would leave the last group without one: hence the shift.
+    # edges are those of a run of k4, from its held-out loss over flow time. Half of it is in the last eighth: hence
+    # the shift. With five or ten steps the last group still takes none.
     "k4_overlap": {"train.interval_overlap": 0.1},
     "k4_equal_time": EQUAL_TIME,
     "k4_equal_loss": EQUAL_TIME | {"model.interval_edges": (0.0, 0.32, 0.865, 0.96, 1.0), "eval.shift": 2.0},

@@ -126,8 +126,15 @@ def extractor() -> FeatureExtractor:
 def take_scores() -> None:
     """The scores of the run's config."""
     out = None if OUT.value is None else output_file(OUT.value, ".json")
+    if out is not None and out.exists() and "results" in read_json(out):
+        raise UserError(f"--out={OUT.value} has scores against a reference; use another file, or add --reference")
     connect()
     run = Run.open(WORKDIR.value, cli.read_mesh(MESH.value), CHECKPOINT.value).pinned()
+    types = [run.config.eval.evaluators.get(name, {}).get("type", name) for name in SCORES.value]
+    if out is None and "samples" in types:
+        raise UserError(
+            f"--scores={','.join(SCORES.value)} makes a picture; give --out, which says where it is written"
+        )
     report = scores_on_demand(run, SCORES.value)
     figures = as_json(report.figures)
     settings = {} if out is None else settings_on_demand(run, SCORES.value)  # which reads the weights again

@@ -14,8 +14,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_SECONDS = 3.0
 
 
-class Interrupted(Exception):
-    """A command has stopped on request; `signum` is the signal that requested it."""
+class Interrupted(BaseException):
+    """A command has stopped on request; `signum` is the signal that requested it.
+
+    As with `KeyboardInterrupt`, what handles a library's errors does not handle it.
+    """
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}; run the same command again")

@@ -10,7 +10,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from lattejax import cli
-from lattejax.sweeps.sweep import resolve_sweep, run_sweep
+from lattejax.sweeps.definition import resolve_sweep
+from lattejax.sweeps.sweep import run_sweep
 from lattejax.training.interrupt import InterruptGuard
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The sweep: a file with get_config().")
@@ -19,7 +20,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
-    sweep = resolve_sweep(CONFIG.value)
+    sweep = resolve_sweep(CONFIG.value, WORKDIR.value)
     with InterruptGuard(at_once=True) as guard:
         print(run_sweep(sweep, WORKDIR.value, guard))
 

@@ -387,6 +387,15 @@ BAD_INPUT = {
         ["convert", "--source={workdir}", "--to=safetensors", "--license=apache", "--out={tmp}/out"],
         "the nearest are apache-2.0",
     ),
+    "a picture that would not be kept": (["evaluate", "--workdir={workdir}", "--scores=samples"], "give --out"),
+    "a score that is taken twice": (
+        ["evaluate", "--workdir={workdir}", "--scores=held_out_loss,held_out_loss"],
+        "would return figures of the same names",
+    ),
+    "scores against a reference, to be overwritten": (
+        ["evaluate", "--workdir={workdir}", "--scores=held_out_loss", "--out={tmp}/published.json"],
+        "has scores against a reference",
+    ),
     "scores that are missing": (
         ["convert", "--source={workdir}", "--to=safetensors", "--scores={tmp}/none.json", "--out={tmp}/out"],
         "there is no {tmp}/none.json",
@@ -403,6 +412,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, workdir, digit, forked_command):
     (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "published.json").write_text('{"results": []}')
     program = "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict().train\n"
     (tmp_path / "experiment.py").write_text(program)
     (tmp_path / "cut.png").write_bytes(digit.read_bytes()[:200])

@@ -22,7 +22,8 @@ from lattejax.runs.run import Run
 from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.sampling.images import ImageSampler
 from lattejax.sweeps import sweep
-from lattejax.sweeps.sweep import resolve_sweep, run_sweep
+from lattejax.sweeps.definition import resolve_sweep
+from lattejax.sweeps.sweep import run_sweep
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from tests.helpers import NO_SCORES, assert_same_bits, tiny_config

@@ -47,14 +47,22 @@ def open_evaluators(config: Config, source: Source) -> list[Scheduled]:
     config or the data, or if two taken at the same time have figures of the same names."""
     wanted = {name: each for name, each in config.eval.evaluators.items() if each.get("at") != "never"}
     scheduled = [open_evaluator(name, settings, config, source) for name, settings in wanted.items()]
-    for first, second in itertools.combinations(scheduled, 2):
-        together = set(first.moments) & set(second.moments) - {"demand"}  # of those, a user can name one
-        if together and first.named_by & second.named_by:
-            raise UserError(
-                f"config.eval.evaluators.{first.name} and config.eval.evaluators.{second.name} would return figures of "
-                "the same names; remove one, or change its at, prefix or guidance"
-            )
+    if twice := same_figures(scheduled):
+        raise UserError(
+            f"config.eval.evaluators.{twice[0]} and config.eval.evaluators.{twice[1]} would return figures of the same "
+            "names; remove one, or change its at, prefix or guidance"
+        )
     return scheduled
+
+
+def same_figures(scheduled: Sequence["Scheduled"], *, at_once: bool = False) -> tuple[str, str] | None:
+    """The names of two that would return figures of the same names at the same time, if there are any: of those on
+    demand a user can name one, unless all are taken `at_once`."""
+    for first, second in itertools.combinations(scheduled, 2):
+        together = set(first.moments) & set(second.moments) - {"demand"}
+        if (together or at_once) and first.named_by & second.named_by:
+            return first.name, second.name
+    return None
 
 
 def open_evaluator(name: str, settings: dict[str, Any], config: Config, source: Source) -> Scheduled:

@@ -275,7 +275,7 @@ class WordScore:
 
     def score(self, images: np.ndarray) -> dict[str, float]:
         """The share of images [P · n, H, W, 3] in which each attribute is read as asked, and all of them; and the
-        reader's own accuracy on held-out pictures, which is the most that a perfect generator would reach."""
+        reader's own accuracy on held-out pictures. Drawings that are clearer than pictures may score higher."""
         asked = np.array([read_caption(caption, self.words) for caption in self.captions])
         right = self.reader(images) == np.repeat(asked, len(images) // len(asked), axis=0)
         shares = {f"drawn_{name}": float(share) for name, share in zip(self.words, right.mean(axis=0), strict=True)}

@@ -63,8 +63,8 @@ class Intervals:
         return np.clip(self.edges[:-1] - reach, 0, 1), np.clip(self.edges[1:] + reach, 0, 1)
 
     def clip(self, t: Float[Array, "K b"], overlap: float = 0.0) -> Float[Array, "K b"]:
-        """Clips flow times to their row's interval: between the first and the last value in t's precision that
-        `group_of` assigns to the group, if intervals do not overlap."""
+        """Clips flow times to their row's interval: from the first value in t's precision that is not before its start,
+        to the last one before its end. So even the last group, which owns 1, never trains on it."""
         first, last = self._range(t.dtype, overlap)
         return jnp.clip(t, first[:, None], last[:, None])
 

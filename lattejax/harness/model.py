@@ -123,14 +123,15 @@ class LatteJax(lmms):
         return self._answer(asked) if self._sampler is None else self._draw(asked)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """The answers of all rounds, a list for each request. A round is a prompt of its own, which the task makes of
-        earlier answers."""
+        """The answers of all rounds, as of `generate_until`, a list for each request. A round is a prompt of its own,
+        which the task makes of earlier answers."""
         said: list[list[str]] = [[] for _ in requests]
         states: list[Any] = [None] * len(requests)
         asked, number = {i: self._requests.first(*request.args) for i, request in enumerate(requests)}, 0
+        answer_all = self._answer if self._sampler is None else functools.partial(self._draw, times=Counter())
         while asked:
             number += 1
-            for i, answer in zip(asked, self._answer(list(asked.values())), strict=True):
+            for i, answer in zip(asked, answer_all(list(asked.values())), strict=True):
                 said[i].append(answer)
             rounds = {i: self._requests.following(requests[i].args, number, said[i], states[i]) for i in asked}
             for i, made in rounds.items():
@@ -213,8 +214,10 @@ class LatteJax(lmms):
                 break
         return [(text + stream.end()).strip() for text, stream in zip(texts, streams, strict=True)]
 
-    def _draw(self, asked: list[Asked]) -> list[str]:
-        drawn, times, numbers = [""] * len(asked), Counter(), []
+    def _draw(self, asked: list[Asked], times: Counter | None = None) -> list[str]:
+        """Draws, with `times` each document was drawn before."""
+        times = Counter() if times is None else times
+        drawn, numbers = [""] * len(asked), []
         for one in asked:  # a document that is asked for again is drawn from other noise
             numbers.append(times[one.task, one.doc_id])
             times[one.task, one.doc_id] += 1

@@ -2,9 +2,9 @@
 
 Layers are stacked on a leading axis L, which is sharded over `expert` in blocks of complete groups: a device has the
 weights, optimizer state and contexts of its own groups only. So are the ends that are each group's own, on an axis K.
-Matrices are sharded over `tensor` on the axis of heads or
-hidden units, so that each half of a layer needs one sum, and over `fsdp` on the other axis. An array that matches no
-rule is replicated; if it is a matrix, a warning names it.
+Matrices are sharded over `tensor` on the axis of heads or hidden units, so that each half of a layer needs one sum, and
+over `fsdp` on the other axis. An array that matches no rule is replicated over all axes but `expert`; if it is a
+matrix, a warning names it.
 """
 
 import functools
@@ -37,7 +37,7 @@ RULES = (
     (r"(gate_proj|up_proj|fc1)/weight", ("tensor", "fsdp")),
     (r"fc1/bias", ("tensor",)),
     (r"(o_proj|down_proj|attention/proj|fc2)/weight", ("fsdp", "tensor")),
-    # Its outputs are four parts of D; its input is replicated.
+    # Its outputs are parts of D, four in a layer and two in the head; so its inputs are sharded.
     (r"modulation/weight", (None, ("fsdp", "tensor"))),
     # Small, therefore replicated.
     (r"(embedding/proj|head/proj|residual_gate)/weight", ()),

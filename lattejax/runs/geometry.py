@@ -50,7 +50,7 @@ def _copied_geometry(workdir: epath.PathLike | None, source: str) -> VLMConfig |
     if workdir is None or not Workdir.at(workdir).config.exists():
         return None
     run = Run.open(workdir)
-    return run.vlm_config if run.config.pretrain.init_from == source and run.has_all_weights else None
+    return run.vlm_config if run.config.pretrain.init_from == source and run.has_vlm else None
 
 
 def _adopt(values: dict[str, Any], geometry: dict[str, dict[str, Any]]) -> None:

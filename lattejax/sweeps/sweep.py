@@ -9,154 +9,42 @@ table.csv, table.md     the comparison, see `sweeps.comparison`
 *.png                   its plots
 """
 
-import contextlib
-import copy
 import dataclasses
 import json
-import re
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 
 from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.data.prompts import prompt_encoder
 from lattejax.errors import UserError, parsing
 from lattejax.evaluation.protocol import DrawingScore
-from lattejax.evaluation.registry import drawing_scores, open_evaluators
 from lattejax.files import check_writable, read_json, remove_leftovers, write_atomically
-from lattejax.flow.schedule import NumSteps
 from lattejax.interrupts import Interrupted
 from lattejax.leases import one_writer
-from lattejax.ranges import Seed, range_of
+from lattejax.runs.checkpoints import fingerprints
 from lattejax.runs.data import open_data
-from lattejax.runs.geometry import resolve_config
 from lattejax.runs.run import Run, open_mesh
-from lattejax.runs.shapes import abstract_params
 from lattejax.runs.workdir import Workdir
 from lattejax.sampling.images import ImageSampler
 from lattejax.sweeps.comparison import write_comparison
-from lattejax.training.checks import changes, check_fit, check_lengths, check_unseen, find_tokenizer
+from lattejax.sweeps.definition import Sweep, drawing_score, naming
+from lattejax.training.checks import (
+    changes,
+    check_fit,
+    check_lengths,
+    check_records,
+    check_unseen,
+    find_tokenizer,
+    refuse_other_data,
+)
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.layout import check_mesh
 from lattejax.training.stages import pretrain, train
-from lattejax.weights import trees
 from lattejax.weights.autoencoders import StoredAutoencoder
-
-KEYS = ("base", "variants", "seeds", "sample_steps")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """A resolved sweep config: for each variant its name and its config, with seed and VLM not set yet."""
-
-    base: Config
-    variants: dict[str, Config]
-    seeds: tuple[int, ...]
-    sample_steps: tuple[int, ...]
-
-
-def resolve_sweep(config: ConfigDict) -> Sweep:
-    """Checks a complete sweep config, before anything is trained; raises `UserError`."""
-    with parsing("the sweep's config"):
-        return _resolve(configuration.to_dict(config))
-
-
-def _resolve(values: dict[str, Any]) -> Sweep:
-    if set(values) != set(KEYS):
-        raise UserError(f"a sweep's config has the keys {', '.join(KEYS)}; this one has {', '.join(values)}")
-    for name, (_, allowed) in (("seeds", range_of(Seed)), ("sample_steps", range_of(NumSteps))):
-        given = values[name]
-        if not given or len(set(given)) != len(given) or not all(type(n) is int and n in allowed for n in given):
-            raise UserError(f"config.{name}={given!r} must be different integers, {allowed}")
-    names = [name for name, _ in values["variants"]]
-    if not names or len(set(names)) != len(names) or not all(re.fullmatch(r"\w+", name) for name in names):
-        raise UserError(f"config.variants must have different names of letters, digits and underscores, not {names}")
-    base = resolve_config(values["base"])
-    _refuse_trained_pathway(base)
-    variants = {name: _override(values["base"], name, overrides) for name, overrides in values["variants"]}
-    vlm = abstract_params(base)["vlm"]
-    for name, variant in variants.items():
-        trees.check_shapes(vlm, abstract_params(variant)["vlm"], f"variant {name}: the base config's VLM weights")
-        score, batch = drawing_score(variant, name), variant.eval.batch_size
-        if batch % score.num_prompts or score.images % batch:
-            raise UserError(
-                f"variant {name}: eval.batch_size={batch} must be a multiple of the {score.num_prompts} scored "
-                f"prompts, and divide the {score.images} scored images"
-            )
-        if not variant.train.steps:
-            raise UserError(f"variant {name}: train.steps=0 trains nothing to compare")
-    sweep = Sweep(base, variants, tuple(values["seeds"]), tuple(values["sample_steps"]))
-    _warn_of_idle_groups(sweep)
-    return sweep
-
-
-def _refuse_trained_pathway(config: Config) -> None:
-    if config.train.init_from:
-        raise UserError(
-            f"train.init_from={config.train.init_from!r} does not fit a sweep, whose runs start from its own VLM; "
-            "leave it empty"
-        )
-
-
-def _warn_of_idle_groups(sweep: Sweep) -> None:
-    """Warns, in a line for each variant, of the numbers of steps with which a group takes none."""
-    for name, variant in sweep.variants.items():
-        intervals, idle = variant.model_config.generation.intervals, []
-        for steps in sweep.sample_steps:
-            taken = intervals.schedule(steps, variant.eval.shift)
-            if without := [str(group) for group, own in enumerate(taken) if not own]:
-                idle.append(f"{steps} steps: {', '.join(without)}")
-        if idle:
-            logging.warning(
-                "variant %s: some groups take no step when it draws with few (%s); its images there tell little",
-                name,
-                "; ".join(idle),
-            )
-
-
-def drawing_score(config: Config, name: str) -> DrawingScore:
-    """The score of a variant's drawings; raises `UserError` if there is none, or the held-out loss is not taken."""
-    if config.eval.evaluators.get("held_out_loss", {"at": "never"}).get("at", "training") != "training":
-        raise UserError(f"variant {name}: a sweep compares held-out losses; list held_out_loss in eval.evaluators")
-    score = next(drawing_scores(open_evaluators(config, open_data(config))), None)
-    if score is None:
-        raise UserError(
-            f"variant {name}: a sweep compares drawings, but has no score of them; list one in eval.evaluators, with "
-            "at='end'"
-        )
-    return score
-
-
-def _override(base: dict[str, Any], name: str, overrides: dict[str, Any]) -> Config:
-    values = copy.deepcopy(base)
-    for key, value in overrides.items():
-        configuration.check_key(key)
-        if key == "seed" or key.startswith(("pretrain.", "tokenizer.")):
-            raise UserError(f"variant {name}: {key} is the same for all runs of a sweep; set it in config.base")
-        *sections, last = key.split(".")
-        section = values
-        for part in sections:
-            section = section[part]
-        section[last] = value
-    with _naming(name):
-        variant = resolve_config(values)
-        _refuse_trained_pathway(variant)
-    return variant
-
-
-@contextlib.contextmanager
-def _naming(variant: str) -> Iterator[None]:
-    """Within it, an error of the user's names the variant."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"variant {variant}: {error}") from error
 
 
 def run_sweep(sweep: Sweep, path: epath.PathLike, guard: InterruptGuard) -> str:
@@ -176,17 +64,7 @@ def run_sweep(sweep: Sweep, path: epath.PathLike, guard: InterruptGuard) -> str:
 
 
 def _run_sweep(sweep: Sweep, directory: epath.Path, guard: InterruptGuard) -> str:
-    source = open_data(sweep.base)
-    tokenizer = find_tokenizer(sweep.base, Workdir(directory / "vlm"), source)
-    for name, variant in sweep.variants.items():
-        with _naming(name):
-            check_mesh(variant, open_mesh(variant))
-    for variant in {variant.data: variant for variant in sweep.variants.values()}.values():
-        encoder = prompt_encoder(variant, tokenizer)
-        check_fit(variant, encoder, StoredAutoencoder.open_for(variant.data).identity)
-        if not (directory / "vlm" / "config.json").exists():
-            check_unseen(variant, encoder, open_data(variant))
-        check_lengths(variant, encoder, open_data(variant))
+    _check(sweep, Workdir(directory / "vlm"))
     pretrain(sweep.base, directory / "vlm", guard)
     runs = {}
     for seed in sweep.seeds:
@@ -197,16 +75,43 @@ def _run_sweep(sweep: Sweep, directory: epath.Path, guard: InterruptGuard) -> st
     return write_comparison(directory, runs)
 
 
+def _check(sweep: Sweep, vlm: Workdir) -> None:
+    """Raises `UserError` for what one of the runs would refuse, before any is trained."""
+    tokenizer, checked = find_tokenizer(sweep.base, vlm, open_data(sweep.base)), set()
+    is_new = not vlm.config.exists()
+    has_vlm = not is_new and Run.open(vlm.path).has_vlm
+    for name, variant in sweep.variants.items():
+        with naming(name):
+            check_mesh(variant, open_mesh(variant))
+            check_records(_config_of_run(variant, 0, vlm.path), open_data(variant))
+    for name, variant in sweep.variants.items():
+        with naming(name):
+            source, encoder = open_data(variant), prompt_encoder(variant, tokenizer)
+            check_fit(variant, encoder, StoredAutoencoder.open_for(variant.data).identity, has_all_weights=has_vlm)
+            if (what := (variant.data, variant.train.share_contexts)) in checked:
+                continue  # the rest takes long, and depends on these alone
+            checked.add(what)
+            if is_new:
+                check_unseen(variant, encoder, source)
+            check_lengths(variant, encoder, source)
+
+
+def _config_of_run(variant: Config, seed: int, vlm: epath.Path) -> Config:
+    pretrained = dataclasses.replace(variant.pretrain, init_from=str(vlm), steps=0)
+    return dataclasses.replace(variant, seed=seed, pretrain=pretrained)
+
+
 def _train(variant: Config, seed: int, vlm: epath.Path, workdir: Workdir, guard: InterruptGuard) -> Run:
     """Trains one run, unless it has finished."""
-    pretrained = dataclasses.replace(variant.pretrain, init_from=str(vlm), steps=0)
-    config = dataclasses.replace(variant, seed=seed, pretrain=pretrained)
+    config = _config_of_run(variant, seed, vlm)
     print(f"---- {workdir.path.name}", flush=True)
     if workdir.config.exists():
         theirs = configuration.load(workdir.config)
         # The sweep's directory may have moved since the run was started.
         moved = dataclasses.replace(theirs, pretrain=dataclasses.replace(theirs.pretrain, init_from=str(vlm)))
         is_same = not changes(config, moved)
+        if is_same:
+            _refuse_another_start(config, workdir, vlm)
         if is_same and workdir.results.exists():
             return Run.open(workdir.path)
         if is_same and moved != theirs:
@@ -214,6 +119,23 @@ def _train(variant: Config, seed: int, vlm: epath.Path, workdir: Workdir, guard:
                 configuration.save(moved, workdir.config)
     train(config, workdir.path, guard)
     return Run.open(workdir.path)
+
+
+def _refuse_another_start(config: Config, workdir: Workdir, vlm: epath.Path) -> None:
+    """Raises `UserError` if a run has been trained on other data, or from another VLM than the sweep's is now."""
+    refuse_other_data(config, workdir, open_data(config), StoredAutoencoder.open_for(config.data).identity)
+    run = Run.open(workdir.path)
+    if run.has_vlm and not has_same_vlm(run, Run.open(vlm)):
+        raise UserError(f"{workdir.path} was trained from another VLM than {vlm}; remove it, to train it again")
+
+
+def has_same_vlm(run: Run, other: Run) -> bool:
+    """Whether two runs have the same VLM at the end of their first stage, bit for bit."""
+    references = [each.workdir.vlm_reference for each in (run, other)]
+    if any(reference.exists() for reference in references):
+        return all(reference.exists() for reference in references) and len({r.read_text() for r in references}) == 1
+    ours, theirs = (fingerprints({"vlm": each.pretrained_vlm()}) for each in (run, other))
+    return ours == theirs
 
 
 def _sample(sweep: Sweep, runs: dict[str, Run], path: epath.Path, guard: InterruptGuard) -> None:

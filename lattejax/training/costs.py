@@ -12,7 +12,8 @@ def question_flops(config: Config) -> int:
 
 
 def generation_flops(config: Config, num_captions: int) -> float:
-    """The FLOPs of one image in a training step, without contexts that are computed before training."""
+    """The FLOPs of one image in a training step, without contexts that are computed before training, and without the
+    pictures that prompts show."""
     model, stage, tokens = config.model_config, config.train, config.data.prompt_length
     reading = flops.reading(model.vlm.text, tokens)
     passes = TRAINING_PASSES * flops.velocity(model.generation, tokens)

@@ -11,7 +11,7 @@ from lattejax.data.examples import Source, image_batcher
 from lattejax.errors import UserError
 from lattejax.evaluation.held_out import HeldOutFlowLoss, HeldOutLoss
 from lattejax.evaluation.protocol import Report, Subject
-from lattejax.evaluation.registry import due, open_evaluator, open_evaluators, take_scores
+from lattejax.evaluation.registry import due, open_evaluator, open_evaluators, same_figures, take_scores
 from lattejax.files import write_with
 from lattejax.models import functional, latte_flow
 from lattejax.models.autoencoders import Autoencoder
@@ -59,18 +59,20 @@ def scores_on_demand(run: Run, names: Sequence[str]) -> Report:
         the config lists for the end of a run or on demand.
 
     Raises:
-      UserError: one is unknown, or does not fit the config or the data.
+      UserError: one is unknown, or does not fit the config or the data; or two would return figures of the same names.
     """
     run = run.pinned()
     source, listed = open_data(run.config), run.config.eval.evaluators
     if names:
-        evaluators = [open_evaluator(name, listed.get(name, {}), run.config, source).evaluator for name in names]
+        taken = [open_evaluator(name, listed.get(name, {}), run.config, source) for name in names]
     else:
-        scheduled = open_evaluators(run.config, source)
-        evaluators = due(scheduled, "end") + due(scheduled, "demand")
-    if not evaluators:
+        every = open_evaluators(run.config, source)
+        taken = [one for one in every if one.is_due("end", 0) or one.is_due("demand", 0)]
+    if not taken:
         raise UserError(f"the config of {run.workdir.path} has no scores for the end or on demand; name some")
-    return take_scores(evaluators, _subject(run, source, lambda: measure_losses(run, source)))
+    if twice := same_figures(taken, at_once=True):
+        raise UserError(f"{twice[0]} and {twice[1]} would return figures of the same names; take one at a time")
+    return take_scores([one.evaluator for one in taken], _subject(run, source, lambda: measure_losses(run, source)))
 
 
 def settings_on_demand(run: Run, names: Sequence[str]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def train(config: Config, path: epath.PathLike, guard: InterruptGuard) -> dict[s
 
 def pretrain(config: Config, path: epath.PathLike, guard: InterruptGuard) -> None:
     """Trains the first stage only; other runs can start from its workdir. Raises as `train` does."""
-    with own_workdir(config, path) as (run, clock):
+    with own_workdir(config, path, vlm_alone=True) as (run, clock):
         train_vlm(run, clock, guard)
 
 
@@ -99,14 +99,15 @@ def converted_vlm(config: Config) -> Pretrained | None:
 
 
 @contextlib.contextmanager
-def own_workdir(config: Config, path: epath.PathLike) -> Iterator[tuple[Run, RunClock]]:
+def own_workdir(config: Config, path: epath.PathLike, *, vlm_alone: bool = False) -> Iterator[tuple[Run, RunClock]]:
     """Opens a run that this job alone writes, until the block ends; see `open_workdir`."""
     with Workdir.at(path).writing() if hosts.is_first() else contextlib.nullcontext():
-        yield open_workdir(config, path)
+        yield open_workdir(config, path, vlm_alone=vlm_alone)
 
 
-def open_workdir(config: Config, path: epath.PathLike) -> tuple[Run, RunClock]:
-    """Checks that everything fits, and initializes the workdir or confirms that it belongs to this run."""
+def open_workdir(config: Config, path: epath.PathLike, *, vlm_alone: bool = False) -> tuple[Run, RunClock]:
+    """Checks that everything fits, and initializes the workdir or confirms that it belongs to this run, of which only
+    the first stage may be wanted."""
     workdir, mesh = Workdir.at(path), open_mesh(config)
     refuse_another_config(config, workdir)
     check_mesh(config, mesh)
@@ -116,7 +117,9 @@ def open_workdir(config: Config, path: epath.PathLike) -> tuple[Run, RunClock]:
     encoder = prompt_encoder(config, find_tokenizer(config, workdir, source))
     autoencoder = StoredAutoencoder.open_for(config.data).identity
     is_new = not workdir.config.exists()
-    check_fit(config, encoder, autoencoder, has_all_weights=not is_new and Run.open(workdir.path).has_all_weights)
+    before = None if is_new else Run.open(workdir.path)
+    complete = before is not None and (before.has_vlm if vlm_alone else before.has_all_weights)
+    check_fit(config, encoder, autoencoder, has_all_weights=complete)
     if is_new:
         check_unseen(config, encoder, source)
         check_lengths(config, encoder, source)

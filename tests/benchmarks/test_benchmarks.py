@@ -1,6 +1,8 @@
 """The benchmarks at a small size: the PyTorch versions agree with ours, which each benchmark checks before timing, and
 the figures are consistent."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -35,8 +37,9 @@ def test_steps_of_a_group_equal_pytorchs(guidance):
 
 @pytest.mark.parametrize("overrides", [{"train__unroll": True}, {"model__prediction": "x"}], ids=repr)
 def test_a_training_step_equals_pytorchs(overrides):
-    """Loss, norm of the gradient, and AdamW's update of the head."""
-    check(training.train(config(**overrides), WORK, "torch"), "torch")
+    """Loss, norm of the gradient, and AdamW's update of the head; on enough rows that some flow times are close to 1,
+    where predicting x has another target."""
+    check(training.train(config(**overrides), dataclasses.replace(WORK, batch_size=24), "torch"), "torch")
 
 
 def test_contexts_and_answers_equal_transformers():

@@ -306,6 +306,15 @@ def test_drawings_are_files_named_by_document_with_noise_of_their_own(harness, e
     assert np.abs(pictures[3] - pictures[0]).max() > 1
     assert drawing.loglikelihood([ask("Is it?", "no", of="loglikelihood")])[0][0] < 0, "it answers too"
 
+    def another(document, previous_output, round_idx, previous_round_info):
+        return [], captions[0], round_idx == 2, previous_output, None
+
+    request = ask(captions[0], {"max_new_tokens": 64}, lambda _: [], another, 4, "a/task", "test")
+    (rounds,) = (list(map(json.loads, each)) for each in drawing.generate_until_multi_round([request]))
+    assert [each["images"] for each in rounds] == [made[0]["images"], made[3]["images"]], "each round is drawn anew"
+    again = [np.asarray(Image.open(each["images"][0])).astype(int) for each in rounds]
+    assert np.abs(np.stack(again) - np.stack([pictures[0], pictures[3]])).max() <= 1
+
 
 def test_a_run_and_its_export_answer_as_chat_does(harness, earlier):
     digit = Image.open(earlier / "digit.png").convert("RGB")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import types
 
 import jax
@@ -12,11 +13,13 @@ from ml_collections import ConfigDict
 from lattejax.errors import UserError
 from lattejax.interrupts import Interrupted
 from lattejax.runs.run import Run
-from lattejax.sweeps import sweep
-from lattejax.sweeps.sweep import load_samplers, resolve_sweep, run_sweep
+from lattejax.sweeps import definition, sweep
+from lattejax.sweeps.definition import resolve_sweep
+from lattejax.sweeps.sweep import load_samplers, run_sweep
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
-from tests.helpers import assert_same_bits, config_file, tiny_dict
+from lattejax.weights import trees
+from tests.helpers import assert_same_bits, config_file, randomize, tiny_dict
 
 # The base of the sweep is Blend, whose pretrained VLM other runs start from before its layers are trained further.
 TWO = (("base", {}), ("no_residual", {"model.residual_attention": "none", "model.variant": "couple"}))
@@ -87,6 +90,41 @@ def test_a_killed_sweep_resumes_elsewhere_without_retraining_and_ends_with_the_c
     trained.clear()
     assert run_sweep(plan, tmp_path, InterruptGuard()) == table and not trained, "a finished sweep trains nothing"
 
+    vlm = Run.open(tmp_path / "vlm")
+    other = randomize(vlm.pretrained_vlm())
+    vlm.workdir.vlm.rmtree()
+    trees.save_weights(vlm.workdir.vlm, other)
+    with pytest.raises(UserError, match=r"base_0 was trained from another VLM than .*vlm; remove it"):
+        run_sweep(plan, tmp_path, InterruptGuard())
+
+
+def test_a_sweep_resumes_without_the_run_that_its_vlm_came_from(tmp_path, monkeypatch):
+    config, source = sweep_config(), tmp_path / "source"
+    stages.pretrain(resolve_sweep(config).base, source, InterruptGuard())
+    config.base.pretrain.update(init_from=str(source), steps=0)
+
+    def interrupted(*arguments):
+        raise Interrupted(15)
+
+    monkeypatch.setattr(sweep, "train", interrupted)
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            run_sweep(resolve_sweep(config, tmp_path / "sweep"), tmp_path / "sweep", InterruptGuard())
+        shutil.rmtree(source, ignore_errors=True)
+
+
+@pytest.mark.parametrize("check", ["check_records", "check_lengths"])
+def test_what_any_variants_run_would_refuse_is_refused_before_anything_is_trained(check, tmp_path, monkeypatch):
+    def refuse(config, *arguments):
+        if not config.train.share_contexts:
+            raise UserError("it does not fit")
+
+    monkeypatch.setattr(sweep, check, refuse)
+    variants = (("own", {"train.share_contexts": False}), ("shared", {}))
+    with pytest.raises(UserError, match="variant own: it does not fit"):
+        run_sweep(resolve_sweep(sweep_config(variants=variants)), tmp_path, InterruptGuard())
+    assert not (tmp_path / "vlm").exists()
+
 
 @pytest.mark.parametrize(
     "overrides, message",
@@ -103,11 +141,23 @@ def test_a_killed_sweep_resumes_elsewhere_without_retraining_and_ends_with_the_c
         (dict(variants=(("a", {"eval.evaluators": {}}),)), "variant a: a sweep compares held-out losses"),
         (
             dict(variants=(("a", {"eval.evaluators.final_digits.at": "demand"}),)),
-            "variant a: .* has no score of them",
+            "variant a: .* by one score, but has 0",
         ),
         (
             dict(variants=(("a", {"eval.batch_size": 16}),)),
             r"eval\.batch_size=16 must be a multiple of the 10 scored prompts",
+        ),
+        (
+            dict(variants=(("a", {"eval.evaluators.digits.at": "end"}),)),
+            "variant a: .* by one score, but has 2",
+        ),
+        (
+            dict(variants=(("a", {"eval.evaluators.held_out_loss.every": 2, "train.steps": 3}),)),
+            r"variant a: .*held_out_loss\.every=2 must divide train\.steps=3",
+        ),
+        (
+            dict(variants=(("a", {"model.text.rope_theta": 1e3}),)),
+            r"variant a has another VLM .*: model\.text\.rope_theta",
         ),
         (dict(sample_steps=(0,)), r"config\.sample_steps=\(0,\)"),
         (dict(seeds=(0, 0)), r"config\.seeds=\(0, 0\) must be different integers"),
@@ -174,7 +224,7 @@ def test_a_group_that_takes_no_step_is_named_with_its_variant_and_the_number_of_
 def test_the_variants_of_coloured_shapes_resolve_and_use_all_their_groups(monkeypatch):
     """Without their data, which docs/coloured-shapes.md makes: so their score is not opened."""
     score = types.SimpleNamespace(num_prompts=100, images=500)
-    monkeypatch.setattr(sweep, "drawing_score", lambda config, name: score)
+    monkeypatch.setattr(definition, "drawing_score", lambda config, name: score)
     config = config_file("shapes_ablations")
     config.base.pretrain.init_from = ""
     for name, variant in resolve_sweep(config).variants.items():

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from lattejax.errors import parsing
 from lattejax.interrupts import Interrupted
 from lattejax.training import interrupt
 from lattejax.training.interrupt import InterruptGuard
@@ -48,6 +49,11 @@ def test_a_signal_ends_the_process_as_soon_as_nothing_is_unsaved(state, signum, 
     assert process.returncode == code
     assert out == "saving\n" * (state == "unsaved") + "the pending write is finished\n"
     assert f"stopped by {signum.name}; run the same command again" in errors
+
+
+def test_a_signal_while_a_library_parses_is_no_error_of_the_file():
+    with pytest.raises(Interrupted), parsing("the tokenizer"):
+        raise Interrupted(signal.SIGTERM)
 
 
 def test_a_preemption_notice_counts_as_sigterm(monkeypatch):

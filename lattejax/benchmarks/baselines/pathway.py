@@ -154,7 +154,10 @@ class Trainer:
         t = self.t[:, None, None, None]
         x_t = t * self.latents + (1 - t) * self.noise
         v = velocity(self.config, self.params, self.positions, self.contexts, x_t, self.t)
-        loss = (v - (self.latents - self.noise)).square().mean()
+        target = self.latents - self.noise
+        if self.config.prediction == "x":
+            target = (self.latents - x_t) / (1 - t).clamp(min=0.05)
+        loss = (v - target).square().mean()
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.leaves, self.clip_norm)
