@@ -1,6 +1,8 @@
 """Checks before any work starts: that config, data, weights and workdir fit together."""
 
 import dataclasses
+import functools
+from typing import Any
 
 from absl import logging
 from tqdm import tqdm
@@ -21,6 +23,11 @@ from lattejax.weights import shards, trees
 from lattejax.weights.pretrained import Pretrained
 
 MOST_INITIAL = 0.25  # of the initial weights in the final average, without a warning
+IGNORED = (  # a key that has an effect only if another has a value
+    ("train.density_mean", "train.density", "logit_normal"),
+    ("train.density_std", "train.density", "logit_normal"),
+    ("train.density_shift", "train.density", "shifted"),
+)
 
 
 def refuse_other_data(config: Config, workdir: Workdir, source: Source, autoencoder: Identity) -> None:
@@ -119,12 +126,20 @@ def warn_of_settings(config: Config) -> None:
         if found:
             keys = f"{name}.ema_decay and {name}.warmup_steps"
             logging.warning("in %s steps, %s; lower %s", f"{stage.steps:,}", "; ".join(found), keys)
+    for key, needed, value in IGNORED:
+        if config.train.steps and _at(config, key) != _at(Config(), key) and _at(config, needed) != value:
+            found = f"{key}={_at(config, key)!r}", f"{needed}={_at(config, needed)!r}"
+            logging.warning("%s has no effect with %s; it needs %r", *found, value)
     if config.train.steps and not config.train.prompt_dropout and config.eval.guidance != 1:
         logging.warning(
             "train.prompt_dropout=0 never trains the empty prompt, which eval.guidance=%g guides away from; set "
             "eval.guidance=1, or a train.prompt_dropout such as 0.1",
             config.eval.guidance,
         )
+
+
+def _at(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def check_records(config: Config, source: Source) -> None:

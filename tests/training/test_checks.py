@@ -46,6 +46,11 @@ QUIET = dict(pretrain__steps=0, train__steps=1000, train__warmup_steps=10, train
             ],
         ),
         ({"train__prompt_dropout": 0.0, "eval__guidance": 1.0}, []),
+        ({"train__density": "shifted", "train__density_shift": 0.5}, []),
+        (
+            {"train__density_shift": 0.5},
+            ["train.density_shift=0.5 has no effect with train.density='uniform'; it needs 'shifted'"],
+        ),
         ({"train__steps": 0, "train__ema_decay": 0.9999, "train__prompt_dropout": 0.0}, []),
     ],
 )
