@@ -146,10 +146,12 @@ def check_baseline(what: str, config: Config | None) -> None:
         raise UserError(f"--against={AGAINST.value}: the baselines of {what} are: {', '.join(baselines) or 'none'}")
     if AGAINST.value in ("torch", "janus") and (config.dtype != "float32" or jax.default_backend() != "cpu"):
         raise UserError(f"--against={AGAINST.value} runs only on a CPU, in float32: add --config.dtype=float32")
+    if AGAINST.value == "janus" and GUIDANCE.value <= 1:
+        raise UserError(f"--guidance={GUIDANCE.value:g}: Janus in transformers draws only with guidance above 1")
     if AGAINST.value == "torch" and what in ("sample", "train"):
         for key, only in (("patch_size", 1), ("residual_attention", "probabilities"), ("conditioning", "time")):
             if getattr(config.model, key) != only:
-                raise UserError(f"the PyTorch version supports only --config.model.{key}={only}")
+                raise UserError(f"the PyTorch version is for one kind of model: add --config.model.{key}={only}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from absl import flags
 
 from lattejax import cli
 from lattejax.errors import UserError
+from lattejax.files import check_new
 from lattejax.models.autoencoders import Scale, Shift
 from lattejax.runs.licences import PAGE, UNKNOWN
 from lattejax.runs.publishing import export
@@ -44,8 +45,17 @@ SCORES = cli.define_paths("scores", "A file of `evaluate --reference --out` for 
 flags.mark_flags_as_required(["source", "out"])
 
 
+def is_autoencoder(source: str) -> bool:
+    """Whether the source is an autoencoder, by its config.json; TAESD's own two files have none."""
+    directory = hugging_face.find(source, weights=False)
+    if not (directory / hugging_face.CONFIG).exists():
+        directory = hugging_face.find(source)
+    return diffusers.is_autoencoder(directory)
+
+
 def main() -> None:
-    of_autoencoder = TO.value == "lattejax" and diffusers.is_autoencoder(hugging_face.find(SOURCE.value))
+    check_new(OUT.value)
+    of_autoencoder = TO.value == "lattejax" and is_autoencoder(SOURCE.value)
     if not of_autoencoder and (SCALE.value, SHIFT.value) != (None, None):
         raise UserError("--scale and --shift are only for the conversion of an autoencoder; leave them out")
     for name in ("checkpoint", "license", "scores"):

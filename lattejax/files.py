@@ -273,6 +273,14 @@ def remove_directory(path: epath.Path) -> None:
     away.rmtree()
 
 
+def check_new(path: str | os.PathLike) -> epath.Path:
+    """Resolves the path of a directory to create; raises `UserError` if there is something already."""
+    path = resolve_path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already; remove it or choose another --out")
+    return path
+
+
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
     """Yields a directory to fill, which becomes `path` when the block succeeds; an exception leaves nothing at `path`.
@@ -284,9 +292,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
     Raises:
       UserError: there is something at `path` already, or it cannot be written.
     """
-    path = resolve_path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already; remove it or choose another --out")
+    path = check_new(path)
     if is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
         yield path

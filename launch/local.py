@@ -24,6 +24,8 @@ def main() -> int:
     parser.add_argument("--retries", type=int, default=0, help="how often to restart after exit code 75")
     parser.add_argument("command", help="lattejax.train or lattejax.sample")
     arguments, flags = parser.parse_known_args()
+    if arguments.processes < 1 or arguments.retries < 0:
+        parser.error("--processes must be at least 1, and --retries at least 0")
     signals = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, frame: signals.append(signum))

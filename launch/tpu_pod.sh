@@ -39,9 +39,11 @@ acquire() {
     esac
 }
 
-# This directory's files, null-terminated, without what was made here. Only files: tar fails if a directory changes.
+# This directory's files, null-terminated, without data, environments and what was made here. Only files: tar fails if a
+# directory changes.
 files() {
-    find . \( -name '.?*' -o -name __pycache__ -o -path ./runs -o -path ./weights -o -path ./latents -o -path ./tpu_compiler -o -path ./build \) \
+    find . \( -name '.?*' -o -name __pycache__ -o -type d -exec test -e {}/pyvenv.cfg \; -o -path ./runs -o -path ./weights \
+        -o -path ./latents -o -path ./pictures -o -path ./exported -o -path ./tpu_compiler -o -path ./build -o -path ./dist \) \
         -prune -o ! -type d -print0
 }
 

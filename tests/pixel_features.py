@@ -9,13 +9,15 @@ from lattejax.models.inception import CLASSES, POOL, SPATIAL, Features
 
 
 class PixelFeatures:
-    """In the place of `FeatureExtractor`: the first features are the pixels in [0, 1], the others zero."""
+    """In the place of `FeatureExtractor`: the first features are the pixels in [0, 1], or of the spatial ones their
+    squares; the others are zero."""
 
     weights = types.SimpleNamespace(sha256="of pixels", are_published=False)
 
     def __call__(self, images: np.ndarray) -> Features:
         pixels = (images.reshape(len(images), -1) / 255).astype(np.float32)
-        return Features(*(np.pad(pixels, ((0, 0), (0, size - pixels.shape[1]))) for size in (POOL, SPATIAL, CLASSES)))
+        first = ((pixels, POOL), (pixels**2, SPATIAL), (pixels, CLASSES))
+        return Features(*(np.pad(each, ((0, 0), (0, size - each.shape[1]))) for each, size in first))
 
 
 def random_pictures(count: int, seed: int = 0, side: int = 8) -> np.ndarray:

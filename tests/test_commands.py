@@ -20,6 +20,7 @@ from lattejax.data.digits import WORDS
 from lattejax.data.images import open_image
 from lattejax.data.prompts import Turn
 from lattejax.flow.schedule import Sampling
+from lattejax.runs.run import Run
 from lattejax.runs.workdir import Workdir
 from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.sampling.images import ImageSampler
@@ -93,22 +94,16 @@ def test_chat_answers_for_a_run(workdir, digit, forked_command):
         "chat", f"--workdir={workdir}", f"--image={digit}", "--question=Which digit is this?", "--max_tokens=3"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("\n")
+    answerer = Answerer.of(Run.open(workdir))
+    prompt = answerer.encoder.question("Which digit is this?", [answerer.encoder.read_image(open_image(str(digit)))])
+    assert done.stdout == "".join(answerer.stream(prompt, Decoding(max_tokens=3))) + "\n"
 
 
-def test_an_exported_run_draws_what_the_run_draws(workdir, tmp_path, forked_command):
+def test_an_exported_run_has_its_licence(workdir, tmp_path, forked_command):
     flags = [f"--source={workdir}", "--to=safetensors", "--license=mit", f"--out={tmp_path / 'export'}"]
     done = forked_command("convert", *flags)
     assert done.returncode == 0 and "is complete" in done.stdout, done.stderr
     assert "\nlicense: mit\n" in (tmp_path / "export" / "README.md").read_text()
-    drawn = []
-    for directory in (workdir, tmp_path / "export"):
-        out = tmp_path / f"{directory.name}.png"
-        settings = ["--prompt=a handwritten two", "--num=2", "--steps=4", f"--out={out}", "--npz"]
-        done = forked_command("sample", f"--workdir={directory}", *settings)
-        assert done.returncode == 0, done.stderr
-        drawn.append(np.load(out.with_suffix(".npz"))["arr_0"])
-    np.testing.assert_array_equal(*drawn)
 
 
 # ---- Chats with converted weights
@@ -220,7 +215,7 @@ def inception(tmp_path_factory):
 
 
 def test_evaluate_makes_a_reference_and_judges_drawings_and_sample_files(workdir, inception, tmp_path, forked_command):
-    """The figures of what a run draws, and of the file that these drawings are kept in; a second run draws nothing."""
+    """The figures of what a run draws in two numbers of steps, and of the file that these drawings are kept in."""
     pictures = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
     np.savez(tmp_path / "real.npz", arr_0=pictures)
     common = [f"--inception={inception}", "--part=10"]
@@ -228,19 +223,17 @@ def test_evaluate_makes_a_reference_and_judges_drawings_and_sample_files(workdir
     done = forked_command("evaluate", *making, *common)
     assert done.returncode == 0 and done.stdout.startswith("10 pictures, none: the file's pictures"), done.stderr
     judge = [f"--reference={tmp_path / 'ref.npz'}", *common]
-    draw = [f"--workdir={workdir}", "--num=10", "--steps=2", "--keep_pictures", f"--out={tmp_path / 'drawn.json'}"]
-    results = [forked_command("evaluate", *judge, *draw) for _ in range(2)]
+    draw = [f"--workdir={workdir}", "--num=10", "--steps=1,2", "--keep_pictures", f"--out={tmp_path / 'drawn.json'}"]
+    made = forked_command("evaluate", *judge, *draw)
     kept = tmp_path / "drawn_guidance_1.5_steps_2.npz"
-    results.append(forked_command("evaluate", *judge, f"--npz={kept}", f"--out={tmp_path / 'kept.json'}"))
-    assert all(done.returncode == 0 for done in results), [done.stderr for done in results]
-    assert "10 of 10 pictures, complete" in results[0].stderr and "pictures" not in results[1].stderr
-    drawn, again, of_file = (json.loads(done.stdout) for done in results)
-    assert drawn == again and drawn["figures"] == pytest.approx(of_file["figures"])
-    assert drawn["only_a_monitor_because"][0] == "10 pictures, not 50,000"
-    more = [flag.replace("--steps=2", "--steps=1") for flag in draw]
-    added = forked_command("evaluate", *judge, *more)  # a point more, in another command
+    read = forked_command("evaluate", *judge, f"--npz={kept}", f"--out={tmp_path / 'kept.json'}")
+    assert made.returncode == read.returncode == 0, (made.stderr, read.stderr)
+    assert "10 of 10 pictures, complete" in made.stderr and made.stdout.startswith("| guidance")
     rows = (tmp_path / "drawn.md").read_text().splitlines()[2:4]
-    assert [row[:11] for row in rows] == ["| 1.5 | 1 |", "| 1.5 | 2 |"] and added.stdout.startswith("| guidance")
+    assert [row[:11] for row in rows] == ["| 1.5 | 1 |", "| 1.5 | 2 |"]
+    drawn = json.loads((tmp_path / "drawn.json").read_text())["results"][-1]
+    assert drawn["settings"]["num_steps"] == 2 and drawn["figures"] == pytest.approx(json.loads(read.stdout)["figures"])
+    assert drawn["only_a_monitor_because"][0] == "10 pictures, not 50,000"
 
     sampler = ImageSampler.load(workdir)
     requests = [sampler.encoder.drawing(f"a handwritten {word}") for word in WORDS]
@@ -395,6 +388,15 @@ BAD_INPUT = {
     "scores against a reference, to be overwritten": (
         ["evaluate", "--workdir={workdir}", "--scores=held_out_loss", "--out={tmp}/published.json"],
         "has scores against a reference",
+    ),
+    "output that exists, before a download": (["convert", "--source=some/vlm", "--out={tmp}"], "exists already"),
+    "a baseline without this guidance": (
+        ["benchmark", "sample", "--config=configs/digits.py", "--against=janus", "--guidance=1"],
+        "only with guidance above 1",
+    ),
+    "prompts of a benchmark that are too long": (
+        ["benchmark", "data", "--config=configs/digits.py", "--config.train.share_contexts=False"],
+        "add --config.data.prompt_length=",
     ),
     "scores that are missing": (
         ["convert", "--source={workdir}", "--to=safetensors", "--scores={tmp}/none.json", "--out={tmp}/out"],

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -44,12 +45,17 @@ esac
 
 
 @pytest.mark.parametrize("last", [0, 2])
-def test_a_tpu_pod_is_recreated_after_a_preemption_and_training_resumes(played, last):
+def test_a_tpu_pod_is_recreated_after_a_preemption_and_training_resumes(played, last, tmp_path):
     calls = played("gcloud", GCLOUD)
     environment = os.environ | {"TPU": "pod", "ZONE": "here", "TYPE": "v5litepod-16", "PAUSE": "0", "LAST": str(last)}
     environment["PYTHON"] = "3.11.9"
+    for part in ("launch", "lattejax", "configs", "pyproject.toml", "README.md"):
+        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / "clone" / part)
+    for made in ("pictures/a.jpg", "runs/a/config.json", "exported/a.json", "my_env/pyvenv.cfg", ".git/HEAD"):
+        (tmp_path / "clone" / made).parent.mkdir(parents=True)
+        (tmp_path / "clone" / made).touch()
     command = ["launch/tpu_pod.sh", "--config=configs/imagenet256.py", "--workdir=gs://bucket/a run"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path / "clone", env=environment, capture_output=True, text=True)
     assert done.returncode == last, done.stderr
     lines = calls.read_text().splitlines()
     made = [line for line in lines if " create " in line]
@@ -65,7 +71,7 @@ def test_a_tpu_pod_is_recreated_after_a_preemption_and_training_resumes(played, 
         assert not any(member.isdir() for member in archive), "one that changes meanwhile would end the launch"
         names = set(archive.getnames())
     assert {"./pyproject.toml", "./README.md", "./lattejax/train.py", "./configs/imagenet256.py"} <= names
-    assert not any(re.match(r"\./(\.|runs/|weights/|latents/)|.*__pycache__", name) for name in names)
+    assert not any(re.match(r"\./(\.|runs/|pictures/|exported/|my_env/)|.*__pycache__", name) for name in names)
 
 
 def test_a_tpu_pod_needs_its_name():
@@ -106,6 +112,7 @@ def test_local_processes_stop_together_and_restart(tmp_path):
     command = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2"]
     done = subprocess.run([*command, "part", str(starts)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 75, "without --retries"
+    assert subprocess.run([*command, "--processes=0", "part"], cwd=tmp_path, capture_output=True).returncode == 2
     assert len(list(starts.iterdir())) == 2
     for file in starts.iterdir():
         file.unlink()

@@ -33,6 +33,7 @@ from lattejax.data.stored import (
     file_name,
     shard_name,
 )
+from lattejax.errors import UserError
 
 NUM_CAPTIONS = 1000  # if contexts are shared
 WORDS = ("a", "red", "blue", "bicycle", "against", "the", "wall", "wooden", "soup", "from", "above", "dog", "photo")
@@ -53,6 +54,8 @@ def data_rate(config: Config, encoder: PromptEncoder, num_records: int) -> dict[
     batch_size = config.train.batch_size
     with tempfile.TemporaryDirectory() as path:
         captions = make_captions(NUM_CAPTIONS if config.train.share_contexts else num_records)
+        if not config.train.share_contexts:
+            check_fit(encoder, captions, config.data.prompt_length)
         drawings = _write(epath.Path(path), config.data.latent_shape, num_records, captions)
         make_batch = image_batcher(config, encoder, captions, drawings.bounds)
         batches = _batches(config, drawings, make_batch, batch_size)
@@ -125,6 +128,16 @@ def make_captions(count: int) -> list[str]:
     """`count` distinct captions of twenty words and a number."""
     rng = np.random.default_rng(0)
     return [f"{' '.join(rng.choice(WORDS, 20))} {i}" for i in range(count)]
+
+
+def check_fit(encoder: PromptEncoder, captions: Sequence[str], limit: int) -> None:
+    """Raises `UserError` if the captions' prompts are too long, by the first hundred."""
+    longest = max(len(encoder.drawing(caption).input_ids) for caption in captions[:100])
+    if longest > limit:
+        raise UserError(
+            f"the prompts of this benchmark, of twenty words, have up to {longest} tokens, more than "
+            f"config.data.prompt_length={limit}; add --config.data.prompt_length={longest + 8}"
+        )
 
 
 def _write(

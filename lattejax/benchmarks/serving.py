@@ -19,6 +19,7 @@ import numpy as np
 
 from lattejax.benchmarks.measuring import Result
 from lattejax.errors import UserError
+from lattejax.files import parse_json
 from lattejax.flow.schedule import Sampling
 from lattejax.sampling.images import ImageSampler
 
@@ -81,8 +82,12 @@ class Client:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise UserError(f"--url={self._load.url}: no server answers: {error}") from None
         if response.status != 200:
-            raise UserError(f"--url={self._load.url}: the server answers {response.status}: {body[:200].decode()}")
-        return json.loads(body)
+            said = body[:200].decode(errors="replace")
+            raise UserError(f"--url={self._load.url}: the server answers {response.status}: {said}")
+        card = parse_json(body.decode(errors="replace"), f"--url={self._load.url}: its /card")
+        if missing := {"prompts", "workdir"} - card.keys():
+            raise UserError(f"--url={self._load.url} is another server: its /card has no {', '.join(sorted(missing))}")
+        return card
 
     def body(self, kind: str, index: int) -> dict[str, Any]:
         load, prompts = self._load, self.card["prompts"]

@@ -80,6 +80,12 @@ def shared_by_groups(params: Params) -> Params:
     return {name: part for name, part in params.items() if name not in ("experts", "ends")}
 
 
+def params_of_group(config: GenerationConfig, params: Params, group: int) -> Params:
+    """One group's own M layers and ends, and what the groups share."""
+    ends = jax.tree.map(lambda x: x[group], params.get("ends", {}))
+    return shared_by_groups(params) | ends | {"experts": group_layers(config, params["experts"], group)}
+
+
 def of_group(
     config: GenerationConfig, params: Params, contexts: Context, rows: Int[Array, "B"] | None, group: int
 ) -> tuple[Params, Context]:
@@ -92,10 +98,8 @@ def of_group(
       rows: the index of each row's prompt; None: the contexts are the rows' already.
       group: the group's index.
     """
-    experts, layers = (group_layers(config, of_all, group) for of_all in (params["experts"], contexts.layers))
-    ends = jax.tree.map(lambda x: x[group], params.get("ends", {}))
-    own, context = shared_by_groups(params) | ends | {"experts": experts}, contexts._replace(layers=layers)
-    return own, context if rows is None else pick(context, rows)
+    context = contexts._replace(layers=group_layers(config, contexts.layers, group))
+    return params_of_group(config, params, group), context if rows is None else pick(context, rows)
 
 
 def pick(context: Context, rows: Int[Array, "B"]) -> Context:

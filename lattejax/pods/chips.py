@@ -49,8 +49,10 @@ def open_topology(name: str) -> tuple[Chip, list[Any]]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise it waits for a TPU's metadata server
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling does not occupy a TPU
     check_compiler()
+    whole = {"chip_config_name": "megacore"} if kind == "v4" else {}  # otherwise each core counts as a device
     try:
-        return CHIPS[kind], list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **whole)
+        return CHIPS[kind], list(described.devices)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--topology={name}: {str(error).splitlines()[0]}") from error
 

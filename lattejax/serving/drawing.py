@@ -152,8 +152,8 @@ class Drawer:
         self.config, self.encoder = sampler.config.generation, sampler.encoder
         self.padding, self.sizes = slots, tuple(LEAST_ROWS * 2**i for i in range(most_rows.bit_length()))
         self.sizes = (*(size for size in self.sizes if size < most_rows), most_rows)
-        layers = self.config.layers_of
-        self._groups = [sampler.pathway | {"experts": sampler.pathway["experts"][own]} for own in layers]
+        groups = range(self.config.num_groups)
+        self._groups = [generation.params_of_group(self.config, sampler.pathway, group) for group in groups]
         text, (height, width, channels) = self.config.text, self.config.latent_shape
         dtype = jax.tree.leaves(sampler.vlm["text"])[0].dtype
 

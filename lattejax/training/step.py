@@ -186,4 +186,5 @@ def compile_for(
         in_shardings=(placed, rules.shardings(mesh, frozen), streams, everywhere),
         out_shardings=(placed, everywhere),
         donate_argnums=0,
+        keep_unused=True,  # what no step reads stays on the devices too, and plans count it
     )

@@ -99,7 +99,7 @@ def convert(source: str, out: epath.PathLike, scale: float | None = None, shift:
     Raises:
       UserError: the checkpoint is incomplete, states no scale or another scale, or `out` exists. Nothing is left there.
     """
-    checkpoint = hugging_face.find(source)
+    checkpoint = hugging_face.find(source, weights=False)
     listed_scale, listed_shift = diffusers.listed_scaling(checkpoint)
     if scale is None and listed_scale is None:
         raise UserError(
@@ -111,6 +111,7 @@ def convert(source: str, out: epath.PathLike, scale: float | None = None, shift:
             raise UserError(f"--{name}={given}, but {source} states {listed}; leave the flag out")
     scale = listed_scale if scale is None else scale
     shift = next(value for value in (shift, listed_shift, 0.0) if value is not None)
+    checkpoint = hugging_face.find(source)
     with parsing(f"the autoencoder {source}"):
         network, params, hashes = diffusers.read_checkpoint(checkpoint)
     try:

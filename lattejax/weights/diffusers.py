@@ -128,8 +128,8 @@ def _stages(values: dict, part: str, norms: str | list[str], activations: str | 
 
 def _taesd(values: dict) -> TAESDConfig:
     for name, supported in (("act_fn", "relu"), ("upsample_fn", "nearest"), ("upsampling_scaling_factor", 2)):
-        if values[name] != supported:
-            raise ValueError(f"{name}={values[name]!r} is not supported; only {supported!r} is")
+        if (value := values.get(name, supported)) != supported:  # older ones lack some, which had these values
+            raise ValueError(f"{name}={value!r} is not supported; only {supported!r} is")
     if len({*values["encoder_block_out_channels"], *values["decoder_block_out_channels"]}) != 1:
         raise ValueError("the widths of all blocks must be the same")
     return TAESDConfig(

@@ -100,12 +100,13 @@ def image_token(directory: epath.Path) -> int:
 # ---- Reading
 
 
-def find(source: str) -> epath.Path:
-    """Returns a local directory unchanged; anything else is a hub id, whose files are downloaded unless cached."""
+def find(source: str, *, weights: bool = True) -> epath.Path:
+    """Returns a local directory unchanged; anything else is a hub id, whose files are downloaded unless cached, those
+    of weights if they are wanted."""
     directory = resolve_path(source)
     if is_remote(directory):
         raise UserError(f"--source={source} is remote; safetensors are read from a local disk: copy them there first")
-    return directory if directory.is_dir() else _download(source, None, f"--source={source}")
+    return directory if directory.is_dir() else _download(source, None, f"--source={source}", weights=weights)
 
 
 def on_disk(path: epath.PathLike) -> epath.PathLike:
@@ -118,9 +119,9 @@ def on_disk(path: epath.PathLike) -> epath.PathLike:
     return _download(name, revision or None, text)
 
 
-def _download(name: str, revision: str | None, asked: str) -> epath.Path:
+def _download(name: str, revision: str | None, asked: str, *, weights: bool = True) -> epath.Path:
     try:
-        patterns = ["*.safetensors", *SIDE_FILES]
+        patterns = ["*.safetensors"] * weights + [*SIDE_FILES]
         return epath.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise UserError(f"{asked} is neither a directory nor a hub id") from error

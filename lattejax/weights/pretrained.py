@@ -51,6 +51,7 @@ def convert(source: str, out: epath.PathLike) -> None:
     Raises:
       UserError: the checkpoint is incomplete or not a Qwen2-VL, or `out` exists; nothing is left at `out`.
     """
+    hugging_face.read_geometry(hugging_face.find(source, weights=False))  # raises before gigabytes are downloaded
     with new_directory(out) as directory:
         checkpoint = Checkpoint.open(hugging_face.find(source))
         # These raise before hours of work, not after.

@@ -1,7 +1,10 @@
 """The load on a server: arrivals by the seed, latencies from when requests are due, and errors that are counted."""
 
 import dataclasses
+import functools
+import http.server
 import math
+import threading
 
 import pytest
 
@@ -39,6 +42,18 @@ def test_latencies_and_rates_of_a_server():
         assert 0 < found[f"{name}_p50"] <= found[f"{name}_p90"] <= found[f"{name}_p99"]
     assert found["first_picture_seconds_p50"] <= found["image_seconds_p50"]
     assert found["pictures_per_second"] > 0 and found["tokens_per_second"] > 0
+
+
+def test_another_server_is_one_line(tmp_path):
+    (tmp_path / "card").write_text("<html>hello</html>")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for card, named in (("<html>", "/card is not valid JSON"), ("{}", "another server: its /card has no prompts")):
+            (tmp_path / "card").write_text(card)
+            with pytest.raises(UserError, match=named):
+                load.Client(settings(f"http://127.0.0.1:{server.server_port}"))
+        server.shutdown()
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1", "ftp://a", "http://[::1"])

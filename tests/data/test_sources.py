@@ -17,6 +17,7 @@ from lattejax.runs.run import Run
 from lattejax.sampling.images import ImageSampler
 from lattejax.training import generation_stage, stages
 from lattejax.training.interrupt import InterruptGuard
+from lattejax.training.loop import run_stage
 from tests.helpers import NO_SCORES, tiny_config
 
 
@@ -93,15 +94,24 @@ def test_a_pattern_of_unseen_captions_that_leaves_out_none_or_all_is_refused_bef
     assert not list(tmp_path.iterdir())
 
 
-def test_it_can_be_trained_on_and_drawn(registered, tmp_path, capsys):
+def test_it_can_be_trained_on_and_drawn(registered, tmp_path, capsys, monkeypatch):
+    recipes = []
+
+    def recorded(recipe, *arguments):
+        recipes.append(recipe)
+        return run_stage(recipe, *arguments)
+
+    monkeypatch.setattr(stages, "run_stage", recorded)
     config = tiny_config(**SETTINGS, train__steps=2, eval__prompts=("dark",), data__unseen="light")
     results = stages.train(config, tmp_path, InterruptGuard())
     assert "data.unseen leaves out 10 of 20 captioned pictures" in capsys.readouterr().out
     assert set(results) == {"held_out_loss", "seconds"}, "only the scores that it supports"
+    read = [index for step in range(2) for index in recipes[0].batches.records(step)["images"]]
+    assert read and not any(index % 2 for index in read), "dark ones"
     sampler = ImageSampler.of(Run.open(tmp_path), Run.open(tmp_path).params())
     drawn = sampler([sampler.encoder.drawing("light")], Sampling(2), images_per_prompt=2, batch_size=2)
     assert drawn.shape == (2, 8, 8, 3)
-    Stripes.identities = ("stripes, second edition",)
+    monkeypatch.setattr(Stripes, "identities", ("stripes, second edition",))
     with pytest.raises(UserError, match="holds other latents than those"):
         stages.train(config, tmp_path, InterruptGuard())
 

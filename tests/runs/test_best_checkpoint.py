@@ -49,7 +49,7 @@ def given(monkeypatch):
 
 def config(best: str, **overrides):
     settings = dict(pretrain__steps=0, train__steps=12, eval__every=2, checkpoint__every=100, checkpoint__keep=2)
-    settings |= dict(checkpoint__keep_every=0, checkpoint__best=best, eval__evaluators={"given": {}})
+    settings |= dict(checkpoint__keep_every=10, checkpoint__best=best, eval__evaluators={"given": {}})
     return tiny_config(**settings | overrides)
 
 
@@ -66,7 +66,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_chosen(given, tmp_path, monkeypa
                 stages.train(config("lowest given"), tmp_path / "run", guard)
         assert 4 in kept(tmp_path / "run")
     stages.train(config("lowest given"), tmp_path / "run", InterruptGuard())
-    assert Given.taken == list(FIGURES) and kept(tmp_path / "run") == [4, 11, 12]
+    assert Given.taken == list(FIGURES) and kept(tmp_path / "run") == [4, 10, 11, 12]
     best, fourth, last = (Run.open(tmp_path / "run", checkpoint=which) for which in ("best", "4", ""))
     assert (best.trained_step, last.trained_step) == (4, 12)
     assert_same_bits(best.trained(), fourth.trained())
@@ -75,7 +75,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_chosen(given, tmp_path, monkeypa
     export(best, tmp_path / "export")
     assert_same_bits(Run.open(tmp_path / "export").trained(), best.trained())
     for which in ("6", "first"):
-        with pytest.raises(UserError, match=rf"no checkpoint '{which}'; it has those of the steps 4, 11, 12"):
+        with pytest.raises(UserError, match=rf"no checkpoint '{which}'; it has those of the steps 4, 10, 11, 12"):
             Run.open(tmp_path / "run", checkpoint=which)
     with pytest.raises(UserError, match="has no checkpoint 'best'; it has those of the steps none"):
         Run.open(tmp_path / "export", checkpoint="best")

@@ -22,6 +22,7 @@ from lattejax.data.images import square
 from lattejax.errors import UserError
 from lattejax.evaluation.adm import ReferenceFile, SampleFile, write_reference, write_samples
 from lattejax.evaluation.frechet import Gaussian, frechet_distance
+from lattejax.evaluation.precision_recall import precision_recall
 from lattejax.evaluation.sample_sets import Asked, SetDrawer
 from lattejax.files import resolve_path
 from lattejax.flow.schedule import Sampling
@@ -210,11 +211,16 @@ def test_only_the_first_process_reads_earlier_results(tmp_path, monkeypatch):
 
 
 def test_a_result_is_what_its_pictures_give_and_names_what_determined_it(reference, tmp_path):
-    pictures = random_pictures(30, 1)
+    pictures = random_pictures(30, 1) // 2 + 64  # of less contrast than the reference's, so that recall is low
     [result] = score([point(lambda rows: pictures[rows], 30)], reference, tmp_path / "a.json")
-    features = [PixelFeatures()(images).pool for images in (pictures, REFERENCE_PICTURES)]
-    assert result["figures"]["fid"] == pytest.approx(frechet_distance(*features), rel=FID)
-    assert set(result["figures"]) == {"fid", "sfid", "inception_score", "precision", "recall"}
+    ours, theirs = (PixelFeatures()(images) for images in (pictures, REFERENCE_PICTURES))
+    figures = result["figures"]
+    assert figures["fid"] == pytest.approx(frechet_distance(ours.pool, theirs.pool), rel=FID)
+    assert figures["sfid"] == pytest.approx(frechet_distance(ours.spatial, theirs.spatial), rel=FID)
+    kept = np.sort(np.random.default_rng(0).permutation(60)[:20])  # of the reference's pictures
+    found = precision_recall([ours.pool], [theirs.pool[kept]])
+    assert (figures["precision"], figures["recall"]) == pytest.approx(tuple(found)) and found[0] != found[1]
+    assert set(figures) == {"fid", "sfid", "inception_score", "precision", "recall"}
     assert result["settings"]["reference_sha256"] == reference.sha256
     assert result["settings"]["inception_sha256"] == "of pixels"
     description = result["reference"]["description"]

@@ -39,7 +39,7 @@ LIMITS = Limits(
     image_pixels=10_000,
     queue=4,
     queue_seconds=30,
-    client_seconds=5,
+    client_seconds=2,
 )
 
 

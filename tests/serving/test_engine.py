@@ -27,6 +27,7 @@ from tests.helpers import compilations, encoder_for, randomize, tiny_config
 
 CONFIGS = {variant: tiny_config(model__variant=variant) for variant in latte_flow.VARIANTS}
 CONFIGS["uneven"] = tiny_config(model__group_sizes=(1, 3), model__interval_edges=(0.0, 0.3, 1.0))
+CONFIGS["own ends"] = tiny_config(model__shared_ends=False)
 ENCODER = encoder_for(CONFIGS["couple"])
 
 
@@ -108,7 +109,7 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("variant, every", [("couple", 1), ("couple", 3), ("blend", 2), ("uneven", 2)])
+@pytest.mark.parametrize("variant, every", [("couple", 1), ("own ends", 3), ("blend", 2), ("uneven", 2)])
 def test_pictures_are_those_of_sample_whoever_shares_the_batch(variant, every):
     engine, jobs = make_engine(variant), [drawing(**settings) for settings in MIXED]
     chats = [chat(), chat("Which digit?", Decoding(5, 1.0, seed=4))]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,8 @@ from lattejax.data import digits
 from lattejax.data.chats import Turn
 from lattejax.data.examples import image_batcher
 from lattejax.data.prompts import question_batch
-from lattejax.evaluation.held_out import HeldOutLoss
+from lattejax.evaluation.held_out import HeldOutFlowLoss, HeldOutLoss
+from lattejax.flow.densities import Shifted
 from lattejax.flow.path import interpolate
 from lattejax.models import functional, generation, latte_flow, qwen2_vl
 from lattejax.models.conditioning import Step
@@ -23,6 +26,7 @@ from lattejax.parallel.mesh import one_device
 from lattejax.parallel.rows import Rows
 from lattejax.runs.data import open_data
 from lattejax.sampling.images import read_prompts
+from lattejax.training import generation_stage
 from lattejax.training.generation_stage import caption_prompts, flow_step
 from lattejax.training.step import init_state, learning_rate, make_optimizer, make_train_step
 from tests.helpers import assert_same_bits, encoder_for, randomize, tiny_config
@@ -50,17 +54,17 @@ BLEND = tiny_config(model__variant="blend")
 
 
 def flow_loss(config=CONFIG, **overrides) -> FlowLoss:
-    settings = dict(
-        density=config.train.flow_density,
-        stratified=True,
-        prompt_dropout=0.4,
-        answer_weight=0.5,
-        dtype=jnp.float32,
-        remat="none",
-        unroll=False,
-        overlap=config.train.interval_overlap,
-    )
-    return FlowLoss(config.model_config, **settings | overrides)
+    """The config's loss, but for these."""
+    settings = dict(prompt_dropout=0.4, answer_weight=0.5, dtype=jnp.float32, remat="none", unroll=False)
+    return dataclasses.replace(generation_stage.flow_loss(config), **settings | overrides)
+
+
+def test_the_config_decides_about_the_loss():
+    settings = dict(stratified=False, prompt_dropout=0.3, answer_weight=0.7, remat="full", unroll=True)
+    config = tiny_config(dtype="bfloat16", **{f"train__{key}": value for key, value in settings.items()})
+    loss = generation_stage.flow_loss(config)
+    assert {key: getattr(loss, key) for key in settings} == settings
+    assert (loss.dtype, loss.config) == (jnp.bfloat16, config.model_config)
 
 
 @functools.cache
@@ -390,6 +394,10 @@ def test_groups_with_own_ends_and_clipping_do_not_depend_on_each_other(sizes, cl
 
 @pytest.mark.parametrize("form", [{"remat": "dots"}, {"remat": "full"}, {"unroll": True}])
 def test_gradients_do_not_depend_on_remat_and_unrolling(form):
+    def gradient(params):
+        return jax.grad(lambda p: flow_loss(**form)(p, SHARED, by_group(batch()), row_keys())[0])(params)
+
+    assert bool(re.search("remat|checkpoint", str(jax.make_jaxpr(gradient)(PARAMS)))) == ("remat" in form)
     (_, plain), (_, other) = one_step(), one_step(flow_loss(**form))
     np.testing.assert_allclose(plain["grad_norm_per_group"], other["grad_norm_per_group"], rtol=1e-4)
 
@@ -416,19 +424,25 @@ def test_average_and_clipping_follow_their_formulas():
     np.testing.assert_allclose(ema, 0.9 * before + 0.1 * after, rtol=1e-5, atol=1e-6)
 
 
-def test_weight_decay_is_only_on_matrices():
-    """With zero gradients AdamW only decays: by the learning rate times the decay."""
-    config = tiny_config(train__weight_decay=0.1, train__warmup_steps=0, train__learning_rate=0.5)
-    optimizer, zeros = make_optimizer(config.train), jax.tree.map(jnp.zeros_like, PARAMS)
-    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
-    rate = float(learning_rate(config.train)(0))
-    decayed = set()
-    for (path, update), weight in zip(jax.tree.leaves_with_path(updates), jax.tree.leaves(PARAMS), strict=True):
-        if np.any(update):
-            np.testing.assert_allclose(update, -rate * 0.1 * weight, rtol=1e-5)
-            decayed.add(path[-1].key)
-    names = {path[-1].key for path, _ in jax.tree.leaves_with_path(PARAMS)}
-    assert decayed == {"weight"} and names == {"weight", "bias", "scale"}
+def test_adamw_follows_its_formula_with_weight_decay_on_matrices_only():
+    settings = dict(weight_decay=0.1, learning_rate=0.5, adam_b1=0.8, adam_b2=0.9, clip_norm=1e9, warmup_steps=0)
+    stage = tiny_config(**{f"train__{key}": value for key, value in settings.items()}).train
+    rng, names = np.random.default_rng(0), ("weight", "embedding", "bias", "scale")
+    params = {"a": {name: rng.standard_normal(5).astype(np.float32) for name in names}}
+    optimizer = make_optimizer(stage)
+    state, first, second = optimizer.init(params), dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for step in (1, 2):
+        gradients = {"a": {name: rng.standard_normal(5).astype(np.float32) for name in names}}
+        updates, state = optimizer.update(gradients, state, params)
+        for name in names:
+            g = gradients["a"][name]
+            first[name], second[name] = 0.8 * first[name] + 0.2 * g, 0.9 * second[name] + 0.1 * g**2
+            expected = first[name] / (1 - 0.8**step) / (np.sqrt(second[name] / (1 - 0.9**step)) + 1e-8)
+            expected += 0.1 * params["a"][name] * (name in ("weight", "embedding"))
+            rate = float(learning_rate(stage)(step - 1))
+            np.testing.assert_allclose(updates["a"][name], -rate * expected, rtol=1e-5, atol=1e-6)
+        params = optax.apply_updates(params, updates)
+    assert {path[-1].key for path, _ in jax.tree.leaves_with_path(PARAMS)} == {"weight", "bias", "scale"}
 
 
 def test_without_averaging_there_is_no_second_copy():
@@ -517,16 +531,19 @@ def test_the_answers_loss_does_not_depend_on_how_rows_are_split():
 
 
 def test_the_held_out_loss_does_not_depend_on_the_batches_it_is_computed_in():
-    """20 rows at once, or 7 at a time with the last batch padded; each row's error is for its own flow time."""
-    source, loss = open_data(CONFIG), flow_loss()
-    found = []
-    for batch_size in (20, 7):
-        config = tiny_config(eval__examples=20, eval__batch_size=batch_size)
-        make_batch = image_batcher(config, ENCODER, source.captions)
+    """20 rows at once, or 7 at a time with the last batch padded; each row's error is for its own flow time, whatever
+    the density of those that are trained on. Over all of flow time, a group counts by the length of its interval."""
+    source, found = open_data(CONFIG), []
+    for batch_size, training in ((20, {}), (7, {"density": Shifted(0.3), "overlap": 0.5})):
+        config = tiny_config(eval__examples=20, eval__batch_size=batch_size, model__interval_edges=(0.0, 0.3, 1.0))
+        loss, make_batch = flow_loss(config, **training), image_batcher(config, ENCODER, source.captions)
         held_out = HeldOutLoss(config, loss, source.drawings("test", ENCODER), make_batch, one_device())
         found.append(held_out(PARAMS, SHARED))
     np.testing.assert_allclose(*found, rtol=1e-6)
     assert found[0].shape == (2,) and found[0][0] != found[0][1]
+    score = HeldOutFlowLoss.open(config, source)
+    figures = score(types.SimpleNamespace(held_out_losses=np.array([1.0, 2.0]))).figures
+    assert figures["held_out_loss"] == pytest.approx(0.3 * 1 + 0.7 * 2)
 
 
 # ---- A step that is not finite

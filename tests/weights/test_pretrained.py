@@ -23,7 +23,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2VLForConditionalGeneration, Qwen
 
 from lattejax.errors import UserError
 from lattejax.sampling.answers import Answerer, Decoding
-from lattejax.weights import layouts, pretrained
+from lattejax.weights import hugging_face, layouts, pretrained
 from lattejax.weights.naming import Leaf
 from lattejax.weights.pretrained import Pretrained
 from tests import checkpoints
@@ -290,6 +290,18 @@ def test_a_hub_id_is_looked_up_in_the_hubs_cache(source, tmp_path):
     done = run_command("convert", "--source=some/other", f"--out={tmp_path / 'other'}", env=environment)
     assert done.returncode == 2 and "--source=some/other is no directory" in done.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_a_hub_model_of_another_kind_is_refused_before_its_weights_are_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+
+    def download(name, revision, allow_patterns):
+        assert "*.safetensors" not in allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr(hugging_face.huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UserError, match="only 'qwen2_vl' can be read"):
+        pretrained.convert("some/vlm", tmp_path / "out")
 
 
 # ---- Meshes
