@@ -23,10 +23,11 @@ from lattejax.weights import shards, trees
 from lattejax.weights.pretrained import Pretrained
 
 MOST_INITIAL = 0.25  # of the initial weights in the final average, without a warning
-IGNORED = (  # a key that has an effect only if another has a value
-    ("train.density_mean", "train.density", "logit_normal"),
-    ("train.density_std", "train.density", "logit_normal"),
-    ("train.density_shift", "train.density", "shifted"),
+IGNORED = (  # a key that has an effect only if another has one of these values
+    ("train.density_mean", "train.density", ("logit_normal",)),
+    ("train.density_std", "train.density", ("logit_normal",)),
+    ("train.density_shift", "train.density", ("shifted",)),
+    ("model.residual_gate", "model.residual_attention", ("probabilities", "logits")),
 )
 
 
@@ -126,10 +127,10 @@ def warn_of_settings(config: Config) -> None:
         if found:
             keys = f"{name}.ema_decay and {name}.warmup_steps"
             logging.warning("in %s steps, %s; lower %s", f"{stage.steps:,}", "; ".join(found), keys)
-    for key, needed, value in IGNORED:
-        if config.train.steps and _at(config, key) != _at(Config(), key) and _at(config, needed) != value:
+    for key, needed, values in IGNORED:
+        if config.train.steps and _at(config, key) != _at(Config(), key) and _at(config, needed) not in values:
             found = f"{key}={_at(config, key)!r}", f"{needed}={_at(config, needed)!r}"
-            logging.warning("%s has no effect with %s; it needs %r", *found, value)
+            logging.warning("%s has no effect with %s; it needs %s", *found, " or ".join(map(repr, values)))
     if config.train.steps and not config.train.prompt_dropout and config.eval.guidance != 1:
         logging.warning(
             "train.prompt_dropout=0 never trains the empty prompt, which eval.guidance=%g guides away from; set "

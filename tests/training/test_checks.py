@@ -51,6 +51,13 @@ QUIET = dict(pretrain__steps=0, train__steps=1000, train__warmup_steps=10, train
             {"train__density_shift": 0.5},
             ["train.density_shift=0.5 has no effect with train.density='uniform'; it needs 'shifted'"],
         ),
+        (
+            {"model__residual_gate": "layer", "model__residual_attention": "none"},
+            [
+                "model.residual_gate='layer' has no effect with model.residual_attention='none'; it needs "
+                "'probabilities' or 'logits'"
+            ],
+        ),
         ({"train__steps": 0, "train__ema_decay": 0.9999, "train__prompt_dropout": 0.0}, []),
     ],
 )
