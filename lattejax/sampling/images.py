@@ -50,7 +50,7 @@ def _noise(key: Key[Array, ""], samples: Int[Array, "B"], shape: tuple[int, int,
     return jax.vmap(lambda sample: jax.random.normal(jax.random.fold_in(key, sample), shape))(samples)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "segments"), keep_unused=True)  # plans count it
+@functools.partial(jax.jit, static_argnames=("config", "segments"), keep_unused=True)  # as in train steps
 def draw_latents(
     config: ModelConfig,
     pathway: Params,

@@ -43,8 +43,8 @@ def refuse_another_config(config: Config, workdir: Workdir) -> None:
     if shards.are_stored(workdir.path):
         raise UserError(f"{workdir.path} holds exported weights; use another --workdir, and set init_from to this one")
     if not workdir.config.exists():
-        weights = [path for path in (workdir.vlm, workdir.vlm_reference, workdir.checkpoints("train")) if path.exists()]
-        if weights:
+        places = workdir.vlm, workdir.vlm_reference, workdir.path / "checkpoints"
+        if weights := [path for path in places if path.exists()]:
             raise UserError(f"{workdir.path} has no config.json, but {weights[0].name}; use another --workdir")
     elif different := changes(config, configuration.load(workdir.config)):
         raise UserError(
