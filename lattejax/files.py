@@ -216,16 +216,16 @@ def check_writable(path: epath.Path, name: str) -> None:
     """Raises `UserError`, with `name`, unless a file or directory can be created at `path`; leaves nothing there."""
     if is_remote(path):
         return
-    created = [parent for parent in path.parents if not os.path.lexists(parent)]
+    # Missing directories are not created for the check: other processes may be creating theirs there.
+    existing = next(parent for parent in path.parents if os.path.lexists(parent))
     try:
-        write_atomically(path.with_name(path.name + ".check"), b"")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+        for part in path.relative_to(existing).parts:
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(existing / part)  # fails if the disk has no such long names
     except OSError as error:
         raise UserError(f"{name} cannot be written: {refusal(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):  # what was not created
-            path.with_name(path.name + ".check").unlink(missing_ok=True)
-            for parent in created:
-                parent.rmdir()
 
 
 SPARE_BYTES = 1 << 20  # for descriptions beside arrays

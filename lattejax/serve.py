@@ -18,6 +18,7 @@ from lattejax.ranges import Range, ranges
 from lattejax.runs.run import Run
 from lattejax.serving.limits import Limits, Seconds
 from lattejax.weights.autoencoders import StoredAutoencoder
+from lattejax.weights.hugging_face import name_of
 
 WORKDIR = cli.define_path("workdir", None, "A run's directory, an export, or hf://owner/name.")
 AUTOENCODER = cli.define_path("autoencoder", None, "The run's autoencoder, if it has moved.")
@@ -25,7 +26,7 @@ HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at.")
 PORT = cli.define_number("port", 8000, "The port; 0: any that is free.", Annotated[int, Range(0, 65_535)])
 API_KEY = flags.DEFINE_string("api_key", None, "The key that clients must send.")
 OPEN = flags.DEFINE_bool("open", False, "Let anybody in who reaches the address.")
-MODEL_NAME = flags.DEFINE_string("model_name", None, "The model's name for clients; default: the directory's.")
+MODEL_NAME = flags.DEFINE_string("model_name", None, "The model's name for clients; default: the end of --workdir.")
 GRACE = cli.define_number("grace_seconds", 30, "How long requests may take to complete when it stops.", Seconds)
 
 TEXTS = {
@@ -83,7 +84,7 @@ def main() -> None:
     run = Run.open(WORKDIR.value)
     limits = server.default_limits(run.config, {name: flag.value for name, flag in LIMITS.items()})
     listening, is_local = server.Address(HOST.value, PORT.value, api_key, OPEN.value).listen()
-    name = MODEL_NAME.value or run.workdir.path.name
+    name = MODEL_NAME.value or name_of(WORKDIR.value) or run.workdir.path.name  # of "." the absolute path's
     service, compile_all = server.make_service(run, name, limits, WORKDIR.value, AUTOENCODER.value or "")
     server.report(compile_all)
     listening.listen()

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from lattejax.errors import UserError, refusal
-from lattejax.files import is_remote, new_directory, write_atomically
+from lattejax.files import check_writable, is_remote, new_directory, write_atomically
 from lattejax.runs.workdir import Workdir
 
 
@@ -41,6 +41,19 @@ def test_a_directory_appears_when_everything_is_written_or_not_at_all(tmp_path):
         pass
     with pytest.raises(UserError, match="cannot be written"), new_directory(out / "file" / "out"):
         pass
+
+
+def test_a_check_before_writing_creates_nothing_that_other_processes_could_meet(tmp_path, monkeypatch):
+    """Not even for a moment: another process may be creating its files in the same new directory."""
+    monkeypatch.setattr(os, "mkdir", lambda *_: pytest.fail("a directory was created"))
+    check_writable(epath.Path(tmp_path) / "new" / "below" / "file", "--out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("kept")
+    check_writable(epath.Path(tmp_path) / "file", "--out")
+    assert (tmp_path / "file").read_text() == "kept"
+    for bad in ("file/below", "file/a/b", "a" * 300, f"new/{'a' * 300}/file"):
+        with pytest.raises(UserError, match="--out cannot be written: "):
+            check_writable(epath.Path(tmp_path) / bad, "--out")
 
 
 def test_of_two_concurrent_writers_the_second_is_refused(tmp_path):

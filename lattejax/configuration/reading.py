@@ -76,7 +76,10 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             raise UserError(f"config.{path}={value!r} must be a tuple like {kind}")
         return tuple(_convert(items[0], item, path) for item in value)
     if kind is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise UserError(f"config.{path} is a number of too many digits") from None
     if type(value) is not kind:
         raise UserError(f"config.{path}={value!r} is of type {type(value).__name__}; expected {kind.__name__}")
     return value

@@ -7,10 +7,10 @@ What the paper does not state (learning rate, betas, clipping, average, density)
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
-from lattejax.flow.densities import Density, LogitNormal, Shifted, Uniform
+from lattejax.flow.densities import UNIFORM, Density, LogitNormal, Shifted
 from lattejax.flow.schedule import Guidance, NumSteps, Sampling, Shift
 from lattejax.models.autoencoders import PIXELS, Autoencoder
 from lattejax.models.layers import REMAT_POLICIES
@@ -22,7 +22,12 @@ from lattejax.ranges import Natural, Positive, Range, Share, Size, check_pattern
 DECAYS = ("none", "cosine", "linear")
 PROMPTS = ("captions", "pictures")
 ANSWER_WEIGHTS = ("tokens", "answers")
-DENSITIES = ("uniform", "logit_normal", "shifted")
+# The density of flow times of each name, for a stage's settings.
+DENSITIES: dict[str, Callable[["GenerationStage"], Density]] = {
+    "uniform": lambda stage: UNIFORM,
+    "logit_normal": lambda stage: LogitNormal(stage.density_mean, stage.density_std),
+    "shifted": lambda stage: Shifted(stage.density_shift),
+}
 CLIPPED_BY = ("model", "group")
 BEFORE = "before"  # in the metadata of a key
 Axis = Annotated[int, Range(-1)]
@@ -184,7 +189,7 @@ class Stage:
     adam_b1: Decay = 0.9
     adam_b2: Decay = 0.95
     weight_decay: Annotated[float, Range(0, 100)] = 0.0
-    clip_norm: Annotated[float, Range(0, 1e30, above=True)] = 1.0  # the gradient's global norm is clipped to this
+    clip_norm: Annotated[float, Range(0, 1e30, above=True)] = 1.0  # the gradient's norm is clipped to this
     ema_decay: Decay = 0.0  # 0: the average is the weights themselves
     remat: str = "none"  # what layers recompute in the backward pass; or "dots" (all but matrix products), "full"
     unroll: bool = False  # layers unrolled, not scanned: longer compilation, faster steps if layers are small
@@ -229,11 +234,7 @@ class GenerationStage(Stage):
 
     @property
     def flow_density(self) -> Density:
-        return {
-            "uniform": Uniform(),
-            "logit_normal": LogitNormal(self.density_mean, self.density_std),
-            "shifted": Shifted(self.density_shift),
-        }[self.density]
+        return DENSITIES[self.density](self)
 
 
 @dataclasses.dataclass(frozen=True)

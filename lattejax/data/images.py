@@ -48,13 +48,21 @@ def decode_image(
         return ImageOps.exif_transpose(image) if turn else image
 
 
+LONGEST = 200  # times an image's shorter side; the same bound as that of Qwen2-VL's processor
+
+
 def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Returns the centre crop of ADM's evaluation, which all FIDs on ImageNet have used since.
 
     The image is halved with a box filter while its shorter side is at least twice `size`, resized to `size` with
     bicubic interpolation, and cropped at the centre (github.com/openai/guided-diffusion, `center_crop_arr`).
     Transparent pixels become white.
+
+    Raises:
+      ValueError: the image is more than `LONGEST` times as long as wide: it would take gigabytes to resize.
     """
+    if max(image.size) > LONGEST * min(image.size):
+        raise ValueError(f"its {image.width}x{image.height} pixels are more than {LONGEST} times as long as wide")
     image = on_white(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

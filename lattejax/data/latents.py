@@ -8,6 +8,7 @@ import functools
 import io
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from lattejax.data import conversations
 from lattejax.data.chats import NO_IMAGES, Bounds
 from lattejax.data.examples import Drawing, Prompt
 from lattejax.data.identity import Identity
-from lattejax.data.images import decode_image
+from lattejax.data.images import LONGEST, decode_image
 from lattejax.data.manifest import Manifest
 from lattejax.data.pipeline import every
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage, Turn
@@ -132,8 +133,10 @@ class LatentSource:
         if not self.most_images:
             return NO_IMAGES
         if self.image_sizes is None:
-            merged = encoder.processor.patch_size * encoder.merge
-            return Bounds(self.most_images, encoder.processor.size["longest_edge"] // merged**2 * encoder.merge**2)
+            side, most_pixels = encoder.processor.patch_size * encoder.merge, encoder.processor.size["longest_edge"]
+            # A long image becomes one row of merged patches, even if that exceeds the pixels allowed.
+            merged = max(most_pixels // side**2, math.isqrt(LONGEST * most_pixels) // side)
+            return Bounds(self.most_images, merged * encoder.merge**2)
         grids = (encoder.image_of_size(*size).grid for size in self.image_sizes)
         return Bounds(self.most_images, max(int(np.prod(grid)) for grid in grids))
 
@@ -187,6 +190,7 @@ class StoredDrawings:
         if self._in_latents:
             for drawing in every(self):
                 yield [drawing.prompts[0].caption]
+            return
         for record in every(self._captions):
             yield [text for text, _ in json.loads(record)["prompts"]]
 
@@ -202,15 +206,17 @@ class StoredDrawings:
         return latents, [text for text, _ in self._read([index // self._views])[0]]
 
     def without_pixels(self) -> Iterator[EncodedPrompt]:
-        """All prompts, whose images have no patches: enough to know their lengths."""
+        """All prompts, in some order, whose images have no patches: enough to know their lengths."""
         if self._in_latents:
-            for chunk in _chunks(self.prompts()):
-                yield from self._encoder.drawings([text for texts in chunk for text in texts])
-            return
-        for picture, record in enumerate(every(self._captions)):
-            prompts = json.loads(record)["prompts"]
-            for text, shown in prompts:
-                yield self._encoder.drawing(text, [self._images.size_only(picture, i) for i in shown])
+            prompts = ((picture, text, ()) for picture, texts in enumerate(self.prompts()) for text in texts)
+        else:
+            records = enumerate(every(self._captions))
+            prompts = ((picture, *prompt) for picture, record in records for prompt in json.loads(record)["prompts"])
+        for chunk in _chunks(prompts):
+            yield from self._encoder.drawings([text for _, text, shown in chunk if not shown])
+            for picture, text, shown in chunk:
+                if shown:
+                    yield self._encoder.drawing(text, [self._images.size_only(picture, i) for i in shown])
 
     def _decode(self, record: bytes) -> tuple[np.ndarray, str]:
         feature = self._example.FromString(record).features.feature

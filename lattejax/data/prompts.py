@@ -305,9 +305,9 @@ def question_arrays(prompts: Prompts, make: Callable[..., Any] = np.zeros) -> di
     return {"prompts": prompts, "target_weights": make(prompts.input_ids.shape, np.float32)}
 
 
-def prompt_encoder(config: Config, tokenizer: Tokenizer) -> PromptEncoder:
+def prompt_encoder(config: Config, tokenizer: Tokenizer, stop_tokens: Sequence[int] = ()) -> PromptEncoder:
     """A config's encoder, with the given tokenizer, its vision tower's patches and its bounds on image sizes."""
-    return PromptEncoder(tokenizer, image_processor(config))
+    return PromptEncoder(tokenizer, image_processor(config), stop_tokens=stop_tokens)
 
 
 def image_processor(config: Config) -> "transformers.Qwen2VLImageProcessorPil":

@@ -4,6 +4,7 @@ It is loaded from a directory, or, for a small model that is trained from scratc
 """
 
 import functools
+import itertools
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -163,9 +164,12 @@ def tokenize_marked(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
 
 
 def unused_character(texts: Sequence[str]) -> str:
-    """A character for private use that none of the texts has."""
+    """A character for private use that none of the texts has; raises `UserError` if they have all."""
     used = set().union(*texts)
-    return next(character for code in range(0xE000, 0xF900) if (character := chr(code)) not in used)
+    for code in itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)):
+        if chr(code) not in used:
+            return chr(code)
+    raise UserError("the texts have all characters for private use")
 
 
 @functools.lru_cache(maxsize=16)

@@ -30,7 +30,7 @@ from lattejax.encoding.items import Item
 from lattejax.encoding.order import ORDER, Order, divide, extended, first_order
 from lattejax.encoding.prepare import digests_alone, find_encoder, limits_of, make_preparation
 from lattejax.encoding.shards import Encoder, ShardWriter, prepare_all
-from lattejax.encoding.sources import Records, open_records
+from lattejax.encoding.sources import Records, open_records, same_source
 from lattejax.encoding.summary import is_summarized, write_summary
 from lattejax.encoding.written import (
     File,
@@ -111,6 +111,8 @@ def _check_same(out: epath.Path, encoding: dict[str, Any]) -> None:
             f"--out={out} was written by another version of lattejax; training reads it, but encode into another --out"
         )
     pairs = {key: (theirs.get(key), value) for key, value in encoding.items()}
+    if same_source(*pairs["source"]):
+        del pairs["source"]
     different = [f"{key} was {was}, is {value}" for key, (was, value) in pairs.items() if was != value]
     if different:
         raise UserError(f"--out={out} was encoded with other settings ({'; '.join(different)}); use another --out")
@@ -119,12 +121,27 @@ def _check_same(out: epath.Path, encoding: dict[str, Any]) -> None:
 def _plan(out: epath.Path, config: Config, source: Records) -> tuple[Order, list[File]]:
     """The order of the records, with those that are new, and all shards."""
     if (out / ORDER).exists():
-        order = extended(Order.load(out / ORDER), source.sizes, source.names, config.images.name)
+        known = Order.load(out / ORDER)
+        encoded = functools.partial(_encoded, out, config, source, known)
+        order = extended(known, source.sizes, source.names, config.images.name, encoded)
     else:
         order = first_order(source.sizes, source.names)
+    return order, _files(order, config, source)
+
+
+def _files(order: Order, config: Config, source: Records) -> list[File]:
     splits = {"train": config.images.train, "test": config.images.test}
-    parts = divide(order, splits, 1 if source.names_are_shards else config.images.shard_pictures)
-    return order, plan_files(parts)
+    return plan_files(divide(order, splits, 1 if source.names_are_shards else config.images.shard_pictures))
+
+
+def _encoded(out: epath.Path, config: Config, source: Records, order: Order) -> set[str]:
+    """The names of the records that have been encoded, and not left out."""
+    return {
+        name
+        for file, one in read_descriptions(out, _files(order, config, source)).items()
+        for name in order.names[file.part.records.start : file.part.records.stop]
+        if not one.leaves_out(name)
+    }
 
 
 def _begin(out: epath.Path, encoding: dict[str, Any], order: Order) -> None:
@@ -180,8 +197,8 @@ class Job:
                 check_left_out(written, most)
         written = read_descriptions(out, files)
         check_left_out(written, most)
-        if len(written) < len(files):
-            return False
+        if len(written) < len(files) or any(self._difference(file, written[file]) for file in set(files) - set(ours)):
+            return False  # the other workers' part, or they have not seen yet that the source has changed
         if finish(out, encoding, self.config.data.latent_shape, written) or not is_summarized(out, self.config):
             write_summary(out, self.config, written, self.stored, self.prompt_encoder)
         return True
@@ -189,13 +206,20 @@ class Job:
     def _items(self, file: File) -> Iterator[Item]:
         records = file.part.records
         names = () if self.order.names is None else self.order.names[records.start : records.stop]
-        return self.source.read(file.part, names)
+        return self.source.read(file.part, [name for name in names if name])
 
     def _task(self, file: File, known: Written | None) -> str:
         """What is to be done for a shard: "all", "texts" or nothing."""
         if known is None:
             return "all"
         check_shard(self.out, known)
+        task = self._difference(file, known)
+        if not task and known.version != self.version:
+            known.stamped(file, self.version).save(self.out, file)
+        return task
+
+    def _difference(self, file: File, known: Written) -> str:
+        """What of a shard does not fit the source and the limits as they are now, as in `_task`."""
         if known.shard.left_out and known.limits not in ("", self.limits):
             return "all"
         if known.version == self.version:
@@ -203,10 +227,7 @@ class Job:
         found = self._survey(file)
         if found["pictures"] != known.pictures:
             return "all"
-        if found["texts"] != known.texts or found["contents"] != known.contents:
-            return "texts"
-        known.stamped(file, self.version).save(self.out, file)
-        return ""
+        return "texts" if found["texts"] != known.texts or found["contents"] != known.contents else ""
 
     def _survey(self, file: File) -> dict[str, str]:
         """The hashes of what the source has now, see `Written`; pictures are read, not decoded."""

@@ -1,12 +1,13 @@
 """The order of a source's records, and their division into shards. It survives additions.
 
 Records are numbered by their place in an order that is kept in `order.json`. What is added later comes after everything
-that is there, so a shard's records never change, and neither does whether they are held out.
+that is there, so a shard's records never change, and neither does whether they are held out. A record that no latents
+were made of may go, or get another name: its place stays empty.
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ class Order:
     Attributes:
       counts: for each of the source's splits its number of records when it was first encoded, and after each
         addition.
-      names: the records' names in order, if the source's own order may change.
+      names: the records' names in order, if the source's own order may change; "" is an empty place.
     """
 
     counts: dict[str, tuple[int, ...]]
@@ -60,18 +61,30 @@ def first_order(sizes: dict[str, int], names: Sequence[str] | None) -> Order:
     return Order({split: (size,) for split, size in sizes.items()}, None if names is None else _shuffled(names, 0))
 
 
-def extended(known: Order, sizes: dict[str, int], names: Sequence[str] | None, what: str) -> Order:
-    """The order with the records that have been added since; the same object if there are none.
+def extended(
+    known: Order,
+    sizes: dict[str, int],
+    names: Sequence[str] | None,
+    what: str,
+    encoded: Callable[[], Container[str]] = frozenset,
+) -> Order:
+    """The order with the records that have been added since, without those that may go; the same object if nothing
+    has changed.
+
+    Args:
+      known: the order until now.
+      sizes: the number of records in each of the source's splits.
+      names: the records' names, if the source has any.
+      what: names the source in errors.
+      encoded: returns the names of the records that must stay; called only if some are gone.
 
     Raises:
-      UserError: records are gone.
+      UserError: such records are gone.
     """
     if known.counts.keys() != sizes.keys() or (known.names is None) != (names is None):
         raise UserError(f"{what} has the splits {', '.join(sizes)}, and had {', '.join(known.counts)}")
     if names is not None:
-        listed = set(names)
-        if gone := [name for name in known.names if name not in listed]:
-            raise UserError(f"{what} lacks {len(gone)} records that it had, such as {gone[0]!r}; use another --out")
+        return _renamed(known, names, what, encoded)
     for split, size in sizes.items():
         if size < known.counts[split][-1]:
             before = known.counts[split][-1]
@@ -81,11 +94,26 @@ def extended(known: Order, sizes: dict[str, int], names: Sequence[str] | None, w
             )
     if all(size == known.counts[split][-1] for split, size in sizes.items()):
         return known
-    counts = {split: (*each, sizes[split]) for split, each in known.counts.items()}
-    if names is not None:
-        there = set(known.names)
-        names = (*known.names, *_shuffled([name for name in names if name not in there], len(there)))
-    return Order(counts, names)
+    return Order({split: (*each, sizes[split]) for split, each in known.counts.items()}, None)
+
+
+def _renamed(known: Order, names: Sequence[str], what: str, encoded: Callable[[], Container[str]]) -> Order:
+    """`extended`, of a source that names its records; it has one split."""
+    there, listed = set(known.names), set(names)
+    gone = there - listed - {""}
+    if gone:
+        must_stay = encoded()
+        if lost := sorted(name for name in gone if name in must_stay):
+            raise UserError(f"{what} lacks {len(lost)} records that it had, such as {lost[0]!r}; use another --out")
+    new = [name for name in names if name not in there]
+    if not gone and not new:
+        return known
+    [(split, counts)] = known.counts.items()
+    stay = ("" if name in gone else name for name in known.names)
+    return Order(
+        {split: (*counts, len(known.names) + len(new)) if new else counts},
+        (*stay, *_shuffled(new, len(known.names))),
+    )
 
 
 def _shuffled(names: Sequence[str], seed: int) -> tuple[str, ...]:

@@ -20,7 +20,9 @@ from lattejax.data.stored import (
     IMAGES,
     KINDS,
     LATENTS,
+    MANIFEST,
     QUESTIONS,
+    SUMMARY,
     RecordWriter,
     Shard,
     StoredFile,
@@ -117,8 +119,10 @@ class ShardWriter:
             files[kind] = StoredFile(
                 file_name(kind, self.name), writer.records, path.stat().length, hash_file(path), writer.contents
             )
-        # Without a description the shard is not there: a process that is killed in between leaves no mixture.
-        (self.out / f"{self.name}.json").unlink(missing_ok=True)
+        # Without a description the shard is not there: a process that is killed in between leaves no mixture. Another
+        # worker may have written a manifest of the shard as it was.
+        for file in (f"{self.name}.json", MANIFEST, SUMMARY):
+            (self.out / file).unlink(missing_ok=True)
         for kind, path in self._partial.items():
             path.replace(self.out / file_name(kind, self.name))
         for pattern in (f"*-{self.name}.array_record{PARTIAL}*", f"{self.name}.json.*{TEMPORARY}"):

@@ -22,7 +22,7 @@ from lattejax.data.stored import (
 )
 from lattejax.encoding.items import Item
 from lattejax.encoding.order import Part
-from lattejax.errors import UserError, parsing
+from lattejax.errors import UserError, one_line, parsing
 from lattejax.files import read_json, write_atomically
 
 MOST_CAPTIONS = 10_000  # in a table
@@ -75,6 +75,10 @@ class Written:
             if not all(isinstance(caption, str) for caption in values["captions"] or ()):
                 raise TypeError("its captions are no texts")
             return cls(**values)
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether the record of this name is left out."""
+        return any(line.startswith(one_line(f"{name}:")) for line in self.shard.left_out)
 
     def stamped(self, file: File, version: str, **changes: Any) -> "Written":
         part = (file.part.split, file.part.records.start, file.part.records.stop)

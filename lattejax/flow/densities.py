@@ -1,17 +1,25 @@
-"""Densities of flow time: how often training visits each t, and how sampling spaces its steps.
-
-A density provides its cumulative distribution (on the host, in float64) and the inverse of it (in JAX), which the
-stratified draw of `flow.intervals` needs. Noise is at t = 0.
-"""
+"""Densities of flow time: how often training visits each t, and how sampling spaces its steps. Noise is at t = 0."""
 
 import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import ndtr
+
+
+@runtime_checkable
+class Density(Protocol):
+    """What a density provides. Two that are equal must be the same density, as those of a frozen dataclass are."""
+
+    def cumulative(self, t: float | Sequence[float] | np.ndarray) -> np.ndarray | np.float64:
+        """The share of flow times below t: on the host, in float64."""
+
+    def quantile(self, u: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+        """The inverse of `cumulative`, in JAX: it makes flow times of uniform numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,5 +63,4 @@ class Shifted:
         return self.shift * u / (self.shift * u + (1 - u))  # exactly 0 and 1 at both ends
 
 
-Density = Uniform | LogitNormal | Shifted
 UNIFORM = Uniform()

@@ -36,7 +36,7 @@ def open_model(
     if not draws:
         return Answerer.of(run), None, usual
     sampler = ImageSampler.of(run, run.params(run.config.dtype), autoencoder)
-    return Answerer(sampler.config.vlm, sampler.vlm, sampler.encoder, run.repetition_penalty), sampler, usual
+    return Answerer(sampler.config.vlm, sampler.vlm, sampler.encoder, run.generation.repetition_penalty), sampler, usual
 
 
 def limit_pixels(encoder: PromptEncoder, least: int | None, most: int | None) -> None:

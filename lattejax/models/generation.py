@@ -35,7 +35,7 @@ class Context(NamedTuple):
     next_position: Int[Array, "B"]
 
 
-class Conditioning(NamedTuple):
+class Modulations(NamedTuple):
     """Each row's flow time, and the modulations that one group computes from its `Step`."""
 
     t: Float[Array, "B"]
@@ -115,8 +115,8 @@ def image_positions(config: GenerationConfig, start: Int[Array, "B"]) -> Int[Arr
     return start[:, None, None] + jnp.asarray(offsets, start.dtype)
 
 
-def condition(config: GenerationConfig, params: Params, step: Step) -> Conditioning:
-    """Computes one group's conditioning. It depends only on `step` and the weights, so sampling computes it for all
+def condition(config: GenerationConfig, params: Params, step: Step) -> Modulations:
+    """Computes one group's modulations. They depend only on `step` and the weights, so sampling computes it for all
     steps in advance. `params` are as in `velocity`."""
     c = functional.bind(CONDITIONINGS[config.conditioning], config.text.hidden_size, params=params["time"])(step)
 
@@ -124,7 +124,7 @@ def condition(config: GenerationConfig, params: Params, step: Step) -> Condition
         return functional.bind(GenerationLayer, config.layer, params=layer).modulate(c)
 
     layers = Layers(params["experts"]).map(modulate)
-    return Conditioning(step.start, layers, functional.bind(Head, config, params=params["head"]).modulate(c))
+    return Modulations(step.start, layers, functional.bind(Head, config, params=params["head"]).modulate(c))
 
 
 def velocity(
@@ -132,10 +132,10 @@ def velocity(
     params: Params,
     context: Context,
     x_t: Float[Array, "B h w C"],
-    conditioning: Conditioning,
+    modulations: Modulations,
     remat: str = "none",
 ) -> Float[Array, "B h w C"]:
-    """One group's estimate of the flow's velocity at x_t, given its `conditioning`.
+    """One group's estimate of the flow's velocity at x_t, given its `modulations`.
 
     Args:
       config: the pathway's geometry.
@@ -143,19 +143,19 @@ def velocity(
         dtype is the dtype of the computation.
       context: the prompts' keys and values at those M layers, in the same form.
       x_t: noisy latents.
-      conditioning: see `condition`; each row's, or of length 1 if it is the same for all rows. Flow times are
-        inside the group's interval.
+      modulations: see `condition`; each row's, or of length 1 if it is the same for all rows. Flow times are
+        inside the group's interval, or near it if intervals overlap in training.
       remat: what a layer keeps for the backward pass, see `layers.Layers.scan`.
     """
-    h, _ = _run_layers(config, params, context, x_t, conditioning, remat)
-    out = functional.bind(Head, config, params=params["head"])(h, conditioning.head).astype(x_t.dtype)
+    h, _ = _run_layers(config, params, context, x_t, modulations, remat)
+    out = functional.bind(Head, config, params=params["head"])(h, modulations.head).astype(x_t.dtype)
     if config.prediction == "velocity":
         return out
-    return velocity_towards(out, x_t, jnp.broadcast_to(conditioning.t, (len(x_t),)))
+    return velocity_towards(out, x_t, jnp.broadcast_to(modulations.t, (len(x_t),)))
 
 
 def attention_maps(
-    config: GenerationConfig, params: Params, context: Context, x_t: Float[Array, "B h w C"], conditioning: Conditioning
+    config: GenerationConfig, params: Params, context: Context, x_t: Float[Array, "B h w C"], modulations: Modulations
 ) -> Float[Array, "M B H N N"]:
     """The map (or its logits) that each layer passes to the next, including the residual it added.
 
@@ -163,7 +163,7 @@ def attention_maps(
     """
     if config.residual_attention == "none":
         raise ValueError("residual_attention='none' hands no maps on")
-    _, maps = _run_layers(config, params, context, x_t, conditioning, keep_maps=True)
+    _, maps = _run_layers(config, params, context, x_t, modulations, keep_maps=True)
     return jnp.stack(maps)
 
 
@@ -172,7 +172,7 @@ def _run_layers(
     params: Params,
     context: Context,
     x_t: Float[Array, "B h w C"],
-    conditioning: Conditioning,
+    modulations: Modulations,
     remat: str = "none",
     keep_maps: bool = False,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "M B H N N"] | list[Float[Array, "B H N N"] | None] | None]:
@@ -193,7 +193,7 @@ def _run_layers(
     # The first layer has no previous map. In a scan it adds a map of zeros, which is equivalent.
     shape = (h.shape[0], text.num_heads, h.shape[1], h.shape[1])
     no_map = None if config.residual_attention == "none" else jnp.zeros(shape, h.dtype)
-    layers = Layers(params["experts"]).zip(conditioning.layers, context.layers)
+    layers = Layers(params["experts"]).zip(modulations.layers, context.layers)
     (h, _), maps = layers.scan(body, (h, no_map), remat, unrolled=lambda carry: (carry[0], None))
     return h, maps
 

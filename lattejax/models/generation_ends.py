@@ -1,4 +1,4 @@
-"""Both ends of the generation pathway, which the groups share: the embedding of latents, and the head.
+"""Both ends of the generation pathway, shared by the groups or each group's own: the embedding of latents, the head.
 
 Axes: B batch, N image token, D width, C latent channel; h, w rows and columns of latents.
 """
@@ -45,6 +45,8 @@ class LatentEmbedding(nnx.Module):
         h = self.proj(patches)
         if self.config.latent_position == "none":
             return h
+        if self.config.latent_position != "sincos":
+            raise NotImplementedError(self.config.latent_position)
         # Two short constants in the compiled program, not one for the entire grid.
         (rows, columns), width = self.config.grid, h.shape[-1]
         row, column = (jnp.asarray(sincos(np.arange(count), width // 2)) for count in (rows, columns))

@@ -129,9 +129,8 @@ class GenerationLayer(nnx.Module):
         residual = None
         if previous_map is not None:
             residual = modulation.residual_gate[:, :, None, None] * previous_map
-        mixed, attention_map = attend(
-            q, context, context_mask, KeysValues(k, v), residual, self.residual_attention == "logits"
-        )
+        on_logits = {"none": False, "probabilities": False, "logits": True}[self.residual_attention]
+        mixed, attention_map = attend(q, context, context_mask, KeysValues(k, v), residual, on_logits)
         return self.decoder.attention.output(mixed), attention_map
 
     def feed_forward(self, h: Float[Array, "B N D"], modulation: Modulation) -> Float[Array, "B N D"]:

@@ -42,7 +42,7 @@ RULES = (
     # Small, therefore replicated.
     (r"(embedding/proj|head/proj|residual_gate)/weight", ()),
 )
-MATRICES = ("weight", "embedding")  # the last component of a matrix's path
+MATRICES = ("weight", "embedding", "kernel", "lora_a", "lora_b")  # the last component of a matrix's path; also Flax's
 # Arrays with an axis of KV heads are replicated over `tensor` if it does not divide the few KV heads.
 KV_HEADS = r"(k_proj|v_proj)/(weight|bias)$"
 

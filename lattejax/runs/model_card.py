@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import lattejax
 from lattejax.configuration.reading import VERSION
@@ -219,7 +219,11 @@ def _licence(licence: str, base: str) -> str:
 
 
 def _base_model(run: Run) -> str:
-    """The hub id of the VLM's checkpoint, if the run used it unchanged; else empty."""
+    """The hub id of the VLM's checkpoint, if the run used it unchanged; else empty. An export has it from its card."""
+    if run.is_export:
+        card = run.workdir.path / FILE
+        known = ModelCard(card.read_text()).data.base_model if card.exists() else None
+        return known if isinstance(known, str) else ""
     converted = run.converted_vlm()
     return hugging_face.hub_id(converted.record) if converted is not None else ""
 

@@ -63,7 +63,7 @@ class Run:
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
-        return prompt_encoder(self.config, tokenizers.load(self.workdir.tokenizer))
+        return prompt_encoder(self.config, tokenizers.load(self.workdir.tokenizer), self.generation.stop_tokens)
 
     @property
     def vlm_config(self) -> VLMConfig:
@@ -119,13 +119,13 @@ class Run:
             raise UserError(f"{path} holds other weights than {self.workdir.path} was trained with")
         return source
 
-    @property
-    def repetition_penalty(self) -> float:
-        """That of the converted weights which the run uses, or the exported run used, if it does; else 1: none."""
+    @functools.cached_property
+    def generation(self) -> Generation:
+        """The decoding settings of the converted weights that the run uses, or the exported run used; else none."""
         if self.is_export:
-            return Generation.read(self.workdir.path).repetition_penalty
+            return Generation.read(self.workdir.path)
         converted = self.converted_vlm()
-        return 1.0 if converted is None else converted.generation.repetition_penalty
+        return Generation() if converted is None else converted.generation
 
     def refer_to(self, source: Pretrained) -> None:
         """Uses converted weights as those of the first stage, without copying them."""

@@ -182,7 +182,7 @@ class Answerer:
         """Reads the VLM of a run or an export, in its config's dtype, onto the run's mesh; see `Run.vlm`."""
         encoder = run.encoder  # raises before the weights are read
         vlm = inference_weights(run.config, {"vlm": run.vlm()}, run.mesh)["vlm"]
-        return cls(run.vlm_config, vlm, encoder, run.repetition_penalty)
+        return cls(run.vlm_config, vlm, encoder, run.generation.repetition_penalty)
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], decoding: Decoding = Decoding(), batch_size: int = 8

@@ -82,10 +82,10 @@ def draw_latents(
         rows = jnp.stack([prompts, unconditional], axis=1).ravel() if segment.guided else prompts
         own, context = generation.of_group(config.generation, pathway, contexts, rows, segment.group)
 
-        def velocity(x, conditioning, guided=segment.guided, own=own, context=context):
+        def velocity(x, modulations, guided=segment.guided, own=own, context=context):
             if not guided:
-                return generation.velocity(config.generation, own, context, x, conditioning)
-            both = generation.velocity(config.generation, own, context, jnp.repeat(x, 2, axis=0), conditioning)
+                return generation.velocity(config.generation, own, context, x, modulations)
+            both = generation.velocity(config.generation, own, context, jnp.repeat(x, 2, axis=0), modulations)
             return guide(*rearrange(both, "(B two) h w C -> two B h w C", two=2), guidance)
 
         # Computed before the loop, so that its steps need not read the weights of time embedding and modulations.

@@ -28,13 +28,13 @@ class Rows:
         """Takes a free row for a prompt with these keys; keeps only the common prefix, without the prompt's last token,
         which must always be read.
 
-        It is the row of the conversation that the prompt continues, else the least recently used.
+        It is the row of the conversation that the prompt continues, at least in its first half; else the least recently
+        used, so that a new conversation, which begins with the same system prompt, costs nobody theirs.
         """
         free = [row for row, in_use in enumerate(self._in_use) if not in_use]
         common = {row: common_prefix(self.keys[row], keys) for row in free}
         row = max(free, key=common.__getitem__)
-        # All conversations begin with the same system prompt; that alone makes none a continuation.
-        if 2 * common[row] < max(1, min(len(self.keys[row]), len(keys))):
+        if 2 * common[row] < max(1, len(self.keys[row])):
             row = min(free, key=self._used.__getitem__)
         self.keys[row] = self.keys[row][: min(common[row], len(keys) - 1)]
         self._in_use[row] = True

@@ -79,9 +79,14 @@ def open_folder(path: str, size: int) -> PictureSource:
     )
 
     def read(rows: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
-        return np.stack([square(open_image(files[row]), size) for row in rows])
+        return np.stack([_cropped(files[row], size) for row in rows])
 
     return PictureSource((len(files), size, size, 3), read, identity, f"{CROP} to {size} pixels", version)
+
+
+def _cropped(file: epath.Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    with parsing(f"the image {file}"):
+        return square(open_image(file), size)
 
 
 def _modified(file: epath.Path) -> int:

@@ -7,8 +7,9 @@ from lattejax.runs.run import Run
 from lattejax.serving.limits import Limits
 
 
-def make_card(run: Run, name: str, workdir: str, limits: Limits) -> dict[str, Any]:
-    """What the page shows of a run: geometry, groups and their intervals, scores; and what it may ask for."""
+def make_card(run: Run, name: str, workdir: str, limits: Limits, autoencoder: str = "") -> dict[str, Any]:
+    """What the page shows of a run: geometry, groups and their intervals, scores; and what it may ask for. `workdir`
+    and `autoencoder` are for the command that draws the same pictures."""
     config = run.config
     model = config.model_config
     generation, text = model.generation, model.vlm.text
@@ -20,6 +21,7 @@ def make_card(run: Run, name: str, workdir: str, limits: Limits) -> dict[str, An
     return {
         "name": name,
         "workdir": workdir,
+        "autoencoder": autoencoder,
         "variant": model.variant,
         "layers": text.num_layers,
         "width": text.hidden_size,

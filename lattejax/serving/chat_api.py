@@ -89,7 +89,7 @@ async def complete(service: Service, request: Request) -> Response:
     fields = await read_fields(request, service.limits)
     service.check_model(fields.take("model", str))
     asked = chat_fields.parse(fields, service.limits)
-    prompt = await service.prepare(chat_fields.encode, service.model.encoder, asked, service.limits)
+    prompt = await service.prepare(request, chat_fields.encode, service.model.encoder, asked, service.limits)
     request.state.details = f"prompt_tokens={len(prompt.input_ids)}"
     make = functools.partial(make_job, prompt, asked)
     listener = service.submit(request, make)

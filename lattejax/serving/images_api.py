@@ -102,7 +102,7 @@ async def generate(service: Service, request: Request) -> Response:
     fields = await read_fields(request, service.limits)
     service.check_model(fields.take("model", str))
     wanted = parse(fields, service.limits, service.model.image_size, service.model.sampling)
-    prompt, negative = await service.prepare(encode, service, wanted)
+    prompt, negative = await service.prepare(request, encode, service, wanted)
     request.state.details = f"n={wanted.count} steps={wanted.sampling.num_steps} seed={wanted.seed}"
     job = functools.partial(make_job, wanted, prompt, negative)
     listener = service.submit(request, job)

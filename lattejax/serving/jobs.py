@@ -60,7 +60,7 @@ class Job:
     prompt: EncodedPrompt
     tell: Callable[[Any], None]
     is_cancelled: bool = dataclasses.field(default=False, init=False)
-    submitted: float = dataclasses.field(default_factory=time.monotonic, init=False)
+    submitted: float = dataclasses.field(default_factory=time.monotonic, init=False)  # since when it waits
 
     def cancel(self) -> None:
         """Its rows leave at the next step."""

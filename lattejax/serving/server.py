@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import uvicorn
+from absl import logging
 from PIL import Image
 
 from lattejax.configuration import Config
@@ -99,7 +100,7 @@ def make_service(
     """Opens a run's weights; returns the service, not started yet, and what compiles its programs. `workdir` is the
     run's directory as users write it."""
     sampler = ImageSampler.of(run, run.params(run.config.dtype), autoencoder)
-    answerer = Answerer(sampler.config.vlm, sampler.vlm, run.encoder, run.repetition_penalty)
+    answerer = Answerer(sampler.config.vlm, sampler.vlm, run.encoder, run.generation.repetition_penalty)
     conversations = Conversations(answerer, limits.conversations, limits.context_tokens)
     contexts = 1 + 2 * limits.pictures
     drawer = Drawer(sampler, limits.pictures, contexts, limits.step_rows, limits.prompt_tokens)
@@ -108,7 +109,13 @@ def make_service(
         Drawings(drawer, contexts, metrics), Chats(conversations, metrics), limits.queue, limits.queue_seconds
     )
     rows, columns = sampler.config.generation.grid
-    card = make_card(run, name, workdir, limits)
+    card = make_card(run, name, workdir, limits, autoencoder)
+    if run.config.eval.sample_steps > limits.steps:
+        logging.warning(
+            "the run draws in %d steps; requests that do not say get %d, the most that --steps allows",
+            run.config.eval.sample_steps,
+            limits.steps,
+        )
     model = Model(name, run.encoder, card, run.config.data.image_size, rows * columns, run.config.eval.sampling)
 
     def compile_all(done: Callable[[str], None]) -> None:

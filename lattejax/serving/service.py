@@ -45,14 +45,25 @@ class Service:
         # tokens, changes between calls that encode. Decoding tokens does not depend on it.
         self._preparing = concurrent.futures.ThreadPoolExecutor(1, "prepare")
         self._developing = concurrent.futures.ThreadPoolExecutor(2, "develop")
+        self._in_preparation = 0
         metrics.watch(lambda: engine.counts().running, lambda: engine.counts().waiting)
 
-    async def prepare(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Calls what reads a request's texts and images, in a thread."""
+    async def prepare(self, request: Request, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Calls what reads a request's texts and images, in a thread. From now on the request waits.
+
+        Raises:
+          ApiError: as many as the queue may hold are being prepared already, or the request is refused.
+        """
+        if self._in_preparation >= self.limits.queue:
+            raise queue_full(Full(1))
+        self._in_preparation += 1
+        request.state.waits_since = time.monotonic()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *arguments)
         except UserError as error:
             raise ApiError(400, str(error)) from None
+        finally:
+            self._in_preparation -= 1
 
     async def develop(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Calls what waits for pixels and encodes them, in a thread."""
@@ -65,17 +76,18 @@ class Service:
             raise ApiError(404, text, "model", "model_not_found")
 
     def submit(self, request: Request, make: Callable[[Callable[[Any], None]], Job]) -> "Listener":
-        """Queues the job that `make` makes.
+        """Queues the job that `make` makes of a request that has been prepared.
 
         Raises:
           ApiError: the queue is full, or the server is stopping.
         """
         listener = Listener(request)
         listener.job = make(listener.tell)
+        listener.job.submitted = request.state.waits_since
         try:
             self.engine.submit(listener.job)
         except Full as full:
-            raise ApiError(429, str(full), code="queue_full", retry_after=full.seconds) from None
+            raise queue_full(full) from None
         except Stopping:
             raise failure(Failed(STOPPING)) from None
         return listener
@@ -124,6 +136,10 @@ class Listener:
     async def _gone(self) -> None:
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
+
+
+def queue_full(full: Full) -> ApiError:
+    return ApiError(429, str(full), code="queue_full", retry_after=full.seconds)
 
 
 def failure(failed: Failed) -> ApiError:

@@ -15,6 +15,7 @@ from lattejax.data.identity import Identity
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
 from lattejax.files import read_json, resolve_path
+from lattejax.models.generation_layer import RESIDUAL_ATTENTION
 from lattejax.runs.run import Run, open_vlm
 from lattejax.runs.shapes import abstract_trained
 from lattejax.runs.workdir import Workdir
@@ -27,7 +28,7 @@ IGNORED = (  # a key that has an effect only if another has one of these values
     ("train.density_mean", "train.density", ("logit_normal",)),
     ("train.density_std", "train.density", ("logit_normal",)),
     ("train.density_shift", "train.density", ("shifted",)),
-    ("model.residual_gate", "model.residual_attention", ("probabilities", "logits")),
+    ("model.residual_gate", "model.residual_attention", tuple(kind for kind in RESIDUAL_ATTENTION if kind != "none")),
 )
 
 

@@ -93,13 +93,17 @@ def run_stage(
         skipped = int(hosts.fetch(state.skipped))
         progress = {"data": recipe.batches.get_state(), "skipped": skipped, "window": window.dumped()}
         checkpoints.save(step, state.arrays, progress)
-        guard.saved(checkpoints.wait)
+        guard.saved(finish)
 
+    def finish() -> None:
+        checkpoints.wait()
+        log.flush()
+
+    log = MetricsLog(workdir, clock, recipe.name, first_step, settings.steps)
     if settings.steps == 0 and not checkpoints.steps:
         save(0)  # a stage of no steps passes on its initial weights
 
     # ---- The steps
-    log = MetricsLog(workdir, clock, recipe.name, first_step, settings.steps)
     log.print(
         f"{recipe.name}: {parameter_count(state.params):,} trained parameters, steps {first_step} to {settings.steps}"
     )
@@ -172,8 +176,8 @@ def run_stage(
                 evaluate(step)
     trace.stop()
     checkpoints.close()
-    guard.saved()
     log.close()
+    guard.saved()
     return state
 
 

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -107,6 +108,11 @@ class MetricsLog:
         elif self._tensorboard is not None:
             print(line, flush=True)
 
+    def flush(self) -> None:
+        """Writes what TensorBoard has been given so far; from any thread, also after `close`."""
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -124,18 +130,25 @@ class EventFile:
         """What an earlier process wrote of `first_step` and later is no longer shown."""
         record_writer.directory_check(directory)
         self._file = event_file_writer.EventsWriter(os.path.join(directory, "events"))
-        self._flushed = 0.0
+        self._flushed, self._is_closed, self._lock = 0.0, False, threading.Lock()
         self.write(first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def write(self, step: int, **what: Any) -> None:
         """Writes an event with one part, by its name in TensorBoard's format."""
         self._file.write_event(event_pb2.Event(step=step, wall_time=time.time(), **what))
         if time.monotonic() - self._flushed > self.SECONDS:
-            self._file.flush()
-            self._flushed = time.monotonic()
+            self.flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            if not self._is_closed:
+                self._file.flush()
+                self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._file.close()
+        with self._lock:
+            self._file.close()
+            self._is_closed = True
 
 
 def _short(value: Any) -> str:

@@ -78,7 +78,7 @@ def make_optimizer(stage: Stage, clip: optax.GradientTransformation | None = Non
 
 def are_matrices(params: Params) -> Any:
     """Which weights are matrices, by the last component of their path; scales of norms and biases are not."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("weight", "embedding"), params)
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in rules.MATRICES, params)
 
 
 def init_state(stage: Stage, params: Params) -> TrainState:

@@ -7,6 +7,7 @@ shapes of tensors match it exactly. Tensors are then read one at a time, which b
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -117,6 +118,12 @@ def on_disk(path: epath.PathLike) -> epath.PathLike:
         return path
     name, _, revision = text.removeprefix(HUB).partition("@")
     return _download(name, revision or None, text)
+
+
+def name_of(path: epath.PathLike) -> str:
+    """The last part of a path, or of a repository's name."""
+    text = os.fspath(path)
+    return text.removeprefix(HUB).partition("@")[0].rpartition("/")[2] if text.startswith(HUB) else Path(text).name
 
 
 def _download(name: str, revision: str | None, asked: str, *, weights: bool = True) -> epath.Path:

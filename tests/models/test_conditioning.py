@@ -1,6 +1,7 @@
 """A new kind of conditioning needs a module and a line of registration, and no other edit."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,7 +12,8 @@ from lattejax.models import latte_flow, qwen2_vl
 from lattejax.models.autoencoders import Autoencoder
 from lattejax.models.conditioning import CONDITIONINGS, TimeEmbedding
 from lattejax.models.pixels import PixelConfig
-from lattejax.sampling.images import ImageSampler
+from lattejax.objectives.flow import FlowRows
+from lattejax.sampling.images import ImageSampler, read_prompts
 from lattejax.training.generation_stage import flow_loss
 from tests.helpers import encoder_for, randomize, tiny_config
 
@@ -46,8 +48,20 @@ def test_the_config_chooses_it_and_it_samples_and_trains(registered):
     time = params["time"]
     other = params | {"time": time | {"length": jax.tree.map(lambda x: x + 0.3, time["length"])}}
     assert np.any(draw(other) != draw(params)), "the length of a step matters"
+
     trained, fixed = latte_flow.split_trained(model, params)
-    assert "length" in trained["time"] and flow_loss(config).config == model and set(fixed) == {"vlm"}
+    assert set(fixed) == {"vlm"}
+    loss = flow_loss(config)
+    contexts = read_prompts(model, params["vlm"], encoder.batch([encoder.drawing("a handwritten two")]))
+    groups, shape = model.generation.num_groups, config.data.latent_shape
+    latents, noise = jax.random.normal(jax.random.key(3), (2, groups, 2, *shape))
+    rows = FlowRows(jnp.zeros((groups, 2), int), latents, noise)
+
+    def of_group_losses(trained):
+        return loss.of_shares(trained, contexts, rows, jnp.full((groups, 2), 0.5))[0]
+
+    gradient = jax.grad(of_group_losses)(trained)["time"]
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient)), "also of the length, which is 0 in training"
 
 
 def test_an_unregistered_one_is_refused():

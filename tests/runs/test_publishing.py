@@ -151,6 +151,7 @@ def test_a_card_says_what_is_known(run, tmp_path):
 
     export(Run.open(tmp_path / "mine"), tmp_path / "again")
     again = ModelCard.load(tmp_path / "again" / "README.md")
+    assert again.data.base_model == "somebody/vlm" and "The weights of somebody/vlm are in this repos" in again.text
     assert again.data.license == "unknown" and "Nobody has said under which licence" in again.text
     assert "not known: an export does not record its data" in again.text
     assert "None were taken of these weights" in again.text
@@ -158,7 +159,15 @@ def test_a_card_says_what_is_known(run, tmp_path):
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("mine", "again"))
     assert {name: x.dtype for name, x in first.items()} == {name: x.dtype for name, x in second.items()}
     assert len({x.dtype for x in first.values()}) == 2, "what is frozen is in the checkpoint's bfloat16"
-    assert Run.open(tmp_path / "again").repetition_penalty == run.repetition_penalty == 1.25
+    assert Run.open(tmp_path / "again").generation == run.generation
+    assert run.generation.repetition_penalty == 1.25 and run.encoder.stop_tokens == run.generation.stop_tokens
+
+
+def test_an_export_ends_answers_where_its_checkpoint_did(run, tmp_path):
+    export(run, tmp_path / "mine")
+    settings = tmp_path / "mine" / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": 7}))
+    assert Run.open(tmp_path / "mine").encoder.stop_tokens == (run.encoder.stop_tokens[0], 7)
 
 
 @pytest.mark.parametrize(

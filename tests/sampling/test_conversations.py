@@ -118,6 +118,17 @@ def test_the_least_recently_used_conversation_is_forgotten():
     assert read["2 again"] > 20, read
 
 
+def test_a_short_new_conversation_takes_an_empty_row_not_that_of_a_long_one():
+    """Both begin with the same system prompt, which is most of the short one."""
+    ours = conversations(rows=2)
+    long, short = ENCODER.question("one two three " * 10), ENCODER.question("one?")
+    for prompt in (long, short):
+        list(ours.tokens(prompt, Decoding(2)))
+    before = ours.tokens_read
+    list(ours.tokens(long, Decoding(2)))
+    assert ours.tokens_read == before + 2, "the last token of the prompt, and one of the answer"
+
+
 def test_no_row_is_taken_twice_and_a_prompt_that_is_too_long_is_refused(monkeypatch):
     ours = conversations(rows=1)
     prompt = ENCODER.question("Which digit?")

@@ -24,7 +24,7 @@ from lattejax.data.prompts import Turn
 from lattejax.flow.schedule import Sampling
 from lattejax.models import qwen2_vl
 from lattejax.sampling.answers import Answerer, Decoding
-from lattejax.serving import chat_fields, pictures
+from lattejax.serving import chat_fields, images_api, pictures
 from lattejax.serving.connections import Connection
 from lattejax.serving.errors import ApiError
 from lattejax.serving.fields import Fields
@@ -410,6 +410,21 @@ def test_a_key_is_needed_where_one_is_set(capsys):
         assert get(url, "/v1/models")[0] == get(url, "/card")[0] == 401
         assert get(url, "/metrics")[0] == 401 and get(url, "/health")[0] == 200
     assert "secret" not in capsys.readouterr().out
+
+
+def test_requests_that_are_being_prepared_count_as_waiting(url, service, monkeypatch):
+    """Their texts are tokenized and their images decoded by one thread."""
+    ready, encode = threading.Event(), images_api.encode
+    monkeypatch.setattr(images_api, "encode", lambda *args: (ready.wait(60), encode(*args))[1])
+    body = json.dumps({"prompt": SEVEN, "num_inference_steps": 1}).encode()
+    sockets = [raw(url, IMAGES, body) for _ in range(service.limits.queue)]
+    wait_for(lambda: service._in_preparation == service.limits.queue)
+    status, answer, _ = send(url, "POST", IMAGES, body, JSON)
+    ready.set()
+    assert status == 429 and answer["error"]["code"] == "queue_full"
+    for each in sockets:
+        assert each.recv(12) == b"HTTP/1.1 200"
+        each.close()
 
 
 @pytest.fixture

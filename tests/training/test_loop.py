@@ -26,6 +26,20 @@ def test_a_run_that_is_stopped_among_the_profiled_steps_resumes_and_records_the_
     assert second.stat().st_size > 1000
 
 
+def test_a_process_that_ends_after_a_save_loses_no_curves(tmp_path):
+    """TensorBoard's files are written every two minutes, and before the process may end."""
+    events = []
+
+    class Ending(InterruptGuard):
+        def saved(self, finish=lambda: None):
+            finish()
+            events.append(b"".join(file.read_bytes() for file in tmp_path.glob("tensorboard/**/events*")))
+
+    settings = dict(pretrain__steps=0, train__steps=4, eval__every=0, log_every=1, checkpoint__every=2) | NO_SCORES
+    stages.train(tiny_config(**settings), tmp_path, Ending())
+    assert [written.count(b"loss_per_group/0") for written in events[-3:-1]] == [2, 4]
+
+
 def test_rates_are_those_of_the_steps_since_the_clock_started(monkeypatch):
     """Three of four steps are an earlier process's: they count in the means, and not in the rates."""
     clock = iter(range(0, 1000, 2))  # two seconds between any two looks at it

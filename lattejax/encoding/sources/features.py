@@ -65,7 +65,7 @@ def keyed_item(
       record: its features.
       images: names the keys.
       picture: makes a picture of a value and a name.
-      text: makes a text of a key and a value.
+      text: makes a text of a key and a value; texts remain as they are.
 
     Raises:
       UserError: it lacks a feature, or see `make_item`.
@@ -85,7 +85,8 @@ def keyed_item(
     if images.question_key:
         questions += pair_up(texts(images.question_key), texts(images.answer_key))
     if images.conversations_key:
-        questions += conversations(value_at(record, images.conversations_key))
+        told = _mapped(value_at(record, images.conversations_key), lambda value: text(images.conversations_key, value))
+        questions += conversations(told)
     return make_item(
         name,
         [*own, *shown],
@@ -94,6 +95,15 @@ def keyed_item(
         drawn=0 if captions else None,
         shown=range(len(own), len(own) + len(shown)),
     )
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A nested value with each of its innermost values changed."""
+    if isinstance(value, dict):
+        return {key: _mapped(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
+        return [_mapped(inner, change) for inner in value]
+    return change(value)
 
 
 def pair_up(questions: list[Any], answers: list[Any]) -> list[dict[str, Any]]:

@@ -42,6 +42,8 @@ class DatasetRecords:
             feature = self._feature(key, TEXTS)
             if isinstance(feature, tfds.features.ClassLabel):
                 self.classes[key] = readable(feature.names)
+        if images.conversations_key:
+            self._feature(images.conversations_key, (tfds.features.FeaturesDict,))
         self.sizes = {name: split.num_examples for name, split in info.splits.items()}
         self.identity = f"the data set {info.name}"
         self.version = info.full_name

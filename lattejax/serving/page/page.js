@@ -129,8 +129,9 @@ function quoted(text) {
 }
 
 function commandLine(prompt, settings) {
+  const path = (text) => (/^[\w./-]+$/.test(text) ? text : quoted(text));
   const flags = {
-    workdir: /^[\w./-]+$/.test(card.workdir) ? card.workdir : quoted(card.workdir),
+    workdir: path(card.workdir), ...(card.autoencoder ? { autoencoder: path(card.autoencoder) } : {}),
     prompt: quoted(prompt), num: settings.n, steps: settings.num_inference_steps, guidance: settings.guidance_scale,
     shift: settings.shift, seed: settings.seed,
   };
