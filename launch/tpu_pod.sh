@@ -53,7 +53,7 @@ install() {
     tpu scp "$archive" "$TPU:lattejax.tar.gz" --worker=all || return
     tpu ssh "$TPU" --worker=all --command="mkdir -p lattejax && tar -xzf lattejax.tar.gz -C lattejax && cd lattejax &&
         python3 -m pip install -q --user uv && uv=~/.local/bin/uv && \$uv venv -q --allow-existing --python=$python ~/env &&
-        \$uv pip install -q --python=\$HOME/env/bin/python -e '.[tpu,data]' && $setup"
+        \$uv pip install -q --python=\$HOME/env/bin/python -e '.[tpu,data,gcs]' && $setup"
 }
 
 create() {

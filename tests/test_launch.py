@@ -64,7 +64,7 @@ def test_a_tpu_pod_is_recreated_after_a_preemption_and_training_resumes(played, 
     trained = [line for line in lines if "lattejax.train" in line]
     assert len(trained) == 3
     installed = calls.read_text().partition("lattejax.train")[0]
-    assert "--python=3.11.9 ~/env" in installed and ".[tpu,data]" in installed, "a host's own Python is 3.10"
+    assert "--python=3.11.9 ~/env" in installed and ".[tpu,data,gcs]" in installed, "a host's own Python is 3.10"
     assert "--worker=all" in trained[0] and "--cluster=auto --preemption_notice=http://metadata." in trained[0]
     assert r"--workdir=gs://bucket/a\ run" in trained[0]
     with tarfile.open(f"{calls}.tar.gz") as archive:
