@@ -9,14 +9,14 @@ from lattejax.models.inception import CLASSES, POOL, SPATIAL, Features
 
 
 class PixelFeatures:
-    """In the place of `FeatureExtractor`: the first features are the pixels in [0, 1], or of the spatial ones their
-    squares; the others are zero."""
+    """In the place of `FeatureExtractor`: the first features are the pixels in [0, 1], of the spatial ones their
+    squares, and of the logits five times the pixels in reverse order; the others are zero."""
 
     weights = types.SimpleNamespace(sha256="of pixels", are_published=False)
 
     def __call__(self, images: np.ndarray) -> Features:
         pixels = (images.reshape(len(images), -1) / 255).astype(np.float32)
-        first = ((pixels, POOL), (pixels**2, SPATIAL), (pixels, CLASSES))
+        first = ((pixels, POOL), (pixels**2, SPATIAL), (5 * pixels[:, ::-1], CLASSES))
         return Features(*(np.pad(each, ((0, 0), (0, size - each.shape[1]))) for each, size in first))
 
 

@@ -124,7 +124,7 @@ class Conversations:
     def read(self, answer: Answer) -> None:
         """Reads the next chunk of the prompt; with the last one the first token is chosen."""
         ids, start = answer.prompt.input_ids, answer.read
-        if start == answer.cached:
+        if self._prepared is not answer:
             self._prepare(answer)
         chunk = fitting(self.chunks, len(ids) - start)
         count = min(chunk, len(ids) - start)
@@ -197,6 +197,7 @@ class Conversations:
 
     def _forget(self) -> None:
         """Empties the table: at first, and after a call that was interrupted while it had the table."""
+        self._prepared: Answer | None = None
         self._rows.forget()
         answerer, slots = self.answerer, self.windows[0]
         text = answerer.config.text
@@ -227,7 +228,11 @@ class Conversations:
     # ---- Calls on the device
 
     def _prepare(self, answer: Answer) -> None:
-        """Encodes the images that are not read yet, and marks the prompt's tokens for the repetition penalty."""
+        """Encodes the images that are not read yet, and marks the prompt's tokens for the repetition penalty.
+
+        All answers share the buffer of images: one that is read on after another encodes its own again.
+        """
+        self._prepared = answer
         encoder, block = self.answerer.encoder, self.answerer.encoder.merge**2
         self._grow(fitting(self.windows, len(answer.keys) + self.chunks[-1]))
         places = np.flatnonzero(answer.prompt.input_ids == encoder.image_token)

@@ -233,8 +233,7 @@ def name_in_latin_1(folder):
     return lambda: (os.rename(bad, folder / "005.jpg"), path.write_text(good))
 
 
-@pytest.mark.parametrize("spoil", [spoil_a_line, spoil_a_picture, name_in_latin_1])
-@pytest.mark.parametrize("most", [0, 1])
+@pytest.mark.parametrize("spoil, most", [(spoil_a_line, 0), (spoil_a_picture, 1), (name_in_latin_1, 0)])
 def test_a_record_that_was_left_out_may_be_repaired_renamed_or_removed(spoil, most, config, tmp_path):
     """As the message about it says. Its place in the order stays empty; no other record is encoded again."""
     images = dataclasses.replace(config.images, most_unreadable=most)

@@ -24,6 +24,7 @@ from lattejax.errors import UserError
 from lattejax.leases import one_writer
 from lattejax.runs.data import open_data
 from lattejax.sampling.images import decode_images
+from lattejax.scoring.sources import open_latents
 from lattejax.weights.autoencoders import StoredAutoencoder
 from tests import checkpoints, pictures
 from tests.helpers import NO_SCORES, assert_same_bits, encoder_for, tiny_config
@@ -113,6 +114,17 @@ def test_records_are_the_scaled_latents_of_the_crops_and_of_their_mirror_images(
         np.testing.assert_allclose(np.stack([r.latents for r in records]), expected, rtol=1e-4, atol=1e-5)
         captions = [pictures.SUBJECTS[list(pictures.SUBJECTS)[i % 2]] for i in numbers_of(config, split)]
         assert [caption_of(r) for r in records] == [caption for caption in captions for _ in range(2)]
+
+
+def test_a_reference_of_latents_has_each_picture_once_and_no_mirror_image(config):
+    stored = StoredAutoencoder.open(config.data.autoencoder)
+    latents = [drawing.latents for drawing in every(open_data(config).drawings("test"))]
+    expected = decode_images(stored.autoencoder, stored.weights("decoder"), np.stack(latents[::2]))
+    source = open_latents(config.data.latents, "test", config.data.autoencoder)
+    assert source.shape[0] == 4
+    np.testing.assert_allclose(source.read(np.arange(4)).astype(int), expected, atol=1)  # compiled for other batches
+    mirrored = np.abs(expected[:, :, ::-1].astype(int) - expected)
+    assert mirrored.max() > 1, "these would be noticed"
 
 
 def test_cached_digits_are_the_digits(tmp_path):

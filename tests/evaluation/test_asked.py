@@ -11,6 +11,7 @@ from PIL import Image
 from lattejax.data import digits
 from lattejax.data.chats import EncodedPrompt
 from lattejax.errors import UserError
+from lattejax.evaluation import asked
 from lattejax.evaluation.registry import open_evaluator
 from lattejax.models import qwen2_vl
 from lattejax.runs.data import open_data
@@ -74,12 +75,12 @@ def test_what_greedy_decoding_says_is_the_likeliest(answerer):
 
 
 def test_the_judge_is_asked_about_each_drawing_in_words_of_its_prompt():
-    asked = []
+    questions = []
 
     class Judge:
         encoder = types.SimpleNamespace(
             read_image=lambda image: np.asarray(image).mean(),
-            question=lambda question, images, answer: asked.append((question, images, answer)),
+            question=lambda question, images, answer: questions.append((question, images, answer)),
         )
 
         def log_likelihoods(self, prompts, batch_size):
@@ -91,8 +92,27 @@ def test_the_judge_is_asked_about_each_drawing_in_words_of_its_prompt():
     images = np.arange(6, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2).repeat(3, 3)
     figures = evaluator.figures(Judge(), images)
     answers = [f"It is {caption}." for caption in evaluator.captions for _ in range(2)]
-    assert asked == [("What is this?", [i], answer) for i, answer in enumerate(answers)]
+    assert questions == [("What is this?", [i], answer) for i, answer in enumerate(answers)]
     assert figures == {"self_consistency_probability": pytest.approx(0.5), "self_consistency_accuracy": 0.5}
+
+
+@pytest.mark.parametrize("vlm, judge, name", [("", "own", "self_consistency"), ("an outside judge", "other", "asked")])
+def test_an_outside_judge_is_asked_if_there_is_one(vlm, judge, name, monkeypatch):
+    class Judge:
+        def __init__(self, name):
+            self.name = name
+            self.encoder = types.SimpleNamespace(read_image=lambda image: image, question=lambda *_: name)
+
+        def log_likelihoods(self, prompts, batch_size):
+            assert set(prompts) == {judge}
+            return np.zeros(len(prompts)), np.ones(len(prompts), bool)
+
+    monkeypatch.setattr(asked.Pretrained, "open", lambda path: None)
+    monkeypatch.setattr(asked.Answerer, "load", lambda path, dtype, mesh: Judge({"an outside judge": "other"}[path]))
+    subject = types.SimpleNamespace(
+        answerer=Judge("own"), encoder=ENCODER, mesh=None, sampler=lambda *_, **__: np.zeros((6, 8, 8, 3), np.uint8)
+    )
+    assert score(vlm=vlm)(subject).figures == {f"{name}_probability": 1.0, f"{name}_accuracy": 1.0}
 
 
 def test_without_a_number_of_prompts_those_of_the_config_are_drawn():

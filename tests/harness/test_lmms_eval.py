@@ -136,6 +136,18 @@ def test_the_options_of_each_request_are_its_own(model, answerer):
     assert sampled not in (complete, cut)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_sampled_answer_depends_on_its_number_not_on_its_batch(size, model, answerer, monkeypatch):
+    monkeypatch.setattr(model, "_batch_size", size)
+    sampled = model.generate_until(questions(GREEDY | {"do_sample": True, "temperature": 5.0, "seed": 3}))
+    read = [[answerer.encoder.read_image(image) for image in document["images"]] for document in DOCUMENTS]
+    prompts = [answerer.encoder.question(own["question"], shown) for own, shown in zip(DOCUMENTS, read, strict=True)]
+    tokens = GREEDY["max_new_tokens"]
+    expected = [text.strip() for text in answerer.generate(prompts, Decoding(tokens, 5.0, seed=3), 4)]
+    other = [text.strip() for text in answerer.generate(prompts, Decoding(tokens, 5.0, seed=2), 4)]
+    assert sampled == expected != other
+
+
 def test_options_in_transformers_sense():
     default = Decoding(7, seed=2)
     assert read_options({}, default, 1.0).decoding == default

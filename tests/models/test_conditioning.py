@@ -28,13 +28,22 @@ class TimeAndLength(nnx.Module):
         return self.start(step) + self.length(step._replace(start=step.end - step.start))
 
 
+class OnlyOfLength(TimeAndLength):
+    """Its second part vanishes if steps have no length."""
+
+    def __call__(self, step):
+        return self.start(step) + (step.end - step.start)[:, None] * self.length(step)
+
+
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setitem(CONDITIONINGS, "time and length", TimeAndLength)
+    monkeypatch.setitem(CONDITIONINGS, "of length", OnlyOfLength)
 
 
-def test_the_config_chooses_it_and_it_samples_and_trains(registered):
-    config = tiny_config(model__conditioning="time and length")
+@pytest.mark.parametrize("name", ["time and length", "of length"])
+def test_the_config_chooses_it_and_it_samples_and_trains(name, registered):
+    config = tiny_config(model__conditioning=name)
     model, encoder = config.model_config, encoder_for(config)
     params = latte_flow.init(model, qwen2_vl.init(model.vlm, jax.random.key(0)), jax.random.key(1))
     params = randomize(params, 2, 0.1)
@@ -61,7 +70,8 @@ def test_the_config_chooses_it_and_it_samples_and_trains(registered):
         return loss.of_shares(trained, contexts, rows, jnp.full((groups, 2), 0.5))[0]
 
     gradient = jax.grad(of_group_losses)(trained)["time"]
-    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient)), "also of the length, which is 0 in training"
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient["start"]))
+    assert all(np.any(leaf) == (name == "time and length") for leaf in jax.tree.leaves(gradient["length"]))
 
 
 def test_an_unregistered_one_is_refused():

@@ -99,6 +99,34 @@ def test_another_image_in_the_same_place_is_read():
         assert list(ours.tokens(prompt, Decoding(5))) == expected(prompt, Decoding(5))
 
 
+def test_images_are_each_prompts_own_if_prompts_are_read_alternately():
+    """Also if one is left in the middle of its image, and is read on after another image was."""
+    ours = conversations(chunks=(2,))
+    first, second = (ENCODER.question("Which digit is this?", [picture]) for picture in PICTURES[:2])
+    answers = [ours.begin(prompt, Decoding(5)) for prompt in (first, second)]
+    while not all(answer.is_read for answer in answers):
+        for answer in answers:
+            ours.read(answer)
+    while not all(answer.is_complete for answer in answers):
+        ours.step([answer for answer in answers if not answer.is_complete])
+    assert [answer.tokens for answer in answers] == [expected(prompt, Decoding(5)) for prompt in (first, second)]
+    left = ENCODER.question("What?", PICTURES[2:])
+    pads = np.flatnonzero(left.input_ids == ENCODER.image_token)
+    answer = left_at(ours, left, int(pads[len(pads) // 2]))
+    assert pads[0] < answer.read <= pads[-1]
+    assert list(ours.tokens(first, Decoding(5))) == expected(first, Decoding(5))
+    assert list(ours.tokens(left, Decoding(5))) == expected(left, Decoding(5))
+
+
+def left_at(ours, prompt, token):
+    """An answer whose client left when its prompt had been read to a token."""
+    answer = ours.begin(prompt, Decoding(5))
+    while answer.read < token:
+        ours.read(answer)
+    ours.end(answer)
+    return answer
+
+
 def test_the_least_recently_used_conversation_is_forgotten():
     ours = conversations(rows=2)
     first, second, third = (ENCODER.question(f"{word} " * 20) for word in ("one", "two", "three"))

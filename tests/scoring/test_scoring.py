@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.special import softmax
 
 import lattejax
 from lattejax.data.examples import Drawing, Prompt
@@ -220,6 +221,9 @@ def test_a_result_is_what_its_pictures_give_and_names_what_determined_it(referen
     kept = np.sort(np.random.default_rng(0).permutation(60)[:20])  # of the reference's pictures
     found = precision_recall([ours.pool], [theirs.pool[kept]])
     assert (figures["precision"], figures["recall"]) == pytest.approx(tuple(found)) and found[0] != found[1]
+    likely = softmax(ours.logits.astype(np.float64), axis=1).reshape(10, 3, -1)  # of the pictures in ten splits
+    divergences = np.sum(likely * np.log(likely / likely.mean(axis=1, keepdims=True)), axis=2).mean(axis=1)
+    assert figures["inception_score"] == pytest.approx(np.exp(divergences).mean(), rel=1e-5)
     assert set(figures) == {"fid", "sfid", "inception_score", "precision", "recall"}
     assert result["settings"]["reference_sha256"] == reference.sha256
     assert result["settings"]["inception_sha256"] == "of pixels"

@@ -294,7 +294,7 @@ BAD = {
         {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
         400,
         "messages.0.content.0.type",
-        "",
+        "text",
     ),
     "remote image": (CHAT, image_part("http://127.0.0.1/x"), 400, "messages.0.content.0.image_url.url", "not fetched"),
     "no base64": (CHAT, image_part("data:image/png;base64,!"), 400, "messages.0.content.0.image_url.url", "base64"),
