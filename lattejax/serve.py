@@ -84,7 +84,7 @@ def main() -> None:
     run = Run.open(WORKDIR.value)
     limits = server.default_limits(run.config, {name: flag.value for name, flag in LIMITS.items()})
     listening, is_local = server.Address(HOST.value, PORT.value, api_key, OPEN.value).listen()
-    name = MODEL_NAME.value or name_of(WORKDIR.value) or run.workdir.path.name  # of "." the absolute path's
+    name = MODEL_NAME.value or name_of(WORKDIR.value) or run.workdir.path.name
     service, compile_all = server.make_service(run, name, limits, WORKDIR.value, AUTOENCODER.value or "")
     server.report(compile_all)
     listening.listen()

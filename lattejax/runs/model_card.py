@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import lattejax
 from lattejax.configuration.reading import VERSION
 from lattejax.data.digits import REQUEST
-from lattejax.errors import UserError, one_line
+from lattejax.errors import UserError, one_line, parsing
 from lattejax.files import read_json, resolve_path
 from lattejax.models.autoencoders import PIXELS
 from lattejax.models.functional import parameter_count
@@ -222,7 +222,8 @@ def _base_model(run: Run) -> str:
     """The hub id of the VLM's checkpoint, if the run used it unchanged; else empty. An export has it from its card."""
     if run.is_export:
         card = run.workdir.path / FILE
-        known = ModelCard(card.read_text()).data.base_model if card.exists() else None
+        with parsing(f"the model card {card}"):
+            known = ModelCard(card.read_text()).data.base_model if card.exists() else None
         return known if isinstance(known, str) else ""
     converted = run.converted_vlm()
     return hugging_face.hub_id(converted.record) if converted is not None else ""

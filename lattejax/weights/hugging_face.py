@@ -7,7 +7,6 @@ shapes of tensors match it exactly. Tensors are then read one at a time, which b
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -121,9 +120,9 @@ def on_disk(path: epath.PathLike) -> epath.PathLike:
 
 
 def name_of(path: epath.PathLike) -> str:
-    """The last part of a path, or of a repository's name."""
+    """The name in hf://owner/name@revision; empty for any other path."""
     text = os.fspath(path)
-    return text.removeprefix(HUB).partition("@")[0].rpartition("/")[2] if text.startswith(HUB) else Path(text).name
+    return text.removeprefix(HUB).partition("@")[0].rpartition("/")[2] if text.startswith(HUB) else ""
 
 
 def _download(name: str, revision: str | None, asked: str, *, weights: bool = True) -> epath.Path:

@@ -26,7 +26,7 @@ from lattejax.scoring.sources import open_run_data, open_samples
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.scores import scores_on_demand, settings_on_demand
-from lattejax.weights import autoencoders, pretrained
+from lattejax.weights import autoencoders, hugging_face, pretrained
 from tests import checkpoints
 from tests.helpers import NO_SCORES, assert_same_bits, tiny_config
 from tests.pixel_features import PixelFeatures, random_pictures, result
@@ -168,6 +168,19 @@ def test_an_export_ends_answers_where_its_checkpoint_did(run, tmp_path):
     settings = tmp_path / "mine" / "generation_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": 7}))
     assert Run.open(tmp_path / "mine").encoder.stop_tokens == (run.encoder.stop_tokens[0], 7)
+
+
+def test_an_export_with_a_damaged_card_is_one_line(run, tmp_path):
+    export(run, tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text("---\nbase_model: [\n---\n")
+    with pytest.raises(UserError, match=r"the model card .*README\.md"):
+        export(Run.open(tmp_path / "mine"), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_model_of_the_hub_is_named_by_its_repository():
+    names = [hugging_face.name_of(path) for path in ("hf://owner/name", "hf://owner/name@main", "runs/a", "..")]
+    assert names == ["name", "name", "", ""]
 
 
 @pytest.mark.parametrize(
