@@ -25,6 +25,12 @@ from lattejax.parallel import hosts
 from lattejax.parallel.mesh import make_mesh
 from lattejax.ranges import Natural, Range, range_of
 
+# What a config file raised, at the end of the traceback that config_flags makes a part of its message.
+IN_TRACEBACK = re.compile(
+    r'Error whilst parsing config file:.*File "(?P<file>[^"]*)", line (?P<line>\d+), in [^\n]*\n'  # the last frame
+    r"(?: [^\n]*\n)*(?P<said>.*)",  # its source, then the error
+    re.DOTALL,
+)
 flags.disclaim_key_flags()  # what is defined through the functions below is the calling command's, also in its --help
 
 
@@ -61,7 +67,7 @@ def run(
         except (flags.Error, UserError, ValueError) as error:  # a config file reports errors as ValueError
             if "--config must have a value other than None" in str(error) and "--config=" in " ".join(argv):
                 error = UserError("--config: get_config() returns None; it must return the config")
-            fail(error)
+            fail(UserError(IN_TRACEBACK.sub(r"\g<said> (\g<file>, line \g<line>)", str(error))))
         except Exception as error:  # a config file is a user's program; and an override may not fit what it returns
             where = traceback.extract_tb(error.__traceback__)[-1]
             if flag := unmatched_override(argv, error):

@@ -281,6 +281,10 @@ BAD_INPUT = {
     "K does not divide L": ([*TRAIN, *tiny_flags(model__num_groups=3)], "does not divide the 4 layers"),
     "batch that K does not divide": ([*TRAIN, *tiny_flags(train__batch_size=9)], "equal share"),
     "no such config file": ([*TRAIN, "--config=configs/nothing.py"], "configs/nothing.py"),
+    "no such form of an experiment": (
+        [*TRAIN, "--config=configs/ablations.py:medium"],
+        "error: flag --config=configs/ablations.py:medium: ValueError: configs/ablations.py:medium is unknown",
+    ),
     "a score that the config does not have": (
         ["train", "--config=configs/captions256.py", "--config.eval.evaluators.digits.at=end"],
         "config.eval.evaluators.digits.at: the experiment states no such key",
