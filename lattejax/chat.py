@@ -100,6 +100,9 @@ def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError as error:
+            print(f"error: the line is not {error.encoding}")
+            continue
         command, _, rest = line.strip().partition(" ")
         try:
             if command == "/new":

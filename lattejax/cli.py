@@ -87,6 +87,8 @@ def run(
             os._exit(128 + signal.SIGPIPE)
         except Exception as error:
             if (refused := refusal(error)) is None:
+                if hosts.is_one_of_several():  # which ends the process here, without the traceback of the line below
+                    traceback.print_exc()
                 hosts.end_all(hosts.FAILED, first_line(error))
                 raise
             logging.vlog(1, "%s", traceback.format_exc())  # with --verbosity=1

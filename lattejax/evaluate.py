@@ -14,7 +14,7 @@ and recall; several --guidance and --steps give a table and plots. The same comm
 """
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 from absl import flags
 
@@ -25,8 +25,9 @@ from lattejax.evaluation.adm import FEWEST, ReferenceFile
 from lattejax.evaluation.features import FeatureExtractor
 from lattejax.evaluation.pictures import PUBLISHED
 from lattejax.files import output_file, read_json, write_atomically, write_with
+from lattejax.flow.schedule import Guidance, NumSteps
 from lattejax.parallel import hosts
-from lattejax.ranges import Range, Seed, Size
+from lattejax.ranges import Range, Seed, Size, range_of
 from lattejax.runs.run import Run
 from lattejax.scoring.drawn import drawn_points, read_prompts
 from lattejax.scoring.parts import computed_on
@@ -102,17 +103,21 @@ def use() -> str:
         instead = ", or --npz" if missing[0] == "workdir" and found == "reference" else ""
         raise UserError(f"--{found} needs --{missing[0]}{instead}" if found in given else f"--{missing[0]} is missing")
     if others := sorted(given - needed - allowed):
-        where = "with --reference" if found == "scores" else f"without --{found}"
-        raise UserError(f"--{others[0]} is used only {where}; leave it out, or see --help")
+        uses = " or ".join(f"--{name}" for name, accepted in USES.items() if others[0] in set().union(*accepted))
+        instead = f", not with --{found}" if found in given else ""
+        raise UserError(f"--{others[0]} is used only with {uses}{instead}; leave it out, or see --help")
     return found
 
 
-def numbers(name: str, texts: list[str], kind: type) -> list[float]:
-    """Reads a flag of several different numbers."""
+def numbers(name: str, texts: list[str], kind: Any) -> list[float]:
+    """Reads a flag of several different numbers of an annotated type."""
+    of_type, allowed = range_of(kind)
     try:
-        found = [kind(text) for text in texts]
+        found = [of_type(text) for text in texts]
     except ValueError as error:
         raise UserError(f"--{name}={','.join(texts)} must be numbers, as in 1,2,4") from error
+    if not all(number in allowed for number in found):
+        raise UserError(f"--{name}={','.join(texts)} must be numbers {allowed}")
     if len(set(found)) != len(found):
         raise UserError(f"--{name}={','.join(texts)} has a number twice")
     return found
@@ -152,7 +157,7 @@ def take_scores() -> None:
 def judge_pictures() -> None:
     """The scores that are published."""
     out = output_file(OUT.value, ".json")
-    guidance, steps = numbers("guidance", GUIDANCE.value, float), numbers("steps", STEPS.value, int)
+    guidance, steps = numbers("guidance", GUIDANCE.value, Guidance), numbers("steps", STEPS.value, NumSteps)
     inception.find(INCEPTION.value or "")
     connect()
     reference, extract = ReferenceFile.open(REFERENCE.value), extractor()

@@ -1,8 +1,10 @@
 """Settings before JAX is imported, for tests and the processes they start: they compile much and compute little."""
 
+import atexit
 import importlib
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,7 +24,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 if FASTER_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FASTER_TO_COMPILE}"
 # Test workers, and runs that tests start, compile the same programs repeatedly.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="lattejax-test-cache-"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lattejax-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
 
 # No test asks the hub: what they look up there lies in its cache, or is missing.

@@ -8,12 +8,15 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
+import time
 import traceback
 import warnings
 
 for heavy in ("encoding.encode", "benchmarks.drawing", "sampling.answers", "sweeps.sweep"):
     importlib.import_module(f"lattejax.{heavy}")
+MOST_SECONDS = 1200  # the longest tests' commands take minutes on slow cores
 warnings.filterwarnings("ignore", "os.fork")  # nothing has been computed yet: there are no threads
 
 
@@ -40,12 +43,22 @@ def start(command: str, arguments: list[str], files: list[str], environment: dic
     os._exit(code)
 
 
-def wait(pid: int, options: int = 0) -> int | None:
-    ended, status = os.waitpid(pid, options)
+def poll(pid: int) -> int | None:
+    ended, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if ended else None
 
 
-ANSWERS = {"start": start, "wait": wait, "poll": lambda pid: wait(pid, os.WNOHANG)}
+def wait(pid: int) -> int:
+    """Kills a command that hangs, so that its test fails."""
+    deadline = time.monotonic() + MOST_SECONDS
+    while (code := poll(pid)) is None:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return code
+
+
+ANSWERS = {"start": start, "wait": wait, "poll": poll}
 
 if __name__ == "__main__":
     for line in sys.stdin:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from ml_collections import ConfigDict
 
 from lattejax import configuration
@@ -120,6 +121,16 @@ def assert_same_bits(ours: Any, theirs: Any) -> None:
     assert [path for path, _ in ours] == [path for path, _ in theirs]
     for (path, a), (_, b) in zip(ours, theirs, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), f"{jax.tree_util.keystr(path)} differs"
+
+
+def products(program: Jaxpr) -> Iterator[JaxprEqn]:
+    """All matrix products and convolutions of a program and those inside it."""
+    for equation in program.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
+            if isinstance(inner, ClosedJaxpr | Jaxpr):
+                yield from products(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
 
 
 @contextlib.contextmanager

@@ -143,8 +143,9 @@ def test_a_chat_on_a_terminal_is_conditioned_on_earlier_turns(weights, digit):
     ours, theirs = pty.openpty()
     last_seed = ["--seed=4294967295"]  # each answer has its own, and these go round
     typed = f"Is this a three?\n/image nothing.png\n/image {digit}\nAnd this?\n/new\nIs this a three?\n\x04"
-    os.write(ours, typed.encode())
-    done = run_command("chat", f"--weights={weights}", "--dtype=float32", "--max_tokens=6", *last_seed, stdin=theirs)
+    os.write(ours, b"caf\xc3\n" + typed.encode())
+    chat = [f"--weights={weights}", "--dtype=float32", "--max_tokens=6", *last_seed]
+    done = run_command("chat", *chat, stdin=theirs, env=ENVIRONMENT | {"PYTHONIOENCODING": "utf-8:strict"})
     assert done.returncode == 0, done.stderr
     first = expected_answer(weights, [("user", "Is this a three?", [])], max_tokens=6)
     turns = [("user", "Is this a three?", []), ("assistant", first, []), ("user", "And this?", [digit])]
@@ -152,7 +153,7 @@ def test_a_chat_on_a_terminal_is_conditioned_on_earlier_turns(weights, digit):
     output = done.stdout.replace("> ", "")
     assert output.startswith("Type a question.")
     refused = f"error: there is no {pathlib.Path.cwd() / 'nothing.png'}\n"
-    assert output.split("\n", 1)[1] == f"{first}\n{refused}{second}\n{first}\n\n"
+    assert output.split("\n", 1)[1] == f"error: the line is not utf-8\n{first}\n{refused}{second}\n{first}\n\n"
 
 
 # ---- Errors
@@ -361,11 +362,11 @@ BAD_INPUT = {
     ),
     "pictures of a run and of a file": (
         ["evaluate", "--workdir={workdir}", "--npz=b", "--reference={tmp}/a.npz", "--out={tmp}/a.json"],
-        "--workdir is used only without --npz",
+        "--workdir is used only with --make_reference or --reference or --scores, not with --npz",
     ),
     "a guidance scale of pictures in a file": (
         ["evaluate", "--npz=b", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--guidance=1"],
-        "--guidance is used only without --npz",
+        "--guidance is used only with --reference, not with --npz",
     ),
     "a reference and nothing to judge": (
         ["evaluate", "--reference={tmp}/a.npz", "--out={tmp}/a.json"],

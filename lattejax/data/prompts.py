@@ -165,11 +165,9 @@ class PromptEncoder:
         check_unicode(texts)
         mark = unused_character(texts)
 
-        def marked(text: str) -> str:
-            return mark_special_tokens(self.tokenizer, text, mark)
-
-        chat = tuple((role, tuple(part and marked(part) for part in content)) for role, content in chat)
-        return tokenize_marked(self.tokenizer, self._render(chat) + marked(answer) + end, mark)
+        chat = tuple((role, mark_special_tokens(self.tokenizer, content, mark)) for role, content in chat)
+        (marked,) = mark_special_tokens(self.tokenizer, (answer,), mark)
+        return tokenize_marked(self.tokenizer, self._render(chat) + marked + end, mark)
 
     def _render(self, chat: Chat) -> str:
         messages = [

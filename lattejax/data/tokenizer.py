@@ -144,9 +144,18 @@ def has_special_tokens(tokenizer: Tokenizer, text: str) -> bool:
     return bool(_special_tokens(tokenizer).search(text))
 
 
-def mark_special_tokens(tokenizer: Tokenizer, text: str, mark: str) -> str:
-    """Inserts a mark into each special token that a text spells out, so that it is none."""
-    return _special_tokens(tokenizer).sub(lambda token: token[0][0] + mark + token[0][1:], text)
+def mark_special_tokens(tokenizer: Tokenizer, parts: Sequence[str | None], mark: str) -> tuple[str | None, ...]:
+    """Inserts a mark into each special token that a turn's texts spell out, so that it is none; None: an image.
+
+    Several texts may spell out one together. They are marked after their first visible character and before their last,
+    because templates may strip white space.
+    """
+    special = _special_tokens(tokenizer)
+    marked = [part and special.sub(lambda token: token[0][0] + mark + token[0][1:], part) for part in parts]
+    if sum(part is not None for part in parts) > 1:
+        marked = [part and re.sub(r"\A\s*\S", rf"\g<0>{mark}", part) for part in marked]
+        marked = [part and re.sub(r"\S\s*\Z", rf"{mark}\g<0>", part) for part in marked]
+    return tuple(marked)
 
 
 def tokenize_marked(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:

@@ -312,8 +312,8 @@ def _report(bar: tqdm, file: File, one: Written, what: str) -> None:
     for problem in one.shard.left_out:
         bar.write(f"skipped: {problem}")
     rate = bar.n / max(bar.format_dict["elapsed"], 1e-9)
-    progress = f"{bar.n:,}"
-    if bar.total:
-        progress += f" of {bar.total:,}, {tqdm.format_interval((bar.total - bar.n) / rate)} left"
+    progress = f"{bar.n:,}" + (f" of {bar.total:,}" if bar.total else "")
+    if bar.total and bar.n:  # none yet where all of a shard's records have been removed
+        progress += f", {tqdm.format_interval((bar.total - bar.n) / rate)} left"
     records = one.shard.files[LATENTS].records
     bar.write(f"{what}{file.name}: {records:,} latents; {progress}, {rate:.1f} images/s")

@@ -39,6 +39,7 @@ class Subject:
     make_weights: Callable[[], Params]  # for inference, see `runs.inference`
     make_held_out_losses: Callable[[], Float[np.ndarray, "K"]] | None = None
     open_decoder: Callable[[], tuple[Autoencoder, Params]] | None = None  # None: the model cannot draw yet
+    repetition_penalty: float = 1.0  # of the model's answers
 
     @functools.cached_property
     def weights(self) -> Params:
@@ -47,7 +48,7 @@ class Subject:
     @functools.cached_property
     def answerer(self) -> Answerer:
         """Answers questions."""
-        return Answerer(self.config.model_config.vlm, self.weights["vlm"], self.encoder)
+        return Answerer(self.config.model_config.vlm, self.weights["vlm"], self.encoder, self.repetition_penalty)
 
     @functools.cached_property
     def sampler(self) -> ImageSampler:

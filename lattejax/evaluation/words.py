@@ -49,10 +49,11 @@ def read_caption(caption: str, words: Words) -> list[int] | None:
     found = []
     for of_attribute in words.values():
         longest_first = sorted(of_attribute, key=len, reverse=True)
-        said = set(re.findall(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", caption, re.IGNORECASE))
+        matches = re.findall(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", caption, re.IGNORECASE)
+        said = {word.lower() for word in matches}
         if len(said) != 1:
             return None
-        found.append([word.lower() for word in of_attribute].index(said.pop().lower()))
+        found.append([word.lower() for word in of_attribute].index(said.pop()))
     return found
 
 

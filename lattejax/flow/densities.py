@@ -35,7 +35,8 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class LogitNormal:
-    """logit(t) is normal (Esser et al., arXiv 2403.03206): with mean 0, times in the middle are the most frequent."""
+    """logit(t) is normal (Esser et al., arXiv 2403.03206): with mean 0
+    and std below 1.4, times in the middle are the most frequent."""
 
     mean: float
     std: float

@@ -1,7 +1,7 @@
 """What a velocity is conditioned on, besides its prompt: maps the `Step` of each row to a vector c.
 
 The paper conditions on flow time only. Another kind is a module, here or elsewhere, and a line in `CONDITIONINGS`;
-`config.model.conditioning` chooses it. Samplers compute c for all steps in advance.
+`config.model.conditioning` chooses it. `sampling.images` computes c for all steps in advance.
 """
 
 from typing import NamedTuple

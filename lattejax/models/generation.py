@@ -116,8 +116,8 @@ def image_positions(config: GenerationConfig, start: Int[Array, "B"]) -> Int[Arr
 
 
 def condition(config: GenerationConfig, params: Params, step: Step) -> Modulations:
-    """Computes one group's modulations. They depend only on `step` and the weights, so sampling computes it for all
-    steps in advance. `params` are as in `velocity`."""
+    """Computes one group's modulations. They depend only on `step` and the weights, so `sampling.images` computes those
+    of all steps in advance. `params` are as in `velocity`."""
     c = functional.bind(CONDITIONINGS[config.conditioning], config.text.hidden_size, params=params["time"])(step)
 
     def modulate(layer: Params) -> Modulation:
@@ -218,7 +218,7 @@ def group_velocities(
         rows, [K, L, B, …].
       rows: the index of each row's prompt in the table.
       x_t: noisy latents.
-      t: flow times inside the groups' intervals.
+      t: flow times of the groups: inside their intervals, or a little beyond with `train.interval_overlap`.
       remat: what a layer keeps for the backward pass, see `layers.Layers.scan`.
       unroll: compiles longer, for steps that need not stack what each layer keeps for the backward pass.
     """

@@ -95,6 +95,9 @@ def split_trained(config: ModelConfig, params: Params) -> tuple[Params, Params]:
     return functional.partition(params, VARIANTS[config.variant])
 
 
+PROMPTS_AT_A_TIME = 128  # read together, so that a thousand prompts do not need the activations of a thousand
+
+
 def read_prompts(config: ModelConfig, vlm: Params, prompts: Prompts, remat: str = "none") -> Context:
     """Returns the prompts' contexts at all L layers: stacked, or a list if the VLM's layers are a list."""
     _, layers = qwen2_vl.forward(config.vlm, vlm, prompts, remat)

@@ -78,7 +78,7 @@ def forward(
     vocabulary = functional.bind(Vocabulary, config.text, params=params["text"]["vocabulary"])
     x = vocabulary.embed(prompts.input_ids)
     if prompts.images is not None:
-        tokens = vision.encode(config.vision, params["vision"], prompts.images)
+        tokens = vision.encode(config.vision, params["vision"], prompts.images, remat)
         x = vision.place(x, tokens, prompts.images.index)
     length = prompts.input_ids.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))

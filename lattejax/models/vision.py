@@ -128,8 +128,8 @@ def init(config: VisionConfig, key: jax.Array) -> Params:
     }
 
 
-def encode(config: VisionConfig, params: Params, images: Images) -> Float[Array, "B I merged D"]:
-    """Returns the tokens of every image; those of padding are meaningless."""
+def encode(config: VisionConfig, params: Params, images: Images, remat: str = "none") -> Float[Array, "B I merged D"]:
+    """Returns the tokens of every image; those of padding are meaningless. `remat` is as in `layers.Layers.scan`."""
     patches, positions, mask = (
         rearrange(x, "B I P ... -> (B I) P ...") for x in (images.patches, images.positions, images.mask)
     )
@@ -140,7 +140,7 @@ def encode(config: VisionConfig, params: Params, images: Images) -> Float[Array,
     def body(x, block):
         return functional.bind(VisionBlock, config, params=block)(by_rows(x), rotary, mask), None
 
-    x, _ = Layers(params["blocks"]).scan(body, x)
+    x, _ = Layers(params["blocks"]).scan(body, x, remat)
     tokens = functional.bind(PatchMerger, config, params=params["merger"])(x)
     return rearrange(tokens, "(B I) merged D -> B I merged D", B=len(images.patches))
 

@@ -71,6 +71,7 @@ def keep_top(logits: Float[Array, "B V"], top_p: float | Float[Array, ""] | Floa
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept = (before < top_p) | (top_p >= 1)  # rounded sums may reach 1 before the last token
+    kept = kept.at[..., 0].set(True)  # whatever `top_p` is: float32 may round it to 0
     least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
@@ -79,7 +80,7 @@ class Penalty(NamedTuple):
     """Repetition penalty: makes tokens that have been read or generated less likely, as in transformers (Keskar et al.,
     arXiv 1909.05858)."""
 
-    scale: Float[Array, ""]  # above 1
+    scale: Float[Array, ""]  # above 1; below it such tokens become more likely
     seen: Bool[Array, "B V"]
 
     def of(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:

@@ -164,7 +164,12 @@ class ImageSampler:
         same compiled programs.
         """
         empty = [self.encoder.unconditional()] * (bucket(len(prompts) + 1) - len(prompts))
-        return read_prompts(self.config, self.vlm, padded(self.encoder, [*prompts, *empty]))
+        prompts, size = [*prompts, *empty], latte_flow.PROMPTS_AT_A_TIME
+        parts = [
+            read_prompts(self.config, self.vlm, padded(self.encoder, prompts[start : start + size], among=prompts))
+            for start in range(0, len(prompts), size)
+        ]
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
 
     def __call__(
         self,

@@ -32,7 +32,7 @@ class TextStream:
         """Returns the rest, at the end of the answer."""
         text = self._certain(self._tokenizer.decode(self._tokens, skip_special_tokens=True)) + self._held
         self._tokens, self._held = [], ""
-        return "" if self.stopped else text
+        return text
 
     def _certain(self, text: str) -> str:
         if self.stopped:

@@ -71,9 +71,10 @@ def score_points(
     judged = {"inception_sha256": extractor.weights.sha256, "reference_sha256": reference.sha256}
     wanted = [json.loads(json.dumps(point.settings | judged)) for point in points]
     directory = parts_directory(out)
-    with one_writer(directory, str(out)) if hosts.is_first() else contextlib.nullcontext():
+    with one_writer(directory, str(out), hosts.end_all) if hosts.is_first() else contextlib.nullcontext():
         if hosts.is_first():
-            remove_leftovers(directory.parent, glob.escape(directory.name))
+            for file in (out, *(_kept(point, out) for point in points)):
+                remove_leftovers(file.parent, f"{glob.escape(file.name)}.*")
         results = _earlier(out, wanted[0]) if hosts.is_first() else []
         exist = hosts.from_first(np.array([_find(results, own) is not None for own in wanted]))
         missing = [(p, own) for p, own, there in zip(points, wanted, exist, strict=True) if not there]

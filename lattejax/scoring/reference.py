@@ -1,6 +1,7 @@
 """Reference statistics: the file that pictures are compared with, made and read."""
 
 import contextlib
+import glob
 
 import numpy as np
 from etils import epath
@@ -9,7 +10,7 @@ from lattejax.errors import UserError
 from lattejax.evaluation.adm import FEWEST, ReferenceFile, write_reference
 from lattejax.evaluation.features import PRECISION, FeatureExtractor
 from lattejax.evaluation.pictures import Reference, Statistics
-from lattejax.files import resolve_path
+from lattejax.files import remove_leftovers, resolve_path
 from lattejax.leases import one_writer
 from lattejax.parallel import hosts
 from lattejax.scoring.parts import Parts
@@ -48,25 +49,31 @@ def make_reference(
         "inception": extractor.weights.sha256,
     }
     directory = parts_directory(out)
-    with one_writer(directory, str(out)) if hosts.is_first() else contextlib.nullcontext():
+    with one_writer(directory, str(out), hosts.end_all) if hosts.is_first() else contextlib.nullcontext():
+        if hosts.is_first():
+            remove_leftovers(out.parent, f"{glob.escape(out.name)}.*")
         parts = Parts.open(directory, settings, part=part, kept=kept, picture=source.shape[1:])
         parts.fill(source.read, extractor, str(out))
-        if not hosts.is_first():
-            return
-        statistics = Statistics()
-        for features in parts.features():
-            statistics.add(features)
-        description = {
-            "preprocessing": source.preprocessing,
-            "num": total,
-            "source": source.identity,
-            "pictures_sha256": parts.sha256,
-            "inception_sha256": extractor.weights.sha256,
-            "precision": PRECISION,
-        } | parts.computed_on
-        shape = (int(kept.sum()), *source.shape[1:])
-        write_reference(out, statistics.pool, statistics.spatial, shape, parts.pictures(), description)
-        parts.remove()
+        if hosts.is_first():
+            _write(source, out, extractor, parts)
+            parts.remove()
+        hosts.wait_for_all("the reference is written")
+
+
+def _write(source: PictureSource, out: epath.Path, extractor: FeatureExtractor, parts: Parts) -> None:
+    statistics = Statistics()
+    for features in parts.features():
+        statistics.add(features)
+    description = {
+        "preprocessing": source.preprocessing,
+        "num": source.shape[0],
+        "source": source.identity,
+        "pictures_sha256": parts.sha256,
+        "inception_sha256": extractor.weights.sha256,
+        "precision": PRECISION,
+    } | parts.computed_on
+    shape = (int(parts.kept.sum()), *source.shape[1:])
+    write_reference(out, statistics.pool, statistics.spatial, shape, parts.pictures(), description)
 
 
 def open_reference(file: ReferenceFile, directory: epath.Path, extractor: FeatureExtractor, part: int) -> Reference:

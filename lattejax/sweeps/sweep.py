@@ -132,8 +132,8 @@ def _refuse_another_start(config: Config, workdir: Workdir, vlm: epath.Path) -> 
 def has_same_vlm(run: Run, other: Run) -> bool:
     """Whether two runs have the same VLM at the end of their first stage, bit for bit."""
     references = [each.workdir.vlm_reference for each in (run, other)]
-    if any(reference.exists() for reference in references):
-        return all(reference.exists() for reference in references) and len({r.read_text() for r in references}) == 1
+    if all(reference.exists() for reference in references):
+        return len({reference.read_text() for reference in references}) == 1
     ours, theirs = (fingerprints({"vlm": each.pretrained_vlm()}) for each in (run, other))
     return ours == theirs
 

@@ -123,7 +123,7 @@ def warn_of_settings(config: Config) -> None:
                 f"{name}.ema_decay={stage.ema_decay:g} leaves {initial:.0%} of the initial weights in the average, "
                 "which is what is scored and sampled"
             )
-        if stage.steps and stage.warmup_steps >= stage.steps:
+        if stage.steps and stage.warmup_steps > stage.steps:
             found.append(f"{name}.warmup_steps={stage.warmup_steps} never lets the learning rate reach its value")
         if found:
             keys = f"{name}.ema_decay and {name}.warmup_steps"

@@ -35,8 +35,6 @@ from lattejax.training.loop import StageRecipe
 from lattejax.training.step import TrainState, make_train_step
 from lattejax.training.vlm_stage import question_batches
 
-PROMPTS_AT_A_TIME = 128  # when contexts are computed in advance
-
 
 def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
     """Trains the generation pathway, from the run's VLM or another run's pathway; in Blend also the VLM's layers."""
@@ -75,7 +73,8 @@ def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
         def losses() -> Float[np.ndarray, "K"]:
             return held_out(state.average, frozen)
 
-        subject = Subject(config, source, encoder, run.mesh, weights, losses, lambda: (autoencoder, decoder))
+        penalty, opened = run.generation.repetition_penalty, (autoencoder, decoder)
+        subject = Subject(config, source, encoder, run.mesh, weights, losses, lambda: opened, penalty)
         return take_scores(due(scheduled, "train", int(hosts.fetch(state.step))), subject)
 
     seen = seen_drawings(config, drawings)
@@ -176,9 +175,9 @@ def make_frozen(config: Config, mesh: Mesh, fixed: Params, prompts: Prompts) -> 
     if config.trains_answers:
         return rules.place(mesh, Frozen(fixed, captions=prompts))
     # In batches, so that a thousand prompts do not need the activations of a thousand prompts at once.
-    starts = range(0, len(prompts.mask), PROMPTS_AT_A_TIME)
+    starts = range(0, len(prompts.mask), latte_flow.PROMPTS_AT_A_TIME)
     tables = [
-        read_prompts(model, fixed["vlm"], jax.tree.map(lambda x, i=i: x[i : i + PROMPTS_AT_A_TIME], prompts))
+        read_prompts(model, fixed["vlm"], jax.tree.map(lambda x, i=i: x[i : i + latte_flow.PROMPTS_AT_A_TIME], prompts))
         for i in starts
     ]
 

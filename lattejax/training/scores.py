@@ -117,4 +117,5 @@ def _subject(run: Run, source: Source, losses: Callable[[], Float[np.ndarray, "K
         stored = run.open_autoencoder()
         return stored.autoencoder, stored.weights("decoder")
 
-    return Subject(run.config, source, run.encoder, run.mesh, weights, losses, decoder)
+    penalty = run.generation.repetition_penalty
+    return Subject(run.config, source, run.encoder, run.mesh, weights, losses, decoder, penalty)

@@ -92,7 +92,8 @@ def converted_vlm(config: Config) -> Pretrained | None:
     source = open_vlm(config.pretrain.init_from) if config.pretrain.init_from else None
     if not isinstance(source, Run):
         return source
-    return None if source.config.model_config.shares_layers else source.converted_vlm()
+    has_changed_them = source.config.model_config.shares_layers and source.trained_step is not None
+    return None if has_changed_them else source.converted_vlm()
 
 
 # ---- Before any work starts

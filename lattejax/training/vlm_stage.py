@@ -38,7 +38,8 @@ def vlm_recipe(run: Run, key: jax.Array) -> StageRecipe:
         def weights() -> Params:
             return inference_weights(config, {"vlm": state.average}, run.mesh)
 
-        subject = Subject(config, source, run.encoder, run.mesh, weights)
+        penalty = run.generation.repetition_penalty
+        subject = Subject(config, source, run.encoder, run.mesh, weights, repetition_penalty=penalty)
         return take_scores(due(scheduled, "pretrain", int(hosts.fetch(state.step))), subject)
 
     return StageRecipe(

@@ -17,6 +17,7 @@ from lattejax.data.prompts import prompt_encoder
 from lattejax.encoding import encode as encoding
 from lattejax.encoding.encode import encode
 from lattejax.encoding.shards import ShardWriter
+from lattejax.encoding.sources import same_source
 from lattejax.encoding.written import Written
 from lattejax.errors import UserError
 from lattejax.runs.data import open_data
@@ -255,6 +256,24 @@ def test_a_record_that_was_left_out_may_be_repaired_renamed_or_removed(spoil, mo
     rewrite(config, lambda lines: lines.pop(2))
     with pytest.raises(UserError, match=r"lacks 1 records that it had, such as '002\.jpg'"):
         encode(config, config.data.latents)
+
+
+def test_an_added_picture_that_was_left_out_may_be_removed_again(config):
+    """Then its shard is empty."""
+    picture = Path(config.images.name) / "zzz.jpg"
+    picture.write_bytes(b"no picture")
+    rewrite(config, lambda lines: lines.append(lines[0] | {"file_name": picture.name}))
+    with pytest.raises(UserError, match="repair them or allow more, and run"):
+        encode(config, config.data.latents)
+    picture.unlink()
+    rewrite(config, lambda lines: lines.pop())
+    assert encode(config, config.data.latents)
+
+
+def test_data_sets_of_tensorflow_datasets_are_the_same_by_their_configuration():
+    name = "the data set coco"
+    assert same_source(name, f"{name}/2017") and same_source(f"{name}/2017", f"{name}/2017")
+    assert not same_source(f"{name}/2014", f"{name}/2017") and not same_source(f"{name}/2014", name)
 
 
 def test_a_worker_does_not_complete_what_the_others_have_not_seen_changing(config, monkeypatch):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lattejax.encoding.encode import encode_pixels
 from lattejax.evaluation import features, precision_recall
@@ -13,18 +12,9 @@ from lattejax.models.inception import SIDE, Inception
 from lattejax.sampling.images import decode_images
 from lattejax.weights.autoencoders import StoredAutoencoder
 from tests import checkpoints
+from tests.helpers import products
 
 HIGHEST = jax.lax.Precision.HIGHEST
-
-
-def precisions(program):
-    """Of all matrix products and convolutions of a program and those inside it."""
-    for equation in program.eqns:
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            yield equation.params["precision"]
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
-            if isinstance(inner, ClosedJaxpr | Jaxpr):
-                yield from precisions(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
 
 
 def programs():
@@ -42,5 +32,6 @@ def programs():
 @pytest.mark.parametrize("name", ["decode", "encode", "features", "nearest", "coverage"])
 def test_all_products_are_of_the_highest_precision(name):
     [(function, arguments, static)] = [program[1:] for program in programs() if program[0] == name]
-    found = list(precisions(jax.make_jaxpr(function, static_argnums=static)(*arguments).jaxpr))
+    program = jax.make_jaxpr(function, static_argnums=static)(*arguments).jaxpr
+    found = [product.params["precision"] for product in products(program)]
     assert found and all(one in (HIGHEST, (HIGHEST, HIGHEST)) for one in found)

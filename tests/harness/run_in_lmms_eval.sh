@@ -12,7 +12,7 @@ if [ ! -e "$environment/complete" ]; then
     python3 -m venv "$environment"
     "$environment/bin/pip" install torch==2.13.0 torchvision lmms-eval==0.7.3 -r requirements.txt \
         pytest diffusers==0.42.1
-    "$environment/bin/pip" install 'filelock<4'
+    "$environment/bin/pip" install 'filelock>=3.30,<4'
     # A torchvision built for CUDA beside a PyTorch that is not cannot be imported; nothing here needs one.
     "$environment/bin/python" -c "import torchvision" || "$environment/bin/pip" uninstall --yes torchvision
     touch "$environment/complete"

@@ -85,7 +85,6 @@ CASES = {
     "blend, one group, on logits": model(1, "logits", variant="blend"),
     "blend, uneven, a head for each query": model(2, variant="blend", num_kv_heads=6, pathway={"group_sizes": (3, 1)}),
     "7 of 28 layers": model(7, num_layers=28),
-    "14 of 28 layers": model(14, num_layers=28),
 }
 
 

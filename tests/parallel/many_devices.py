@@ -102,7 +102,7 @@ def drawn(trial: Trial, mesh) -> tuple:
 
 def read_over_tensor() -> dict:
     """Reads a picture and a question on four devices over `tensor`, with the two KV heads replicated. Returns the
-    difference of the hidden states from one device's, and the collectives."""
+    difference of the hidden states from one device's, and the numbers of collectives."""
     config = tiny_config(model__vision__num_heads=4, model__vision__embed_dim=32)
     model, encoder = config.model_config.vlm, encoder_for(config)
     picture = encoder.read_image(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("RGB"))
@@ -111,7 +111,8 @@ def read_over_tensor() -> dict:
     read = jax.jit(lambda vlm: qwen2_vl.forward(model, vlm, prompts)[0])
     placed = rules.place(make_mesh({"tensor": 4}, jax.devices()[:4]), vlm)
     compiled = read.lower(placed).compile()
-    return {"hidden": largest_difference(compiled(placed), read(vlm)), "collectives": collectives(compiled)}
+    sent = {kind: one.count for kind, one in traffic(compiled.as_text(), 4).items()}
+    return {"hidden": largest_difference(compiled(placed), read(vlm)), "sent": sent}
 
 
 def sent_over_fsdp() -> float:

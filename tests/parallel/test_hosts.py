@@ -89,6 +89,18 @@ cli.run(train.main)
 """
 
 
+BROKEN = """
+from lattejax import cli
+connect = cli.define_cluster_flags()
+
+def main():
+    connect()
+    raise TypeError("a bug of ours")
+
+cli.run(main)
+"""
+
+
 def run_both(flags: list[str], *programs: list[str]) -> list[str]:
     """Runs two connected processes, which must end with exit code 2 in time; returns their errors."""
     flags = [*flags, *connected()]
@@ -126,6 +138,11 @@ def test_one_process_that_fails_or_is_stopped_ends_both(tmp_path, forked_command
     errors = run_both(flags, ["-m", "lattejax.train"], ["-c", UNREADABLE])
     reason = "cannot be read by process 1: OSError: the disk is gone"
     assert all(reason in error for error in errors) and "process 1 has ended all: " in errors[0], errors
+
+
+def test_of_several_processes_each_that_has_a_bug_prints_its_traceback():
+    for error in run_both([], ["-c", BROKEN], ["-c", BROKEN]):
+        assert "Traceback" in error and "TypeError: a bug of ours" in error, error
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_container_may_have_less_memory_than_the_machine(tmp_path):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--config.model.text.intermediate_size=1048576", "--config.model.text.num_layers=96"], "what is trained"),
+        (["--config.model.text.intermediate_size=1048576", "--config.model.text.num_layers=1000"], "what is trained"),
         (
             ["--config.model.text.intermediate_size=8192", "--config.pretrain.batch_size=1048576"],
             "a step with config.pretrain.batch_size=1048576",

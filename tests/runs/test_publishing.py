@@ -92,7 +92,7 @@ def test_a_moved_autoencoder_is_found_where_the_flag_says(run, earlier, tmp_path
         lambda *autoencoder: read_prompts(own, None, *autoencoder),
         lambda *autoencoder: open_run_data(own, "test", *autoencoder),
     ):
-        with pytest.raises(UserError, match="moved"):
+        with pytest.raises(UserError, match=r"^moved holds no converted autoencoder"):
             open_with()
         open_with("pixels")
 

@@ -241,6 +241,15 @@ def test_text_comes_in_complete_characters():
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces) and len(pieces) > 5
 
 
+def test_text_before_a_stop_string_is_kept_where_an_answer_ends_inside_a_character():
+    class Bytes:
+        def decode(self, tokens, skip_special_tokens):
+            return b"".join((b"abc", b"x, \xf0\x9f")[token] for token in tokens).decode(errors="replace")
+
+    stream = TextStream(Bytes(), [", "])
+    assert stream.add(0) + stream.add(1) + stream.end() == "abcx" and stream.stopped
+
+
 @pytest.mark.parametrize(
     "stop, left", [(["seven"], "a hand "), (["and s", "zzz"], "a h"), (["n!"], "a hand seven"), (["!", "hand"], "a ")]
 )

@@ -32,9 +32,9 @@ QUIET = dict(pretrain__steps=0, train__steps=1000, train__warmup_steps=10, train
         ({"train__ema_decay": 0.9999, "train__steps": 20_000}, []),
         ({"train__ema_decay": 0.0, "train__warmup_steps": 999}, []),
         (
-            {"pretrain__steps": 10, "pretrain__warmup_steps": 10, "pretrain__ema_decay": 0.5},
+            {"pretrain__steps": 10, "pretrain__warmup_steps": 11, "pretrain__ema_decay": 0.5},
             [
-                "in 10 steps, pretrain.warmup_steps=10 never lets the learning rate reach its value; lower "
+                "in 10 steps, pretrain.warmup_steps=11 never lets the learning rate reach its value; lower "
                 "pretrain.ema_decay and pretrain.warmup_steps"
             ],
         ),

@@ -9,12 +9,13 @@ from safetensors.numpy import load_file, save_file
 from lattejax.errors import UserError
 from lattejax.runs.publishing import export
 from lattejax.runs.run import Run
+from lattejax.sweeps.sweep import has_same_vlm
 from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
-from lattejax.weights import shards
+from lattejax.weights import shards, trees
 from lattejax.weights.pretrained import Pretrained
 from tests import checkpoints
-from tests.helpers import NO_DIGITS, assert_same_bits, tiny_config
+from tests.helpers import NO_DIGITS, assert_same_bits, randomize, tiny_config
 
 
 def config(converted, **overrides):
@@ -42,6 +43,23 @@ def test_a_run_starts_from_converted_weights_and_their_tokenizer(run, converted)
     question = "Which digit is this?"
     ours, theirs = (each.encoder.question(question).input_ids for each in (run, source))
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_run_of_blend_has_its_vlm_whether_it_refers_to_it_or_has_a_copy(converted, tmp_path):
+    """As the runs of a sweep do, which start from the sweep's VLM: those of earlier versions have a copy."""
+    runs = []
+    for name, source in (("vlm", converted), ("run", tmp_path / "vlm")):
+        stages.pretrain(config(source, model__variant="blend"), tmp_path / name, InterruptGuard())
+        runs.append(Run.open(tmp_path / name))
+        assert runs[-1].converted_vlm() is not None and not runs[-1].workdir.vlm.exists()
+    assert has_same_vlm(*runs)
+    weights = runs[1].pretrained_vlm()
+    runs[1].workdir.vlm_reference.unlink()
+    trees.save_weights(runs[1].workdir.vlm, weights)
+    assert has_same_vlm(*runs)
+    runs[1].workdir.vlm.rmtree()
+    trees.save_weights(runs[1].workdir.vlm, randomize(weights))
+    assert not has_same_vlm(*runs)
 
 
 @pytest.mark.parametrize(

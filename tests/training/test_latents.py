@@ -13,6 +13,7 @@ from lattejax.data.prompts import prompt_encoder
 from lattejax.encoding.encode import encode
 from lattejax.errors import UserError
 from lattejax.interrupts import Interrupted
+from lattejax.models import latte_flow
 from lattejax.parallel.mesh import one_device
 from lattejax.runs.run import Run
 from lattejax.training import generation_stage, stages
@@ -119,7 +120,7 @@ def test_contexts_are_computed_in_batches(config, monkeypatch):
     vlm = {"vlm": Pretrained.open(config.pretrain.init_from).params("float32")}
     captions = [f"a flower {i}" for i in range(4)]
     expected = generation_stage.frozen_inputs(run_config, encoder, captions, vlm, one_device()).contexts
-    monkeypatch.setattr(generation_stage, "PROMPTS_AT_A_TIME", 2)
+    monkeypatch.setattr(latte_flow, "PROMPTS_AT_A_TIME", 2)
     pieces = generation_stage.frozen_inputs(run_config, encoder, captions, vlm, one_device()).contexts
     for ours, theirs in zip(jax.tree.leaves(pieces), jax.tree.leaves(expected), strict=True):
         assert ours.shape == theirs.shape

@@ -25,7 +25,7 @@ from lattejax.training import stages
 from lattejax.training.interrupt import InterruptGuard
 from lattejax.training.loop import run_stage
 from lattejax.training.step import init_state
-from tests.helpers import ROOT, assert_same_bits, compilations, run_interrupted, tiny_config, tiny_flags
+from tests.helpers import NO_SCORES, ROOT, assert_same_bits, compilations, run_interrupted, tiny_config, tiny_flags
 
 STAGE_KEYS = {
     "stage",
@@ -311,7 +311,8 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(finished):
 def test_init_from_takes_weights_and_tokenizer_with_a_fresh_optimizer(finished, tmp_path):
     """Zero steps in both stages: the new run's weights are the old one's VLM and average."""
     source = str(finished[0])
-    config = tiny_config(pretrain__init_from=source, train__init_from=source, pretrain__steps=0, train__steps=0)
+    steps = {"pretrain__steps": 0, "train__steps": 0}
+    config = tiny_config(pretrain__init_from=source, train__init_from=source, **steps, **NO_SCORES)
     stages.train(config, tmp_path, InterruptGuard())
     new, old = Run.open(tmp_path), Run.open(source)
     assert_same_bits(new.vlm(), old.vlm())

@@ -29,7 +29,7 @@ from lattejax.sampling.images import read_prompts
 from lattejax.training import generation_stage
 from lattejax.training.generation_stage import caption_prompts, flow_step
 from lattejax.training.step import init_state, learning_rate, make_optimizer, make_train_step
-from tests.helpers import assert_same_bits, encoder_for, randomize, tiny_config
+from tests.helpers import assert_same_bits, encoder_for, products, randomize, tiny_config
 
 CONFIG = tiny_config()
 ENCODER = encoder_for(CONFIG)
@@ -407,6 +407,22 @@ def test_bfloat16_computes_over_float32_masters():
     state, metrics = one_step(flow_loss(dtype=jnp.bfloat16), frozen)
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema))} == {jnp.dtype("float32")}
     np.testing.assert_allclose(metrics["loss"], one_step()[1]["loss"], rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_products_and_their_gradients_are_of_the_configs_dtype(dtype):
+    """Of both stages. In bfloat16, what is computed of flow times stays in float32: that is a third of the products."""
+    asked = weigh_answers({"questions": questions()})
+    shared = Frozen({}, contexts=functional.cast_floats(TABLE, dtype))
+    for loss, *arguments in (
+        (flow_loss(dtype=dtype), PARAMS, shared, by_group(batch()), row_keys()),
+        (AnswerLoss(MODEL, jnp.dtype(dtype), "none", False), VLM, None, asked, None),
+    ):
+        program = jax.make_jaxpr(jax.grad(lambda *all, loss=loss: loss(*all)[0]))(*arguments)
+        operands = [{x.aval.dtype.name for x in product.invars} for product in products(program.jaxpr)]
+        assert operands.count({dtype}) > 0.6 * len(operands) > 20
+    in_dtype = flow_loss(dtype=jnp.dtype(dtype)).assemble(PARAMS, SHARED)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(in_dtype)} == {dtype}
 
 
 def test_average_and_clipping_follow_their_formulas():

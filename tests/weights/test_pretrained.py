@@ -229,6 +229,16 @@ def test_the_hubs_older_config_and_template_files_are_read(source, converted, tm
     np.testing.assert_array_equal(*asked)
 
 
+def test_a_template_may_mark_what_the_assistant_says(source, tmp_path):
+    """As transformers' templates may, for a mask of the answers."""
+    marked = tmp_path / "marked"
+    shutil.copytree(source, marked)
+    file = marked / "chat_template.jinja"
+    file.write_text("{% generation %}" + file.read_text() + "{% endgeneration %}")
+    pretrained.convert(str(marked), tmp_path / "out")
+    assert Pretrained.open(tmp_path / "out").encoder.question("Which digit is this?").input_ids.size
+
+
 # ---- Directories
 
 

@@ -52,8 +52,9 @@ NUMBERS = re.compile(r"\{\d+\.\.\d+\}")  # of the files that a pattern names
 
 
 def same_source(one: str, other: str) -> bool:
-    """Whether two identities are of the same data set, which may have grown: {000..012}.tar, then {000..015}.tar."""
-    return NUMBERS.sub("*", one) == NUMBERS.sub("*", other)
+    """Whether two identities, `one` of them stored, are of the same data set. It may have grown since: {000..012}.tar,
+    then {000..015}.tar. Earlier versions stored names from tensorflow-datasets without the configuration."""
+    return NUMBERS.sub("*", one) == NUMBERS.sub("*", other) or other.startswith(f"{one}/")
 
 
 def open_records(images: Images) -> Records:
