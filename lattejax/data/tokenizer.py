@@ -167,9 +167,13 @@ def tokenize_marked(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
         if i % 2:
             ids.append(tokenizer.convert_tokens_to_ids(part))
         elif part:
-            plain = part.replace(mark, "")
-            ids.extend(tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+            ids.extend(tokenize_plain(tokenizer, part.replace(mark, "")))
     return ids
+
+
+def tokenize_plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokenises a text in which no special token is special."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def unused_character(texts: Sequence[str]) -> str:

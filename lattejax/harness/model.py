@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lattejax import cli
 from lattejax.data.prompts import EncodedPrompt, Turn
-from lattejax.data.tokenizer import mark_special_tokens, tokenize_marked, unused_character
+from lattejax.data.tokenizer import tokenize_plain
 from lattejax.errors import UserError
 from lattejax.files import check_writable, is_remote, resolve_path, write_with
 from lattejax.flow.schedule import Sampling
@@ -164,8 +164,8 @@ class LatteJax(lmms):
 
     def _complete(self, turns: list[Turn], answer: str) -> EncodedPrompt:
         """A prompt with its answer, which is tokenised by itself, as it would be decoded."""
-        asked, tokenizer, mark = self._encoder.chat(turns), self._encoder.tokenizer, unused_character([answer])
-        answer_ids = tokenize_marked(tokenizer, mark_special_tokens(tokenizer, answer, mark), mark)
+        asked = self._encoder.chat(turns)
+        answer_ids = tokenize_plain(self._encoder.tokenizer, answer)
         ids = np.concatenate([asked.input_ids, np.array(answer_ids, asked.input_ids.dtype)])
         return EncodedPrompt(ids, asked.images, np.arange(len(ids)) >= len(asked.input_ids))
 
