@@ -93,6 +93,7 @@ def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]
     print(HELP)
     conversations = Conversations(answerer)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer, not the chat
+    sys.stdin.reconfigure(errors="surrogateescape")  # a line that cannot be decoded is refused with its text
     turns, asked = opening(), 0
     while True:
         try:
@@ -100,9 +101,6 @@ def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        except UnicodeDecodeError as error:
-            print(f"error: the line is not {error.encoding}")
-            continue
         command, _, rest = line.strip().partition(" ")
         try:
             if command == "/new":

@@ -135,9 +135,8 @@ def find_config(argument: str) -> str:
     flag, _, value = argument.partition("=")
     name, colon, variant = value.partition(":")
     packaged = Path(__file__).with_name("experiments") / f"{name}.py"
-    if flag.lstrip("-") != "config" or Path(name).is_file() or not re.fullmatch(r"\w+", name) or not packaged.exists():
-        return argument
-    return f"{flag}={packaged}{colon}{variant}"
+    is_name = flag.lstrip("-") == "config" and re.fullmatch(r"\w+", name) and not os.path.isfile(name)
+    return f"{flag}={packaged}{colon}{variant}" if is_name and os.path.isfile(packaged) else argument
 
 
 def enable_compilation_cache() -> None:

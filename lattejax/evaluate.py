@@ -103,6 +103,8 @@ def use() -> str:
         instead = ", or --npz" if missing[0] == "workdir" and found == "reference" else ""
         raise UserError(f"--{found} needs --{missing[0]}{instead}" if found in given else f"--{missing[0]} is missing")
     if others := sorted(given - needed - allowed):
+        if others[0] in USES:
+            raise UserError(f"--{found} and --{others[0]} exclude each other; see --help")
         uses = " or ".join(f"--{name}" for name, accepted in USES.items() if others[0] in set().union(*accepted))
         instead = f", not with --{found}" if found in given else ""
         raise UserError(f"--{others[0]} is used only with {uses}{instead}; leave it out, or see --help")

@@ -153,7 +153,8 @@ def test_a_chat_on_a_terminal_is_conditioned_on_earlier_turns(weights, digit):
     output = done.stdout.replace("> ", "")
     assert output.startswith("Type a question.")
     refused = f"error: there is no {pathlib.Path.cwd() / 'nothing.png'}\n"
-    assert output.split("\n", 1)[1] == f"error: the line is not utf-8\n{first}\n{refused}{second}\n{first}\n\n"
+    undecoded = "error: the text 'caf\\\\udcc3' is no Unicode: surrogates not allowed\n"
+    assert output.split("\n", 1)[1] == f"{undecoded}{first}\n{refused}{second}\n{first}\n\n"
 
 
 # ---- Errors
@@ -358,7 +359,7 @@ BAD_INPUT = {
     "pictures to judge without a reference": (["evaluate", "--npz={tmp}/a.npz"], "--npz needs --out"),
     "scores and a reference": (
         ["evaluate", "--workdir={workdir}", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--scores=samples"],
-        "--scores is used only with",
+        "--reference and --scores exclude each other",
     ),
     "pictures of a run and of a file": (
         ["evaluate", "--workdir={workdir}", "--npz=b", "--reference={tmp}/a.npz", "--out={tmp}/a.json"],
@@ -376,6 +377,11 @@ BAD_INPUT = {
         ["evaluate", "--workdir={workdir}", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--guidance=1,1.0"],
         "--guidance=1,1.0 has a number twice",
     ),
+    "a guidance scale outside its range": (
+        ["evaluate", "--workdir={workdir}", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--guidance=1,-1"],
+        "--guidance=1,-1 must be numbers",
+    ),
+    "a config with a very long name": (["train", f"--config={'a' * 300}", "--workdir={tmp}/run"], "aaa"),
     "a reference that is no .npz": (
         ["evaluate", "--make_reference={tmp}", "--image_size=8", "--out={tmp}/a.json"],
         "must end in .npz",

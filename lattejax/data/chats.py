@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lattejax.errors import UserError
+from lattejax.models.text import MOST_POSITIONS
+
 Chat = tuple[tuple[str, tuple[str | None, ...]], ...]  # turns: role and content, with None for an image
 
 
@@ -19,11 +22,19 @@ class ReadableImage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """Token ids [T], the images they refer to, and which tokens are the answer to learn [T]."""
+    """Token ids [T], the images they refer to, and which tokens are the answer to learn [T].
+
+    Raises:
+      UserError: the prompt is longer than any that the model reads.
+    """
 
     input_ids: np.ndarray
     images: tuple[ReadableImage, ...] = ()
     is_answer: np.ndarray | None = None
+
+    def __post_init__(self):
+        if (length := len(self.input_ids)) > MOST_POSITIONS:
+            raise UserError(f"a prompt has {length:,} tokens, more than the {MOST_POSITIONS:,} that the model reads")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -27,7 +27,6 @@ from lattejax.data.tokenizer import (
 from lattejax.errors import UserError, parsing
 from lattejax.models.qwen2_vl import Prompts
 from lattejax.models.rotary import patch_positions, token_positions
-from lattejax.models.text import MOST_POSITIONS
 from lattejax.models.vision import Images
 
 with epy.lazy_imports():
@@ -139,11 +138,7 @@ class PromptEncoder:
 
     def _encode(self, turns: Sequence[Turn], end: str = "", answer: str = "") -> EncodedPrompt:
         """The chat template, followed by the assistant's answer and a special token. Special tokens that the turns and
-        the answer spell out are text.
-
-        Raises:
-          UserError: the prompt is longer than any that the model reads.
-        """
+        the answer spell out are text."""
         images = tuple(image for turn in turns for image in turn.images)
         chat = tuple(
             (turn.role, tuple(part if isinstance(part, str) else None for part in turn.content)) for turn in turns
@@ -155,8 +150,6 @@ class PromptEncoder:
         # Each image's pad is repeated once for every merged patch.
         counts = iter(int(np.prod(image.grid)) // self.merge**2 for image in images)
         ids = np.repeat(ids, [next(counts) if token == self.image_token else 1 for token in ids])
-        if len(ids) > MOST_POSITIONS:
-            raise UserError(f"a prompt has {len(ids):,} tokens, more than the {MOST_POSITIONS:,} that the model reads")
         return EncodedPrompt(ids, images)
 
     def _tokenize_chat(self, chat: Chat, answer: str, end: str) -> list[int]:

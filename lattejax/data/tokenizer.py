@@ -3,6 +3,7 @@
 It is loaded from a directory, or, for a small model that is trained from scratch, trained on the data set's texts.
 """
 
+import copy
 import functools
 import itertools
 import re
@@ -115,6 +116,7 @@ def load(directory: epath.Path) -> Tokenizer:
 
 def _check_template(tokenizer: Tokenizer) -> None:
     """Raises `UserError` unless the chat template shows an image and a text, each of them once."""
+    check_unicode([tokenizer.chat_template])
     name, image, text = tokenizer.name_or_path, VISION_START + IMAGE_PAD + VISION_END, "text of a question"
     if tokenizer.chat_template != CHAT_TEMPLATE:
         check_limits(tokenizer.chat_template, name)
@@ -173,7 +175,15 @@ def tokenize_marked(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
 
 def tokenize_plain(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokenises a text in which no special token is special."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return _without_special_tokens(tokenizer)(text, add_special_tokens=False)["input_ids"]
+
+
+@functools.lru_cache(maxsize=16)
+def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy: whether texts have special tokens is a state of the tokenizer, which other threads may be using."""
+    copied = copy.deepcopy(tokenizer)
+    copied.split_special_tokens = True
+    return copied
 
 
 def unused_character(texts: Sequence[str]) -> str:

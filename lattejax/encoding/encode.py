@@ -23,14 +23,14 @@ from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from lattejax.configuration import Config
-from lattejax.data.images import CROP
 from lattejax.data.prompts import PromptEncoder
-from lattejax.data.stored import ENCODING, LATENTS, MANIFEST, SUMMARY, VERSION
+from lattejax.data.stored import ENCODING, LATENTS, MANIFEST, SUMMARY
 from lattejax.encoding.items import Item
 from lattejax.encoding.order import ORDER, Order, divide, extended, first_order
 from lattejax.encoding.prepare import digests_alone, find_encoder, limits_of, make_preparation
+from lattejax.encoding.settings import check_same, settings_of
 from lattejax.encoding.shards import Encoder, ShardWriter, prepare_all
-from lattejax.encoding.sources import Records, open_records, same_source
+from lattejax.encoding.sources import Records, open_records
 from lattejax.encoding.summary import is_summarized, write_summary
 from lattejax.encoding.written import (
     File,
@@ -74,48 +74,14 @@ def encode(config: Config, out: epath.PathLike, worker: int = 0, workers: int = 
     stored = StoredAutoencoder.open_for(config.data)
     source, encoder = open_records(config.images), find_encoder(config)
     check_writable(out / ENCODING, f"--out={out}")
-    encoding = _encoding(config, stored, source)
+    settings = settings_of(config, stored, source)
     with one_writer(out / f".worker-{worker}", f"--out={out}, by worker {worker},"):
         if (out / ENCODING).exists():
-            _check_same(out, encoding)
+            check_same(out, settings, source.version)
         order, files = _plan(out, config, source)
-        _begin(out, encoding, order)
+        _begin(out, settings, order)
         job = Job(config, out, source, order, stored, encoder)
-        return job.run(files, worker, workers, encoding)
-
-
-def _encoding(config: Config, stored: StoredAutoencoder, source: Records) -> dict[str, Any]:
-    """The settings that determine the contents, besides the source's own."""
-    settings = {
-        "version": VERSION,
-        "autoencoder": vars(stored.identity),
-        "image_size": config.data.image_size,
-        "latent_shape": config.data.latent_shape,
-        "crop": CROP,
-        "flip": config.images.flip,
-        "max_pixels": config.data.max_pixels,
-        "source": source.identity,
-        "train": config.images.train,
-        "test": config.images.test,
-        "shard_pictures": config.images.shard_pictures,
-        "keys": config.images.keys,
-    }
-    return json.loads(json.dumps(settings))
-
-
-def _check_same(out: epath.Path, encoding: dict[str, Any]) -> None:
-    """Raises `UserError` if a directory belongs to another encoding."""
-    theirs = read_json(out / ENCODING)
-    if theirs.get("version", 1) != VERSION:
-        raise UserError(
-            f"--out={out} was written by another version of lattejax; training reads it, but encode into another --out"
-        )
-    pairs = {key: (theirs.get(key), value) for key, value in encoding.items()}
-    if same_source(*pairs["source"]):
-        del pairs["source"]
-    different = [f"{key} was {was}, is {value}" for key, (was, value) in pairs.items() if was != value]
-    if different:
-        raise UserError(f"--out={out} was encoded with other settings ({'; '.join(different)}); use another --out")
+        return job.run(files, worker, workers, settings)
 
 
 def _plan(out: epath.Path, config: Config, source: Records) -> tuple[Order, list[File]]:
@@ -144,12 +110,13 @@ def _encoded(out: epath.Path, config: Config, source: Records, order: Order) -> 
     }
 
 
-def _begin(out: epath.Path, encoding: dict[str, Any], order: Order) -> None:
-    """Initializes the directory for this encoding, and records the order."""
-    if not (out / ENCODING).exists():
-        if out.exists() and any(not file.name.startswith((ENCODING, ORDER, ".worker-")) for file in out.iterdir()):
-            raise UserError(f"--out={out} is not a directory of latents, and not empty; choose another")
-        write_atomically(out / ENCODING, (json.dumps(encoding, indent=2) + "\n").encode())
+def _begin(out: epath.Path, settings: dict[str, Any], order: Order) -> None:
+    """Initializes the directory for this encoding, or brings it to its source's present name; and records the order."""
+    is_new = not (out / ENCODING).exists()
+    if is_new and any(not file.name.startswith((ENCODING, ORDER, ".worker-")) for file in out.iterdir()):
+        raise UserError(f"--out={out} is not a directory of latents, and not empty; choose another")
+    if is_new or read_json(out / ENCODING)["source"] != settings["source"]:
+        write_atomically(out / ENCODING, (json.dumps(settings, indent=2) + "\n").encode())
     if not (out / ORDER).exists() or Order.load(out / ORDER) != order:
         order.save(out / ORDER)
 
@@ -178,7 +145,7 @@ class Job:
     def encoder(self) -> Encoder:
         return make_encoder(self.stored, self.config.images.batch_size)
 
-    def run(self, files: list[File], worker: int, workers: int, encoding: dict[str, Any]) -> bool:
+    def run(self, files: list[File], worker: int, workers: int, settings: dict[str, Any]) -> bool:
         """Encodes this worker's shards, or updates them; returns whether all workers' are complete."""
         most, out = self.config.images.most_unreadable, self.out
         written = read_descriptions(out, files)
@@ -199,7 +166,7 @@ class Job:
         check_left_out(written, most)
         if len(written) < len(files) or any(self._difference(file, written[file]) for file in set(files) - set(ours)):
             return False  # the other workers' part, or they have not seen yet that the source has changed
-        if finish(out, encoding, self.config.data.latent_shape, written) or not is_summarized(out, self.config):
+        if finish(out, settings, self.config.data.latent_shape, written) or not is_summarized(out, self.config):
             write_summary(out, self.config, written, self.stored, self.prompt_encoder)
         return True
 

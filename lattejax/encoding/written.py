@@ -150,6 +150,11 @@ def read_descriptions(out: epath.Path, files: Sequence[File]) -> dict[File, Writ
     return written
 
 
+def written_versions(out: epath.Path) -> set[str]:
+    """The versions of the source with which shards were last compared."""
+    return {Written.load(path).version for split in SPLITS for path in out.glob(f"{split}-*.json")}
+
+
 def check_shard(out: epath.Path, one: Written) -> None:
     """Raises `UserError` if one of a shard's files has changed."""
     for stored in one.shard.files.values():

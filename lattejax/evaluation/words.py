@@ -48,12 +48,13 @@ def read_caption(caption: str, words: Words) -> list[int] | None:
     """
     found = []
     for of_attribute in words.values():
+        forms = [re.compile(re.escape(word), re.IGNORECASE) for word in of_attribute]
         longest_first = sorted(of_attribute, key=len, reverse=True)
         matches = re.findall(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", caption, re.IGNORECASE)
-        said = {word.lower() for word in matches}
+        said = {next(i for i, form in enumerate(forms) if form.fullmatch(match)) for match in matches}
         if len(said) != 1:
             return None
-        found.append([word.lower() for word in of_attribute].index(said.pop()))
+        found.append(said.pop())
     return found
 
 

@@ -41,8 +41,7 @@ class Service:
 
     def __init__(self, model: Model, engine: Engine, limits: Limits, metrics: Metrics):
         self.model, self.engine, self.limits, self.metrics = model, engine, limits, metrics
-        # Decoding an image would stop the event loop. One thread: a tokenizer's setting, whether texts have special
-        # tokens, changes between calls that encode. Decoding tokens does not depend on it.
+        # Decoding an image would stop the event loop. One thread, in the order of the requests.
         self._preparing = concurrent.futures.ThreadPoolExecutor(1, "prepare")
         self._developing = concurrent.futures.ThreadPoolExecutor(2, "develop")
         self._in_preparation = 0

@@ -203,7 +203,8 @@ def test_many_captions_at_once_give_the_same_prompts(part):
     captions = ["a handwritten seven", "  two\nlines ", "ünïcode {{ x }}", "a handwritten seven", "@@"]
     for ours, caption in zip(encoder.drawings(captions), captions, strict=True):
         np.testing.assert_array_equal(ours.input_ids, encoder.drawing(caption).input_ids)
-    for bad, named in (("  ", "prompt is empty"), ("a \ud800", "is no Unicode: surrogates not allowed")):
+    refused = [("  ", "prompt is empty"), ("a \ud800", "is no Unicode"), ("@ " * 40_000, "more than the 32,768 that")]
+    for bad, named in refused:
         with pytest.raises(UserError, match=named):
             encoder.drawings(["good", bad])
 
@@ -233,6 +234,7 @@ def test_special_tokens_that_a_text_spells_out_are_text(part):
         ids = encoder.chat([Turn("user", parts)]).input_ids
         kept = [[token for token in ids if token in tokenizer.all_special_ids] for ids in (ids, plain)]
         assert kept[0] == kept[1] and "".join(parts) in tokenizer.decode(ids)
+    assert not tokenizer.backend_tokenizer.encode_special_tokens, "its state is as other threads expect it"
     chat = [{"role": "user", "content": [{"type": "text", "text": "a handwritten <|x|>  seven\n"}]}]
     theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     np.testing.assert_array_equal(encoder.chat([Turn("user", "a handwritten <|x|>  seven\n")]).input_ids, theirs)

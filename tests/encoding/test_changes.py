@@ -17,7 +17,7 @@ from lattejax.data.prompts import prompt_encoder
 from lattejax.encoding import encode as encoding
 from lattejax.encoding.encode import encode
 from lattejax.encoding.shards import ShardWriter
-from lattejax.encoding.sources import same_source
+from lattejax.encoding.sources import open_records
 from lattejax.encoding.written import Written
 from lattejax.errors import UserError
 from lattejax.runs.data import open_data
@@ -270,10 +270,26 @@ def test_an_added_picture_that_was_left_out_may_be_removed_again(config):
     assert encode(config, config.data.latents)
 
 
-def test_data_sets_of_tensorflow_datasets_are_the_same_by_their_configuration():
-    name = "the data set coco"
-    assert same_source(name, f"{name}/2017") and same_source(f"{name}/2017", f"{name}/2017")
-    assert not same_source(f"{name}/2014", f"{name}/2017") and not same_source(f"{name}/2014", name)
+def test_a_data_set_of_tensorflow_datasets_is_known_by_its_configuration(config, monkeypatch):
+    """Earlier versions did not store it; with the version that they did store, theirs is completed."""
+    file, version = Path(config.data.latents) / "encoding.json", open_records(config.images).version
+
+    def encode_as(identity, version):
+        def opened(images):
+            source = open_records(images)
+            source.identity, source.version = identity, version
+            return source
+
+        monkeypatch.setattr(encoding, "open_records", opened)
+        return encode(config, config.data.latents)
+
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"source": "the data set coco"}))
+    with pytest.raises(UserError, match="source was the data set coco, is the data set coco/2014"):
+        encode_as("the data set coco/2014", "another version")
+    assert encode_as("the data set coco/2017", version)
+    assert json.loads(file.read_text())["source"] == "the data set coco/2017"
+    with pytest.raises(UserError, match="source was the data set coco/2017, is the data set coco/2014"):
+        encode_as("the data set coco/2014", version)
 
 
 def test_a_worker_does_not_complete_what_the_others_have_not_seen_changing(config, monkeypatch):

@@ -418,10 +418,12 @@ def test_tar_files_may_be_remote_and_keys_may_be_named(tmp_path):
 def test_a_picture_of_a_suffix_that_is_not_taken_is_named(tmp_path):
     """Its question would be one about nothing."""
     talk = json.dumps({"questions": [{"question": "What is shown?", "answer": "A cat."}]}).encode()
-    tar_of(tmp_path / "0.tar", [("0.gif", b""), ("0.json", talk), ("1.json", talk)])
+    named = [("0.gif", b""), ("0.json", talk), ("1.shown.jpg", b""), ("1.json", talk), ("2.json", talk)]
+    tar_of(tmp_path / "0.tar", named)
     records = open_records(settings(source="webdataset", name=str(tmp_path / "0.tar")))
-    shown, alone = records.read(None, ["0.tar"])
-    assert "its picture ends in .gif" in shown.problem and not alone.problem and alone.conversations
+    shown, longer, alone = records.read(None, ["0.tar"])
+    assert "its picture ends in .gif" in shown.problem and "its picture ends in .shown.jpg" in longer.problem
+    assert not alone.problem and alone.conversations
 
 
 def test_a_truncated_tar_file_is_named(tmp_path):

@@ -23,6 +23,7 @@ SETTINGS = {"type": "words", "words": WORDS, "images": 40, "prompts": 10}
         ("A large RED circle at the top left.", [0, 1]),
         ("a red circle at the top", [0, 0]),
         ("Red, a red circle at the top", [0, 0]),
+        ("a dıstant red circle at the TOP LEFT", [0, 1]),
         ("topless, reddish", None),  # parts of words do not count
         ("a blue circle at the left of a red one", None),  # two colours
         ("a red circle", None),

@@ -80,7 +80,7 @@ def test_the_same_seed_repeats_an_answer_and_another_seed_changes_it(answerer):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("top_p", [1e-40, 0.1, 0.5, 0.9, 1.0])
 def test_top_p_keeps_what_transformers_keeps(top_p):
     logits = np.random.default_rng(0).standard_normal((5, 200)).astype(np.float32) * 3
     expected = TopPLogitsWarper(top_p)(None, torch.tensor(logits)).numpy()

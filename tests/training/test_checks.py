@@ -30,7 +30,7 @@ QUIET = dict(pretrain__steps=0, train__steps=1000, train__warmup_steps=10, train
             ],
         ),
         ({"train__ema_decay": 0.9999, "train__steps": 20_000}, []),
-        ({"train__ema_decay": 0.0, "train__warmup_steps": 999}, []),
+        ({"train__ema_decay": 0.0, "train__warmup_steps": 1000}, []),
         (
             {"pretrain__steps": 10, "pretrain__warmup_steps": 11, "pretrain__ema_decay": 0.5},
             [

@@ -1,7 +1,6 @@
 """What `lattejax.encode` can read, one file each; `config.images.source` chooses."""
 
 import importlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -46,15 +45,6 @@ class Records(Protocol):
     def read(self, part: Part, names: Sequence[str]) -> Iterator[Item]:
         """Yields the records of a part, in order; bad ones with their `problem`. `names` are the part's, if the source
         names its records."""
-
-
-NUMBERS = re.compile(r"\{\d+\.\.\d+\}")  # of the files that a pattern names
-
-
-def same_source(one: str, other: str) -> bool:
-    """Whether two identities, `one` of them stored, are of the same data set. It may have grown since: {000..012}.tar,
-    then {000..015}.tar. Earlier versions stored names from tensorflow-datasets without the configuration."""
-    return NUMBERS.sub("*", one) == NUMBERS.sub("*", other) or other.startswith(f"{one}/")
 
 
 def open_records(images: Images) -> Records:

@@ -25,7 +25,8 @@ from lattejax.files import parse_json
 
 CHUNK = 1 << 20  # bytes
 IMAGES = ("jpg", "jpeg", "png", "webp")
-OTHER_IMAGES = {"bmp", "gif", "jfif", "jpe", "tif", "tiff", "avif", "heic", "jp2"}  # taken only if the config says so
+# Taken only if the config says so; as are names with a further point, such as 0.img.jpg.
+OTHER_IMAGES = {*IMAGES, "bmp", "gif", "jfif", "jpe", "tif", "tiff", "avif", "heic", "jp2"}
 TEXTS, BRACES = ("txt", "text", "caption"), re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -70,8 +71,11 @@ class WebDatasetRecords:
         if chosen.keys:
             return chosen
         image = next((key for key in IMAGES if key in record), "")
-        if not image and (others := sorted(record.keys() & OTHER_IMAGES)):
-            raise UserError(f"its picture ends in .{others[0]}, not in .{', .'.join(IMAGES)}; set images.image_key")
+        if not image and (others := sorted(key for key in record if key.rpartition(".")[2] in OTHER_IMAGES)):
+            raise UserError(
+                f"its picture ends in .{others[0]}, not in .{', .'.join(IMAGES)}; convert it, or set images.image_key "
+                "and the keys of the texts"
+            )
         in_json = (f"json/{key}" for key in ("text", "caption") if described.get(key))
         caption = next((key for key in TEXTS if key in record), next(in_json, ""))
         talks = [f"json/{key}" for key in ("questions", "conversations") if described.get(key)]
