@@ -18,7 +18,7 @@ from lattejax import cli
 from lattejax.configuration import DTYPES
 from lattejax.data.images import open_image
 from lattejax.data.prompts import ReadableImage, Turn
-from lattejax.errors import UserError
+from lattejax.errors import UserError, one_line
 from lattejax.ranges import Seed
 from lattejax.runs.run import Run
 from lattejax.sampling.answers import Answerer, Decoding, MaxTokens, Temperature, TopP
@@ -115,8 +115,10 @@ def converse(answerer: Answerer, decoding: Decoding, images: list[ReadableImage]
                 drawn = dataclasses.replace(decoding, seed=seed)
                 answer = print_stream(stream(conversations, question, drawn))
                 turns, images, asked = [*question, Turn("assistant", answer)], [], asked + 1
-        except UserError as error:
-            print(f"error: {error}")
+        except (UserError, ImportError) as error:  # a package for remote images is missing
+            print(one_line(f"error: {error}"))
+        except KeyboardInterrupt:
+            print()
 
 
 def stream(conversations: Conversations, turns: list[Turn], decoding: Decoding) -> Iterator[str]:

@@ -91,12 +91,18 @@ def check_files(directory: epath.Path, deep: bool = False) -> None:
     if is_remote(directory):
         return
     with readable(directory):
-        for entry in os.scandir(directory):
-            if entry.is_dir():
-                if deep:
-                    check_files(epath.Path(entry.path), deep)
-            elif not entry.is_file():
-                raise UserError(f"{entry.path} is not a file")
+        for path in _entries(directory, deep):
+            if not os.path.isfile(path) and os.path.lexists(path):
+                raise UserError(f"{path} is not a file")
+
+
+def _entries(directory: epath.PathLike, deep: bool) -> Iterator[str]:
+    for entry in os.scandir(directory):
+        if not entry.is_dir():
+            yield entry.path
+        elif deep:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile, as old checkpoints are
+                yield from _entries(entry.path, deep)
 
 
 @contextlib.contextmanager
@@ -162,27 +168,26 @@ def write_atomically(path: epath.Path, data: bytes) -> None:
 
     Writes of remote objects are atomic already; on a local disk a rename makes them so.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if is_remote(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         return
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")  # several processes may write one file
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(path) as file:
+        file.write(data)
 
 
 @contextlib.contextmanager
 def writing(path: epath.Path) -> Iterator[BinaryIO]:
     """Yields a file to write, which becomes `path` when the block succeeds: for what is too large for memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    target = path if is_remote(path) else path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    unique = secrets.token_hex(4)  # several processes may write one file
+    target = path if is_remote(path) else path.with_name(f"{path.name}.{unique}{TEMPORARY}")
     try:
         with target.open("wb") as file:
             yield file
+            if target != path:  # a file that is renamed sooner may be empty after a power failure
+                file.flush()
+                os.fsync(file.fileno())
         if target != path:
             target.replace(path)
     except BaseException:

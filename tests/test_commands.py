@@ -143,7 +143,7 @@ def test_a_chat_on_a_terminal_is_conditioned_on_earlier_turns(weights, digit):
     ours, theirs = pty.openpty()
     last_seed = ["--seed=4294967295"]  # each answer has its own, and these go round
     typed = f"Is this a three?\n/image nothing.png\n/image {digit}\nAnd this?\n/new\nIs this a three?\n\x04"
-    os.write(ours, b"caf\xc3\n" + typed.encode())
+    os.write(ours, b"caf\xc3\n/image caf\xe9.png\n" + typed.encode())
     chat = [f"--weights={weights}", "--dtype=float32", "--max_tokens=6", *last_seed]
     done = run_command("chat", *chat, stdin=theirs, env=ENVIRONMENT | {"PYTHONIOENCODING": "utf-8:strict"})
     assert done.returncode == 0, done.stderr
@@ -154,7 +154,8 @@ def test_a_chat_on_a_terminal_is_conditioned_on_earlier_turns(weights, digit):
     assert output.startswith("Type a question.")
     refused = f"error: there is no {pathlib.Path.cwd() / 'nothing.png'}\n"
     undecoded = "error: the text 'caf\\\\udcc3' is no Unicode: surrogates not allowed\n"
-    assert output.split("\n", 1)[1] == f"{undecoded}{first}\n{refused}{second}\n{first}\n\n"
+    missing = f"error: there is no {pathlib.Path.cwd()}/caf\\udce9.png\n"
+    assert output.split("\n", 1)[1] == f"{undecoded}{missing}{first}\n{refused}{second}\n{first}\n\n"
 
 
 # ---- Errors

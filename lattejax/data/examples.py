@@ -1,6 +1,7 @@
 """Training data of both stages: the interface of a data source, and the batching of its records."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +11,7 @@ from lattejax.configuration import Config
 from lattejax.data.chats import Bounds
 from lattejax.data.identity import Identity
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder, ReadableImage
+from lattejax.errors import UserError
 from lattejax.models.qwen2_vl import Prompts
 
 
@@ -111,6 +113,21 @@ def choose_prompt(drawing: Drawing, seed: int, position: int) -> Prompt:
     if len(drawing.prompts) == 1:
         return drawing.prompts[0]
     return drawing.prompts[np.random.default_rng((seed, position)).integers(len(drawing.prompts))]
+
+
+def seen_drawings(config: Config, drawings: Drawings) -> list[int] | None:
+    """The indices of the drawings to train on: of those none of whose captions matches `data.unseen`; None: all.
+
+    Raises:
+      UserError: there are none.
+    """
+    if not config.data.unseen:
+        return None
+    unseen = re.compile(config.data.unseen)
+    seen = [index for index, texts in enumerate(drawings.prompt_texts()) if not any(map(unseen.search, texts))]
+    if not seen and len(drawings):
+        raise UserError(f"config.data.unseen={config.data.unseen!r} matches all captions: nothing is left to train on")
+    return seen
 
 
 def image_batcher(

@@ -228,7 +228,7 @@ class StoredDrawings:
 
     def _prompts(self, picture: int, prompts: Any) -> Iterator[Prompt]:
         for text, shown in prompts:
-            yield Prompt(text, tuple(self._images(picture, i) for i in shown))
+            yield Prompt(text, tuple(self._images(picture, i) for i in shown) if self._encoder else ())
 
 
 def _chunks(values: Iterator[Any], size: int = 1024) -> Iterator[list[Any]]:

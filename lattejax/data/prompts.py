@@ -170,7 +170,8 @@ class PromptEncoder:
             }
             for role, content in chat
         ]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        with parsing("the chat, by its template,"):  # which may refuse it
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def check_length(self, prompts: Iterable[EncodedPrompt], length: int) -> None:
         """Raises `UserError` for a prompt that is longer than `length` tokens."""

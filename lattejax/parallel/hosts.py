@@ -1,10 +1,12 @@
 """Multi-process runs: connecting the processes, agreeing on values, and ending together."""
 
+import contextlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -103,6 +105,15 @@ def all_fail(name: str) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Within it, an error is printed and no more: the process ends afterwards in any case."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+
+
 def _watch_for_end() -> None:
     client = distributed.global_state.client
     while True:
@@ -117,7 +128,8 @@ def _watch_for_end() -> None:
             print(f"process {index} has ended all: {reason}", file=sys.stderr, flush=True)
             if int(code) != FAILED:
                 for finish in _before_end:
-                    finish()
+                    with reported():
+                        finish()
             _end_together(int(code))
         return
 

@@ -5,6 +5,7 @@ import re
 
 from etils import epath
 
+from lattejax.data.examples import seen_drawings
 from lattejax.data.stored import MANIFEST
 from lattejax.errors import UserError
 from lattejax.files import read_json, resolve_path
@@ -33,7 +34,9 @@ def data_facts(run: Run) -> DataFacts:
         source = open_data(run.config)
         if read_json(run.workdir.data).get("identity") not in source.identities:
             return DataFacts(unknown, problem="it has changed since the training")
-        pictures = len(source.drawings("train", run.encoder))
+        drawings = source.drawings("train", run.encoder)
+        seen = seen_drawings(run.config, drawings)
+        pictures = len(drawings) if seen is None else len(seen)
     except UserError:
         return DataFacts(unknown, problem="it could not be opened when this card was written")
     if data.source == "digits":

@@ -29,7 +29,6 @@ from lattejax.runs.run import Run
 from lattejax.runs.shapes import abstract_trained
 from lattejax.runs.workdir import Workdir
 from lattejax.weights import hugging_face, shards
-from lattejax.weights.pretrained import GENERATION
 from lattejax.weights.trees import byte_count
 
 
@@ -59,7 +58,8 @@ def export(run: Run, out: epath.PathLike, licence: str = UNKNOWN, scores: Sequen
         tokenizers.save(run.encoder.tokenizer, Workdir(directory).tokenizer)
         Identity.load(run.workdir.autoencoder).save(Workdir(directory).autoencoder)
         configuration.save(run.config, Workdir(directory).config)
-        _copy_generation(run, directory)
+        if run.generation_file.exists():
+            hugging_face.copy_files([run.generation_file], directory)
         card = model_card.write(run, resolve_path(out).name, licence, results, byte_count(params))
         write_atomically(directory / model_card.FILE, card.encode())
 
@@ -95,10 +95,3 @@ def _as_stored_before(run: Run, params: Params) -> Params:
 
     flat = traverse_util.flatten_dict(params, sep="/")
     return traverse_util.unflatten_dict({path: cast(path, x) for path, x in flat.items()}, sep="/")
-
-
-def _copy_generation(run: Run, directory: epath.Path) -> None:
-    converted = run.converted_vlm()
-    file = (run.workdir.path if converted is None else converted.directory) / GENERATION
-    if file.exists():
-        hugging_face.copy_files([file], directory)

@@ -28,7 +28,7 @@ from lattejax.runs.shapes import abstract_params, abstract_trained
 from lattejax.runs.workdir import Workdir
 from lattejax.weights import hugging_face, shards, trees
 from lattejax.weights.autoencoders import StoredAutoencoder
-from lattejax.weights.pretrained import Generation, Pretrained, is_converted
+from lattejax.weights.pretrained import GENERATION, Generation, Pretrained, is_converted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +121,13 @@ class Run:
 
     @functools.cached_property
     def generation(self) -> Generation:
-        """The decoding settings of the converted weights that the run uses, or the exported run used; else none."""
-        if self.is_export:
-            return Generation.read(self.workdir.path)
-        converted = self.converted_vlm()
-        return Generation() if converted is None else converted.generation
+        """The decoding settings of the checkpoint that the run or the exported run started from, if there is one."""
+        return Generation.read(self.generation_file.parent)
+
+    @property
+    def generation_file(self) -> epath.Path:
+        converted = None if self.is_export else self.converted_vlm()
+        return self.workdir.path / GENERATION if converted is None else converted.generation_file
 
     def refer_to(self, source: Pretrained) -> None:
         """Uses converted weights as those of the first stage, without copying them."""

@@ -4,6 +4,7 @@ config.json           the resolved config
 tokenizer/            the tokenizer, in transformers' format
 vlm/                  the VLM's weights at the end of the first stage, written once
 vlm.json              instead of vlm/, if converted weights are used unchanged: their path and hashes
+generation_config.json, of the checkpoint that the run started from: how it decodes
 autoencoder.json      the identity of the latents' autoencoder
 data.json             the identity of the data set
 checkpoints/<stage>/  the stage's latest checkpoints; damaged ones are moved to checkpoints/damaged/

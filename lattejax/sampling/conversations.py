@@ -215,8 +215,8 @@ class Conversations:
         if self._table is None:
             self._forget()
         if (more := slots - kept.slots_of(self._table)) > 0:
-            self._table = self._place(kept.with_more_slots(self._table, more))
-            self._images = self._place(jnp.pad(self._images, [(0, more), (0, 0)]))
+            table, images = kept.with_more_slots(self._table, more), jnp.pad(self._images, [(0, more), (0, 0)])
+            self._table, self._images = self._place(table), self._place(images)
 
     def _place(self, tree: kept.Table | jax.Array) -> kept.Table | jax.Array:
         """On all devices that hold the weights."""

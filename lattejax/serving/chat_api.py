@@ -48,7 +48,10 @@ class Completion:
                     if self._text.stopped:
                         self.finish_reason = "stop"
                         return
-        if rest := self._text.end():
+        rest = self._text.end()
+        if self._text.stopped:
+            self.finish_reason = "stop"
+        if rest:
             yield rest, []
 
     def _describe(self, token: int, logprob: float, others: list[tuple[int, float]]) -> dict[str, Any]:

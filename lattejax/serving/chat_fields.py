@@ -1,6 +1,7 @@
 """The fields of a chat request: its messages as turns, and how the answer is decoded."""
 
 import dataclasses
+import math
 from typing import Annotated, Any
 
 from lattejax.data.prompts import EncodedPrompt, PromptEncoder, Turn
@@ -10,13 +11,12 @@ from lattejax.sampling.kept_tokens import MOST_LOGPROBS
 from lattejax.serving import pictures
 from lattejax.serving.errors import ApiError
 from lattejax.serving.fields import Fields
-from lattejax.serving.limits import Limits
+from lattejax.serving.limits import CHARACTERS_PER_TOKEN, Limits
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 ONLY_ZERO = ("frequency_penalty", "presence_penalty")
 OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "name")  # of messages, without effect
-CHARACTERS_PER_TOKEN = 32  # no text of more is read
 MOST_STOPS = 4
 
 Content = str | list[str | tuple[str, str]]  # texts, and the data URI of each image with the name of its field
@@ -156,6 +156,9 @@ def encode(encoder: PromptEncoder, asked: Asked, limits: Limits) -> EncodedPromp
         if isinstance(value, str):
             return value
         sent.append(pictures.from_data_uri(value[0], limits.image_pixels, value[1]))
+        if (total := sum(math.prod(one.size) for one in sent)) > limits.request_pixels:
+            text = f"the images have {total:,} pixels; at most {limits.request_pixels:,} are read"
+            raise ApiError(413, text, value[1], "image_too_large")
         return encoder.image_of_size(*sent[-1].size)
 
     prompt = encoder.chat([Turn(role, tuple(map(part, content))) for role, content in asked.messages])

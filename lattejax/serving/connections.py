@@ -1,4 +1,4 @@
-"""Connections whose clients must send a request's head in time. uvicorn waits for it without end."""
+"""Connections whose clients must send a request's head in time, and read the response. uvicorn waits without end."""
 
 import asyncio
 from typing import Any
@@ -11,15 +11,19 @@ class Connection(H11Protocol):
 
     The first head counts from the connection on; a later one, from its first bytes. Before these, uvicorn's own timeout
     for idle connections holds.
+
+    When a response has been written, or the connection is to be closed, it is ended if the client reads nothing of the
+    rest for `client_seconds`. Until then `Front` watches.
     """
 
     def __init__(self, client_seconds: float, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
-        self._client_seconds, self._waiting = client_seconds, None
+        self._client_seconds, self._waiting, self._draining = client_seconds, None, None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._watch()
+        self._watch_rest(0)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -27,11 +31,23 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
+        self._draining.cancel()
         super().connection_lost(exc)
 
+    @property
+    def _is_responding(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _watch_rest(self, before: int) -> None:
+        """`before`: how many bytes of the rest were to be read `client_seconds` ago; 0: none, or it still grew."""
+        rest = self.transport.get_write_buffer_size()
+        if 0 < before <= rest:
+            self.transport.abort()
+        grows = self._is_responding and not self.transport.is_closing()
+        self._draining = self.loop.call_later(self._client_seconds, self._watch_rest, 0 if grows else rest)
+
     def _watch(self) -> None:
-        has_head = self.cycle is not None and not self.cycle.response_complete
-        if has_head or self.timeout_keep_alive_task is not None:
+        if self._is_responding or self.timeout_keep_alive_task is not None:
             self._forget()
         elif self._waiting is None:
             self._waiting = self.loop.call_later(self._client_seconds, self.transport.close)

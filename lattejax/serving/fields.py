@@ -111,6 +111,10 @@ async def read_fields(request: Request, limits: Limits) -> Fields:
         raise ApiError(408, f"the body has not come within {limits.client_seconds:g} seconds") from None
     except ClientDisconnect:
         raise ClientGone from None
+    if sum(map(body.count, (b"{", b"[", b","))) > limits.marks:
+        raise ApiError(
+            413, f"the body has more than {limits.marks:,} braces, brackets and commas", code="body_too_large"
+        )
     try:
         return Fields(json.loads(body, parse_constant=_no_number))
     except (ValueError, RecursionError) as error:

@@ -19,12 +19,11 @@ from lattejax.serving.errors import ApiError
 from lattejax.serving.events import event, stream
 from lattejax.serving.fields import Fields, read_fields
 from lattejax.serving.jobs import Drawing, Picture, Progress
-from lattejax.serving.limits import Limits
+from lattejax.serving.limits import CHARACTERS_PER_TOKEN, Limits
 from lattejax.serving.service import Listener, Service, now
 
 ENDPOINT = "images"
 WITHOUT_EFFECT = ("quality", "style", "moderation", "user")  # of OpenAI's models
-CHARACTERS_PER_TOKEN = 32  # no text of more is read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,8 @@ Count = Annotated[int, Range(1, 1024)]
 Seconds = Annotated[float, Range(0, 86_400, above=True)]
 Bytes = Annotated[int, Range(1024, 2**30)]
 Tokens = Annotated[int, Range(16, MOST_POSITIONS)]
+CHARACTERS_PER_TOKEN = 32  # no text of more is read
+MARKS_PER_PART = 40  # braces, brackets and commas around a part of a conversation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Limits:
     pictures: Count = 32  # in flight
     body_bytes: Bytes = 20 * 2**20
     image_pixels: Annotated[int, Range(1, 2**28)] = 16_000_000  # of an image that is sent, before it is decoded
+    request_pixels: Annotated[int, Range(1, 2**30)] = 64_000_000  # of all images of a request
     queue: Annotated[int, Range(1, 100_000)] = 64  # requests that wait
     queue_seconds: Seconds = 60  # that one may wait
     client_seconds: Seconds = 30  # for a client to send its request, or to take a part of the response
@@ -36,6 +39,18 @@ class Limits:
                 f"images_per_request={self.images_per_request} must be at most pictures={self.pictures}, which are in "
                 "flight at a time"
             )
+
+        if self.image_pixels > self.request_pixels:
+            raise ValueError(
+                f"image_pixels={self.image_pixels} must be at most request_pixels={self.request_pixels}, which are of "
+                "all images of a request"
+            )
+
+    @property
+    def marks(self) -> int:
+        """Braces, brackets and commas in a body. Parsing one of these alone would stop the server for seconds."""
+        characters = CHARACTERS_PER_TOKEN * (self.context_tokens + 2 * self.prompt_tokens)
+        return characters + MARKS_PER_PART * self.context_tokens
 
     @property
     def step_rows(self) -> Size:

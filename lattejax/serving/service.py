@@ -58,7 +58,10 @@ class Service:
         self._in_preparation += 1
         request.state.waits_since = time.monotonic()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *arguments)
+            async with asyncio.timeout(self.limits.queue_seconds):
+                return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *arguments)
+        except TimeoutError:
+            raise failure(Failed(LATE)) from None
         except UserError as error:
             raise ApiError(400, str(error)) from None
         finally:
@@ -112,13 +115,12 @@ class Listener:
           ApiError: the job has failed.
           ClientGone: the client has closed the connection.
         """
-        gone = asyncio.ensure_future(self._gone())
+        gone, event = asyncio.ensure_future(self._gone()), None
         try:
             while True:
                 event = asyncio.ensure_future(self._queue.get())
                 await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if not event.done():
-                    event.cancel()
                     raise ClientGone
                 if isinstance(event.result(), Failed):
                     raise failure(event.result())
@@ -130,6 +132,8 @@ class Listener:
             raise
         finally:
             gone.cancel()
+            if event is not None:
+                event.cancel()
             self.job.cancel()
 
     async def _gone(self) -> None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from lattejax import configuration
 from lattejax.configuration import Config
 from lattejax.data import tokenizer as tokenizers
-from lattejax.data.examples import Source
+from lattejax.data.examples import Source, seen_drawings
 from lattejax.data.identity import Identity
 from lattejax.data.prompts import PromptEncoder
 from lattejax.errors import UserError
@@ -19,7 +19,7 @@ from lattejax.models.generation_layer import RESIDUAL_ATTENTION
 from lattejax.runs.run import Run, open_vlm
 from lattejax.runs.shapes import abstract_trained
 from lattejax.runs.workdir import Workdir
-from lattejax.training.generation_stage import caption_prompts, seen_drawings
+from lattejax.training.generation_stage import caption_prompts
 from lattejax.weights import shards, trees
 from lattejax.weights.pretrained import Pretrained
 

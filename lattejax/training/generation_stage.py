@@ -1,6 +1,5 @@
 """The second stage: flow matching."""
 
-import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,10 +9,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from lattejax.configuration import Config
-from lattejax.data.examples import Drawings, image_batcher
+from lattejax.data.examples import image_batcher, seen_drawings
 from lattejax.data.pipeline import Batches, Streams
 from lattejax.data.prompts import PromptEncoder
-from lattejax.errors import UserError
 from lattejax.evaluation.held_out import HeldOutLoss
 from lattejax.evaluation.protocol import Report, Subject
 from lattejax.evaluation.registry import due, open_evaluators, take_scores
@@ -109,21 +107,6 @@ def generation_recipe(run: Run, key: jax.Array) -> StageRecipe:
         flops_per_example=generation_flops(config, len(source.captions)),
         profile=config.profile,
     )
-
-
-def seen_drawings(config: Config, drawings: Drawings) -> list[int] | None:
-    """The indices of the drawings to train on: of those none of whose captions matches `data.unseen`; None: all.
-
-    Raises:
-      UserError: there are none.
-    """
-    if not config.data.unseen:
-        return None
-    unseen = re.compile(config.data.unseen)
-    seen = [index for index, texts in enumerate(drawings.prompt_texts()) if not any(map(unseen.search, texts))]
-    if not seen and len(drawings):
-        raise UserError(f"config.data.unseen={config.data.unseen!r} matches all captions: nothing is left to train on")
-    return seen
 
 
 def flow_loss(config: Config) -> FlowLoss:

@@ -99,7 +99,8 @@ class InterruptGuard:
                 self._stop(received[0])
         while self._at_once and not self._ended.is_set():
             if (finish := self._finish) is not None:
-                finish()
+                with hosts.reported():
+                    finish()
                 hosts.end(Interrupted(self.signum))
             time.sleep(SECONDS_BETWEEN_CHECKS)
 

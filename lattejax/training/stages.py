@@ -36,7 +36,7 @@ from lattejax.training.loop import run_stage
 from lattejax.training.metrics import RunClock
 from lattejax.training.scores import final_scores
 from lattejax.training.vlm_stage import first_vlm, vlm_recipe
-from lattejax.weights import trees
+from lattejax.weights import hugging_face, trees
 from lattejax.weights.autoencoders import StoredAutoencoder
 from lattejax.weights.pretrained import Pretrained
 
@@ -103,6 +103,7 @@ def converted_vlm(config: Config) -> Pretrained | None:
 def own_workdir(config: Config, path: epath.PathLike, *, vlm_alone: bool = False) -> Iterator[tuple[Run, RunClock]]:
     """Opens a run that this job alone writes, until the block ends; see `open_workdir`."""
     with Workdir.at(path).writing() if hosts.is_first() else contextlib.nullcontext():
+        hosts.wait_for_all("the workdir is held")  # leftovers are removed, and nobody else writes
         yield open_workdir(config, path, vlm_alone=vlm_alone)
 
 
@@ -131,8 +132,16 @@ def open_workdir(config: Config, path: epath.PathLike, *, vlm_alone: bool = Fals
     hosts.wait_for_all("the workdir is checked")
     if is_new and hosts.is_first():
         tokenizers.save(encoder.tokenizer, workdir.tokenizer)
+        _copy_decoding(config, workdir)
         autoencoder.save(workdir.autoencoder)
         write_atomically(workdir.data, (json.dumps({"identity": source.identities[0]}) + "\n").encode())
         configuration.save(config, workdir.config)
     hosts.wait_for_all("the workdir is initialized")
     return dataclasses.replace(Run.open(workdir.path, mesh), config=config), RunClock(workdir)
+
+
+def _copy_decoding(config: Config, workdir: Workdir) -> None:
+    """Copies how the VLM that the run starts from decodes."""
+    if config.pretrain.init_from:
+        file = open_vlm(config.pretrain.init_from).generation_file
+        hugging_face.copy_files([file] if file.exists() else [], workdir.path)

@@ -97,6 +97,10 @@ class Pretrained:
     def encoder(self) -> PromptEncoder:
         return read_encoder(self.directory, self.vlm_config, self.generation)
 
+    @property
+    def generation_file(self) -> epath.Path:
+        return self.directory / GENERATION
+
     @functools.cached_property
     def generation(self) -> "Generation":
         return Generation.read(self.directory)

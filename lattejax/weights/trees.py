@@ -42,7 +42,7 @@ def save_weights(path: epath.Path, params: Any) -> None:
     if hosts.is_first():
         check_space(path, byte_count(params), f"{path}, with its weights,")
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, params)
+        checkpointer.save(path, params, force=True)  # over what a killed process has left in remote storage
 
 
 def check_shapes(theirs: Any, ours: Any, name: str) -> None:

@@ -209,6 +209,13 @@ def test_many_captions_at_once_give_the_same_prompts(part):
             encoder.drawings(["good", bad])
 
 
+def test_a_chat_that_the_template_refuses_is_named():
+    encoder = encoder_for(CONFIG)
+    encoder.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match=r"the chat, by its template, cannot be read: .*: roles must alternate"):
+        encoder.chat([Turn("user", "a"), Turn("user", "b")])
+
+
 @pytest.mark.parametrize("part", ["part.text", "part.text | trim"])
 def test_special_tokens_that_a_text_spells_out_are_text(part):
     """The tokens of the template stay; those of the text are the bytes that it spells. Without special tokens in it, a

@@ -1,5 +1,6 @@
 """An export is a repository of the hub: it draws what the run draws, and its card says what was measured of it."""
 
+import dataclasses
 import json
 import shutil
 from typing import Any
@@ -15,6 +16,7 @@ from lattejax.evaluation.adm import ReferenceFile
 from lattejax.files import resolve_path
 from lattejax.flow.schedule import Sampling
 from lattejax.runs.data import open_data
+from lattejax.runs.data_facts import data_facts
 from lattejax.runs.licences import IDENTIFIERS
 from lattejax.runs.publishing import export
 from lattejax.runs.run import Run, open_vlm
@@ -168,6 +170,20 @@ def test_an_export_ends_answers_where_its_checkpoint_did(run, tmp_path):
     settings = tmp_path / "mine" / "generation_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": 7}))
     assert Run.open(tmp_path / "mine").encoder.stop_tokens == (run.encoder.stop_tokens[0], 7)
+
+
+def test_a_run_that_starts_from_an_export_decodes_as_it_does(run, tmp_path):
+    export(run, tmp_path / "mine")
+    settings = dict(pretrain__init_from=str(tmp_path / "mine"), model__text__vocab_size=checkpoints.VOCABULARY)
+    config = tiny_config(**SETTINGS | settings | dict(train__steps=0))
+    stages.train(config, tmp_path / "run", InterruptGuard())
+    assert Run.open(tmp_path / "run").generation == run.generation
+
+
+def test_pictures_that_are_kept_from_training_are_not_counted(run):
+    data = dataclasses.replace(run.config.data, unseen="seven$")
+    fewer = data_facts(dataclasses.replace(run, config=dataclasses.replace(run.config, data=data)))
+    assert 0 < fewer.pictures < data_facts(run).pictures
 
 
 def test_an_export_with_a_damaged_card_is_one_line(run, tmp_path):

@@ -9,6 +9,7 @@ from lattejax.data import digits
 from lattejax.data.prompts import Turn
 from lattejax.errors import UserError
 from lattejax.models import qwen2_vl
+from lattejax.sampling import kept_tokens
 from lattejax.sampling.answers import Answerer, Decoding
 from lattejax.sampling.conversations import Conversations
 from lattejax.sampling.padding import padded
@@ -184,12 +185,26 @@ def test_an_interrupted_call_forgets_and_the_next_answer_is_right(call, monkeypa
     ours, (prompt, without_image, *_) = conversations(1.3), prompts()
     list(ours.tokens(without_image, Decoding(3)))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(
-            f"lattejax.sampling.kept_tokens.{call}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        patched.setattr(kept_tokens, call, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         list(ours.tokens(prompt, Decoding(3)))
     for each in (without_image, prompt):
         assert list(ours.tokens(each, Decoding(3))) == expected(each, Decoding(3), 1.3)
+
+
+def test_an_interrupt_while_the_table_grows_leaves_the_table_and_the_images_alike(monkeypatch):
+    ours = conversations()
+    list(ours.tokens(prompts()[1], Decoding(1)))
+    slots, place = kept_tokens.slots_of(ours._table), ours._place
+
+    def interrupted(tree):
+        if isinstance(tree, jax.Array):  # the images
+            raise KeyboardInterrupt
+        return place(tree)
+
+    monkeypatch.setattr(ours, "_place", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ours._grow(slots + 8)
+    assert kept_tokens.slots_of(ours._table) == slots
 
 
 def test_nothing_is_compiled_after_everything_was():

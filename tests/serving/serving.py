@@ -37,6 +37,7 @@ LIMITS = Limits(
     pictures=6,
     body_bytes=200_000,
     image_pixels=10_000,
+    request_pixels=60_000,
     queue=4,
     queue_seconds=30,
     client_seconds=2,

@@ -1,5 +1,6 @@
 """The API, driven by OpenAI's client, against what the library computes; and its errors."""
 
+import asyncio
 import base64
 import contextlib
 import dataclasses
@@ -10,6 +11,7 @@ import re
 import socket
 import threading
 import time
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import jax
@@ -18,6 +20,7 @@ import openai
 import pytest
 import uvicorn
 from PIL import Image
+from starlette.requests import Request
 
 from lattejax.data import digits
 from lattejax.data.prompts import Turn
@@ -30,6 +33,7 @@ from lattejax.serving.errors import ApiError
 from lattejax.serving.fields import Fields
 from lattejax.serving.front import Front
 from lattejax.serving.metrics import Metrics
+from lattejax.serving.service import Listener
 from tests.serving.serving import LIMITS, USUAL, data_uri, make_service, pixels, serving
 from tests.serving.test_engine import CONFIGS, ENCODER, sampler
 
@@ -251,7 +255,7 @@ BAD = {
     "no JSON": (IMAGES, b"{", 400, None, "is no JSON"),
     "no object": (IMAGES, [1], 400, None, "must be an object"),
     "NaN": (IMAGES, b'{"prompt": NaN}', 400, None, "NaN is no number"),
-    "nested deeply": (IMAGES, b"[" * 100_000, 400, None, "is no JSON"),
+    "nested deeply": (IMAGES, b"[" * 10_000, 400, None, "is no JSON"),
     "a number of many digits": (IMAGES, b'{"n": ' + b"9" * 5000 + b"}", 400, None, "is no JSON"),
     "no UTF-8": (IMAGES, b'{"prompt": "\xff"}', 400, None, "is no JSON"),
     "half a character": (IMAGES, rb'{"prompt": "\ud800"}', 400, None, "is no Unicode"),
@@ -307,6 +311,14 @@ BAD = {
         "messages.0.content.0.image_url.url",
         "pixels",
     ),
+    "seven large images": (
+        CHAT,
+        parts(7, {"type": "image_url", "image_url": {"url": data_uri(Image.new("1", (100, 90)))}}),
+        413,
+        "messages.0.content.6.image_url.url",
+        "the images have 63,000 pixels; at most 60,000",
+    ),
+    "many small values": (CHAT, {"messages": [{}] * 10_000}, 413, None, "braces, brackets and commas"),
     "long conversation": (
         CHAT,
         {"messages": [{"role": "user", "content": "seven " * 300}]},
@@ -370,25 +382,66 @@ def test_to_whom_requests_must_be_addressed(host, key, local_host, is_let_in):
         front._check({"type": "http", "path": "/health", "headers": [(b"host", host.encode())]})
 
 
-def test_a_connection_without_a_complete_head_is_closed():
+HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@contextlib.contextmanager
+def connections(body):
+    """A server of connections whose clients have 0.3 seconds; yields it and its address."""
+
     async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
-        await send({"type": "http.response.body", "body": b"x"})
+        length = str(len(body)).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        await send({"type": "http.response.body", "body": body})
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         http = functools.partial(Connection, 0.3)
         server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="critical", lifespan="off", ws="none"))
         threading.Thread(target=server.run, args=([listening],), daemon=True).start()
-        head = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
-        for sent in (b"", head, head + b"\r\n"):
-            with socket.create_connection(listening.getsockname(), timeout=4) as own:
+        yield server, listening.getsockname()
+        server.should_exit = True
+
+
+def test_a_connection_without_a_complete_head_is_closed():
+    with connections(b"x") as (_, address):
+        for sent in (b"", HEAD, HEAD + b"\r\n"):
+            with socket.create_connection(address, timeout=4) as own:
                 own.sendall(sent)
                 if sent.endswith(b"\r\n\r\n"):  # after a complete request, the beginning of another
                     while not own.recv(1000).endswith(b"x"):
                         pass
-                    own.sendall(head)
+                    own.sendall(HEAD)
                 assert own.recv(1000) == b""
-        server.should_exit = True
+
+
+def test_a_response_that_is_not_read_ends_its_connection():
+    """One that is read slowly does not end; this one takes longer than a second."""
+    with (
+        connections(bytes(20_000_000)) as (server, address),
+        socket.create_connection(address, timeout=4) as slow,
+        socket.create_connection(address) as stuck,
+    ):
+        slow.sendall(HEAD + b"\r\n"), stuck.sendall(HEAD + b"\r\n")
+        received = 0
+        while received < 20_000_000:
+            received += len(slow.recv(1_000_000, socket.MSG_WAITALL))
+            time.sleep(0.05)
+        wait_for(lambda: len(server.server_state.connections) == 1)
+
+
+def test_a_request_whose_client_leaves_while_it_waits_leaves_no_task():
+    async def cancelled():
+        request = Request({"type": "http", "state": {}}, asyncio.Event().wait)
+        listener = Listener(request)
+        listener.job = SimpleNamespace(cancel=lambda: None)
+        waiting = asyncio.ensure_future(anext(listener.events()))
+        await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) > 2
+        waiting.cancel()
+        await asyncio.sleep(0.1)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert not asyncio.run(cancelled())
 
 
 def test_no_page_of_another_name_and_no_form_reaches_a_local_server(url):
