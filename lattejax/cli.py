@@ -258,7 +258,7 @@ def check_config_flags(arguments: list[str], section: str = "", others: tuple[st
     """
     for argument in arguments:
         name, _, value = argument.lstrip("-").partition("=")
-        if name == "config" and not Path(value.partition(":")[0]).is_file():
+        if name == "config" and not os.path.isfile(value.partition(":")[0]):
             raise UserError(f"--config={value}: there is no such file")
         if name.startswith(f"config.{section}"):
             configuration.check_key(name.removeprefix(f"config.{section}"))

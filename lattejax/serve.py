@@ -39,7 +39,7 @@ TEXTS = {
     "pictures": "Pictures in flight.",
     "body_bytes": "Bytes of a request.",
     "image_pixels": "Pixels of an image that is sent.",
-    "request_pixels": "Pixels of all images of a request.",
+    "request_pixels": "Pixels of all images of a request; at least those of one.",
     "queue": "Requests that wait; more are refused with 429.",
     "queue_seconds": "How long a request may wait.",
     "client_seconds": "How long a client may take to send its request, or to read a part of the response.",

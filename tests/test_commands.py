@@ -382,7 +382,10 @@ BAD_INPUT = {
         ["evaluate", "--workdir={workdir}", "--reference={tmp}/a.npz", "--out={tmp}/a.json", "--guidance=1,-1"],
         "--guidance=1,-1 must be numbers",
     ),
-    "a config with a very long name": (["train", f"--config={'a' * 300}", "--workdir={tmp}/run"], "aaa"),
+    "a config with a very long name": (
+        ["train", f"--config={'a' * 300}", "--workdir={tmp}/run"],
+        "there is no such file",
+    ),
     "a reference that is no .npz": (
         ["evaluate", "--make_reference={tmp}", "--image_size=8", "--out={tmp}/a.json"],
         "must end in .npz",

@@ -8,6 +8,7 @@ import functools
 import itertools
 import re
 import tempfile
+import threading
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ with epy.lazy_imports():  # slow to import, and error paths do not need it
 
 LAST_FILE = "tokenizer_config.json"
 PROCESSOR_TEMPLATE = "chat_template.json"
+COPYING = threading.Lock()  # so that threads share one copy, see `_without_special_tokens`
 
 IMAGE_PAD, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 TURN_START, TURN_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -175,7 +177,9 @@ def tokenize_marked(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
 
 def tokenize_plain(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokenises a text in which no special token is special."""
-    return _without_special_tokens(tokenizer)(text, add_special_tokens=False)["input_ids"]
+    with COPYING:
+        plain = _without_special_tokens(tokenizer)
+    return plain(text, add_special_tokens=False)["input_ids"]
 
 
 @functools.lru_cache(maxsize=16)

@@ -156,8 +156,9 @@ def encode(encoder: PromptEncoder, asked: Asked, limits: Limits) -> EncodedPromp
         if isinstance(value, str):
             return value
         sent.append(pictures.from_data_uri(value[0], limits.image_pixels, value[1]))
-        if (total := sum(math.prod(one.size) for one in sent)) > limits.request_pixels:
-            text = f"the images have {total:,} pixels; at most {limits.request_pixels:,} are read"
+        most = max(limits.request_pixels, limits.image_pixels)
+        if (total := sum(math.prod(one.size) for one in sent)) > most:
+            text = f"the images have {total:,} pixels; at most {most:,} are read"
             raise ApiError(413, text, value[1], "image_too_large")
         return encoder.image_of_size(*sent[-1].size)
 

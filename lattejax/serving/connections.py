@@ -1,6 +1,10 @@
 """Connections whose clients must send a request's head in time, and read the response. uvicorn waits without end."""
 
 import asyncio
+import fcntl
+import struct
+import sys
+import termios
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -23,7 +27,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._watch()
-        self._watch_rest(0)
+        self._watch_rest(0, None)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -38,13 +42,22 @@ class Connection(H11Protocol):
     def _is_responding(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _watch_rest(self, before: int) -> None:
-        """`before`: how many bytes of the rest were to be read `client_seconds` ago; 0: none, or it still grew."""
-        rest = self.transport.get_write_buffer_size()
-        if 0 < before <= rest:
+    def _watch_rest(self, before: int, of: Any) -> None:
+        """`before`: how many bytes of the response `of` were to be read `client_seconds` ago; 0: none, or it grew."""
+        rest = self.transport.get_write_buffer_size() + self._queued
+        if of is self.cycle and 0 < before <= rest:
             self.transport.abort()
+            return
         grows = self._is_responding and not self.transport.is_closing()
-        self._draining = self.loop.call_later(self._client_seconds, self._watch_rest, 0 if grows else rest)
+        self._draining = self.loop.call_later(self._client_seconds, self._watch_rest, 0 if grows else rest, self.cycle)
+
+    @property
+    def _queued(self) -> int:
+        """Bytes that Linux holds, and the client has not acknowledged: they go in smaller steps than the rest."""
+        fileno = self.transport.get_extra_info("socket").fileno()
+        if fileno < 0 or sys.platform != "linux":
+            return 0
+        return struct.unpack("i", fcntl.ioctl(fileno, termios.TIOCOUTQ, bytes(4)))[0]
 
     def _watch(self) -> None:
         if self._is_responding or self.timeout_keep_alive_task is not None:

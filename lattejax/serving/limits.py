@@ -27,7 +27,7 @@ class Limits:
     pictures: Count = 32  # in flight
     body_bytes: Bytes = 20 * 2**20
     image_pixels: Annotated[int, Range(1, 2**28)] = 16_000_000  # of an image that is sent, before it is decoded
-    request_pixels: Annotated[int, Range(1, 2**30)] = 64_000_000  # of all images of a request
+    request_pixels: Annotated[int, Range(1, 2**30)] = 64_000_000  # of all images of a request; at least image_pixels
     queue: Annotated[int, Range(1, 100_000)] = 64  # requests that wait
     queue_seconds: Seconds = 60  # that one may wait
     client_seconds: Seconds = 30  # for a client to send its request, or to take a part of the response
@@ -38,12 +38,6 @@ class Limits:
             raise ValueError(
                 f"images_per_request={self.images_per_request} must be at most pictures={self.pictures}, which are in "
                 "flight at a time"
-            )
-
-        if self.image_pixels > self.request_pixels:
-            raise ValueError(
-                f"image_pixels={self.image_pixels} must be at most request_pixels={self.request_pixels}, which are of "
-                "all images of a request"
             )
 
     @property

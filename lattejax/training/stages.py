@@ -36,9 +36,9 @@ from lattejax.training.loop import run_stage
 from lattejax.training.metrics import RunClock
 from lattejax.training.scores import final_scores
 from lattejax.training.vlm_stage import first_vlm, vlm_recipe
-from lattejax.weights import hugging_face, trees
+from lattejax.weights import trees
 from lattejax.weights.autoencoders import StoredAutoencoder
-from lattejax.weights.pretrained import Pretrained
+from lattejax.weights.pretrained import GENERATION, Pretrained
 
 
 def train(config: Config, path: epath.PathLike, guard: InterruptGuard) -> dict[str, Any]:
@@ -141,7 +141,9 @@ def open_workdir(config: Config, path: epath.PathLike, *, vlm_alone: bool = Fals
 
 
 def _copy_decoding(config: Config, workdir: Workdir) -> None:
-    """Copies how the VLM that the run starts from decodes."""
-    if config.pretrain.init_from:
-        file = open_vlm(config.pretrain.init_from).generation_file
-        hugging_face.copy_files([file] if file.exists() else [], workdir.path)
+    """Copies how the VLM that the run starts from decodes. What another start has left is removed."""
+    source = open_vlm(config.pretrain.init_from).generation_file if config.pretrain.init_from else None
+    if source is not None and source.exists():
+        write_atomically(workdir.path / GENERATION, source.read_bytes())
+    else:
+        (workdir.path / GENERATION).unlink(missing_ok=True)

@@ -284,12 +284,12 @@ def test_a_data_set_of_tensorflow_datasets_is_known_by_its_configuration(config,
         return encode(config, config.data.latents)
 
     file.write_text(json.dumps(json.loads(file.read_text()) | {"source": "the data set coco"}))
-    with pytest.raises(UserError, match="source was the data set coco, is the data set coco/2014"):
-        encode_as("the data set coco/2014", "another version")
-    assert encode_as("the data set coco/2017", version)
-    assert json.loads(file.read_text())["source"] == "the data set coco/2017"
-    with pytest.raises(UserError, match="source was the data set coco/2017, is the data set coco/2014"):
-        encode_as("the data set coco/2014", version)
+    with pytest.raises(UserError, match="source was the data set coco, is the data set coco:2014"):
+        encode_as("the data set coco:2014", "another version")
+    assert encode_as("the data set coco:2017", version)
+    assert json.loads(file.read_text())["source"] == "the data set coco:2017"
+    with pytest.raises(UserError, match="source was the data set coco:2017, is the data set coco:2014"):
+        encode_as("the data set coco:2014", version)
 
 
 def test_a_worker_does_not_complete_what_the_others_have_not_seen_changing(config, monkeypatch):

@@ -45,7 +45,7 @@ class DatasetRecords:
         if images.conversations_key:
             self._feature(images.conversations_key, (tfds.features.FeaturesDict,))
         self.sizes = {name: split.num_examples for name, split in info.splits.items()}
-        self.identity = f"the data set {'/'.join(filter(None, (info.name, info.config_name)))}"
+        self.identity = f"the data set {':'.join(filter(None, (info.name, info.config_name)))}"
         self.version = info.full_name
 
     def _feature(self, path: str, kinds: tuple[type, ...]) -> Any:
