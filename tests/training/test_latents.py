@@ -106,6 +106,8 @@ def test_a_frozen_vlm_is_referred_to_and_a_trained_one_is_not(config, finished, 
     (tmp_path / "config.json").write_text(json.dumps(values))
     shutil.copy(finished / "vlm.json", tmp_path)
     blend = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, init_from=str(tmp_path)))
+    assert stages.converted_vlm(blend).directory == source.directory, "it has not been trained yet"
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
     assert stages.converted_vlm(blend) is None
 
     (tmp_path / "vlm.json").write_text(json.dumps({"path": str(source.directory), "sha256": {}}))
