@@ -45,7 +45,7 @@ def check_same(out: epath.Path, settings: dict[str, Any], version: str) -> None:
             f"--out={out} was written by another version of lattejax; training reads it, but encode into another --out"
         )
     pairs = {key: (theirs.get(key), value) for key, value in settings.items()}
-    was, now = pairs["source"]
+    was, now = map(str, pairs["source"])
     # Earlier versions stored names from tensorflow-datasets without the configuration, which the source's version has.
     is_former = now.startswith(f"{was}:") and written_versions(out) <= {version}
     if is_former or NUMBERS.sub("*", was) == NUMBERS.sub("*", now):  # it may have grown: {000..012}.tar, {000..015}.tar
