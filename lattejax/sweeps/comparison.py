@@ -17,6 +17,7 @@ from lattejax.runs.records import read_records
 from lattejax.runs.run import Run
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NOT_SCORES = ("stage", "step", "seconds", "variant", "steps", "seconds_per_image")  # keys of a record
@@ -30,6 +31,12 @@ def common_scores(records: Iterable[dict[str, Any]]) -> list[str]:
         for name, value in first.items()
         if isinstance(value, int | float) and name not in NOT_SCORES and all(name in other for other in others)
     ]
+
+
+def _curves(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The scores to plot: those that all records have, but for what never changes, as a reader's own accuracy."""
+    known = common_scores(records)
+    return [name for name in known if len({record[name] for record in records}) > 1] or known
 
 
 def write_comparison(directory: epath.Path, runs: dict[tuple[str, int], Run]) -> str:
@@ -90,33 +97,45 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _panels(scores: Sequence[str]) -> tuple["Figure", list["Axes"]]:
+    """A figure, and axes in it for each score, in rows of three."""
+    rows, columns = -(-len(scores) // 3), min(3, len(scores))
+    figure = new_figure(4.3 * columns, 4 * rows)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in panels[len(scores) :]:
+        unused.remove()
+    for axes, score in zip(panels, scores, strict=False):
+        axes.set_title(score.replace("_", " "))
+    return figure, panels[: len(scores)]
+
+
 def _by_training_steps(variants: Sequence[str], evaluations: dict) -> "Figure":
     """Scores by training step: the mean over seeds, and their range."""
-    known = common_scores(record for own in evaluations.values() for record in own)
-    figure = new_figure(4.3 * len(known), 4)
-    for axes, score in zip(figure.subplots(1, len(known), squeeze=False)[0], known, strict=True):
+    known = _curves([record for own in evaluations.values() for record in own])
+    figure, panels = _panels(known)
+    for axes, score in zip(panels, known, strict=True):
         for variant in variants:
             curves = [own for (name, _), own in evaluations.items() if name == variant]
             steps = [record["step"] for record in curves[0]]
             values = np.array([[record[score] for record in curve] for curve in curves])
             (line,) = axes.plot(steps, values.mean(axis=0), marker="o", markersize=3, label=variant)
             axes.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.15, color=line.get_color())
-        axes.set(xlabel="training steps", title=score.replace("_", " "))
+        axes.set_xlabel("training steps")
     axes.legend(fontsize="small")
     return figure
 
 
 def _by_sampling_time(variants: Sequence[str], sampling: Sequence[dict[str, Any]]) -> "Figure":
     """Scores of one run of each variant by time per image, with a marker for each number of steps."""
-    known = common_scores(sampling)
-    figure = new_figure(4.5 * len(known), 4)
-    for axes, score in zip(figure.subplots(1, len(known), squeeze=False)[0], known, strict=True):
+    known = _curves(sampling)
+    figure, panels = _panels(known)
+    for axes, score in zip(panels, known, strict=True):
         for variant in variants:
             own = sorted((r for r in sampling if r["variant"] == variant), key=lambda record: record["steps"])
             milliseconds = [1000 * record["seconds_per_image"] for record in own]
             axes.plot(milliseconds, [record[score] for record in own], marker="o", markersize=4, label=variant)
         steps = ", ".join(str(record["steps"]) for record in own)
-        axes.set(xlabel=f"milliseconds per image ({steps} steps)", title=score.replace("_", " "), xscale="log")
+        axes.set(xlabel=f"milliseconds per image ({steps} steps)", xscale="log")
     axes.legend(fontsize="small")
     return figure
 

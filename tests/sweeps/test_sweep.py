@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from lattejax.errors import UserError
 from lattejax.interrupts import Interrupted
 from lattejax.runs.run import Run
-from lattejax.sweeps import definition, sweep
+from lattejax.sweeps import comparison, definition, sweep
 from lattejax.sweeps.definition import resolve_sweep
 from lattejax.sweeps.sweep import load_samplers, run_sweep
 from lattejax.training import stages
@@ -97,6 +97,18 @@ def test_a_killed_sweep_resumes_elsewhere_without_retraining_and_ends_with_the_c
     trees.save_weights(vlm.workdir.vlm, other)
     with pytest.raises(UserError, match=r"base_0 was trained from another VLM than .*vlm; remove it"):
         run_sweep(plan, tmp_path, InterruptGuard())
+
+
+def test_scores_that_change_are_plotted_in_rows_of_three():
+    names = ("drawn_colour", "drawn_shape", "drawn_size")
+    own = [
+        {"step": step, "held_out_loss": 1 / step, "reader_shape": 0.94} | {name: step / 10 for name in names}
+        for step in (1, 2)
+    ]
+    axes = comparison._by_training_steps(["k4"], {("k4", 0): own}).axes
+    assert [panel.get_title() for panel in axes] == ["held out loss", "drawn colour", "drawn shape", "drawn size"]
+    assert [panel.get_subplotspec().rowspan.start for panel in axes] == [0, 0, 0, 1]
+    np.testing.assert_array_equal(axes[2].lines[0].get_ydata(), [0.1, 0.2])
 
 
 def test_a_sweep_resumes_without_the_run_that_its_vlm_came_from(tmp_path, monkeypatch):
